@@ -1,0 +1,378 @@
+"""Checkpoints: saved in the background by orbax, verified when read, never trusted blindly.
+
+A step is a directory `checkpoints/<step>` with the items "params", "ema_params" (if there are
+any), "rest" (step, optimizer, ...) and "meta", JSON that holds shape, dtype and CRC32 of every
+array: orbax itself has no checksums. What cannot be read is moved to `checkpoints/_quarantine`.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization, traverse_util
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+_OWN_ITEMS = ("params", "ema_params")
+_FORMAT = 1
+_Path = tuple[str, ...]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those there are can be read."""
+
+
+class ModelInfo(NamedTuple):
+    """What model.json says of the network in a workdir.
+
+    Attributes:
+      model_name: module in `beit_jax.models`.
+      task: module in `beit_jax.tasks`.
+      architecture: keyword arguments of the model.
+      class_names: in the order of the logits, or None.
+      image: how pictures are prepared: "mean" and "std" per channel for pixels in [0, 1],
+        "interpolation", "crop" ("squash" or "center") and "crop_pct"; or None.
+      pretrained: what the run started from, or None.
+    """
+
+    model_name: str
+    task: str
+    architecture: dict[str, Any]
+    class_names: list[str] | None
+    image: dict[str, Any] | None
+    pretrained: str | None
+
+
+def write_model_info(workdir: str | os.PathLike, info: ModelInfo) -> None:
+    """Writes model.json."""
+    path = os.path.join(workdir, "model.json")
+    with open(f"{path}.tmp", "w") as file:
+        json.dump({"format": _FORMAT, **info._asdict()}, file, indent=2)
+    os.replace(f"{path}.tmp", path)
+
+
+def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
+    """Reads model.json.
+
+    Raises:
+      FileNotFoundError: the directory is no workdir.
+      ValueError: model.json is damaged or from another version.
+    """
+    path = os.path.join(workdir, "model.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{workdir} is no workdir of a model: it has no model.json. Expected what main.py or "
+            "`python -m beit_jax.convert from-hf` leaves."
+        )
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        version = content.pop("format")
+        info = ModelInfo(**content)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if version != _FORMAT:
+        raise ValueError(f"{path} has format {version}; this version reads {_FORMAT}.")
+    return info
+
+
+class Checkpointer:
+    """Saves and restores the state of a run in `workdir/checkpoints`; a context manager.
+
+    Args:
+      workdir: of the run.
+      keep_last: newest checkpoints to keep.
+      keep_best: best ones by `best_metric` to keep besides; NaN is never best.
+      best_metric: key of the `metrics` given to `save`.
+      best_mode: "max" or "min".
+      keep_every: checkpoints at multiples of this many steps are kept for good.
+      max_failures: so many failed saves in a row are an error; one is a message.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        best_metric: str = "accuracy",
+        best_mode: str = "max",
+        keep_every: int | None = None,
+        max_failures: int = 2,
+    ):
+        self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
+        self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self._max_failures, self._failures = max_failures, 0
+        policies = [preservation_policy.LatestN(max(keep_last, 1))]
+        if keep_best:
+            policies.append(
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics["score"],
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        if keep_every:
+            policies.append(preservation_policy.EveryNSteps(keep_every))
+        self._policy = preservation_policy.AnyPreservationPolicy(policies)
+        self._manager = self._open()
+
+    def _open(self):
+        shutil.rmtree(os.path.join(self.directory, "_trash"), ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            best_fn=lambda metrics: metrics["score"],
+            todelete_subdir="_trash",
+            cleanup_tmp_directories=True,
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state, *, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to save; the buffers of `state` may be donated as soon as it returns.
+
+        It blocks for the copy to the host and its checksums, and for an earlier save to finish.
+        A step that is there already is not saved again.
+
+        Args:
+          step: its number.
+          state: any pytree that flax can serialise.
+          metrics: of this state; without `best_metric`, or where that is not finite, it is no
+            candidate for the best.
+
+        Raises:
+          CheckpointError: `max_failures` saves in a row have failed.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        shutil.rmtree(os.path.join(self.directory, "_trash"), ignore_errors=True)
+        arrays = _flatten(state)
+        metric = float((metrics or {}).get(self._metric, np.nan))
+        score = self._sign * metric if np.isfinite(metric) else None
+        meta = {
+            "score": score,
+            "arrays": {"/".join(path): _describe(x) for path, x in arrays.items()},
+        }
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _by_item(arrays).items()}
+        items["meta"] = ocp.args.JsonSave(meta)
+        metrics = None if score is None else {"score": score}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:  # orbax raises whatever its threads met
+            self._failed(error)
+
+    def wait(self) -> None:
+        """Waits for the save that is under way.
+
+        Raises:
+          CheckpointError: `max_failures` saves in a row have failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as in `save`
+            self._failed(error)
+        else:
+            self._failures = 0
+
+    def _failed(self, error):
+        self._failures += 1
+        free = shutil.disk_usage(self.directory).free / 2**20
+        message = f"Saving to {self.directory} failed ({free:,.0f} MiB free): {error}"
+        logging.error("%s", message)
+        self._manager = self._open()  # forgets the step, and removes what is left of it
+        if self._failures >= self._max_failures:
+            raise CheckpointError(message) from error
+
+    def restore(self, target=None, step: int | None = None):
+        """Restores the newest checkpoint that can be read, or that of `step`.
+
+        Args:
+          target: a pytree of arrays or `jax.ShapeDtypeStruct`s; the result has its structure, and
+            its shardings where it has any. None gives nested dicts of numpy arrays.
+          step: one certain step.
+
+        Returns:
+          The state, or None where there is no checkpoint yet.
+
+        Raises:
+          ValueError: the checkpoint is sound but does not fit `target`; lists the arrays.
+          CheckpointError: there are checkpoints and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        for candidate in steps:
+            try:
+                arrays = _read(self._manager, candidate)
+            except Exception as error:  # orbax raises many kinds for damaged files
+                _quarantine(self.directory, candidate, error)
+                self._manager.reload()
+                continue
+            return traverse_util.unflatten_dict(arrays) if target is None else _fit(arrays, target)
+        if steps:
+            raise CheckpointError(
+                f"None of the checkpoints {steps} in {self.directory} can be read; they are in "
+                "_quarantine. Start again with another workdir."
+            )
+        return None
+
+    def all_steps(self) -> list[int]:
+        """Steps that are saved, in order."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest step, or None."""
+        return max(self._manager.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the best metric, or None where none was measured."""
+        return _best(self._manager)
+
+    def close(self) -> None:
+        """Waits, and raises CheckpointError if the last save failed."""
+        try:
+            self._max_failures = 1
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[str, Any]:
+    """Reads only the parameters, the averaged ones where there are any, as nested dict of numpy.
+
+    Args:
+      workdir: of a run or a converted model.
+      step: a number, "latest", or "best", which is the latest where nothing was measured.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      CheckpointError: it is damaged.
+    """
+    directory = os.path.join(os.path.abspath(workdir), "checkpoints")
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(f"{workdir} has no checkpoints; expected {directory}.")
+    with ocp.CheckpointManager(directory) as manager:
+        steps = manager.all_steps()
+        if step == "best":
+            step = _best(manager)
+        if step in ("latest", None):
+            step = max(steps, default=None)
+        if step not in steps:
+            raise FileNotFoundError(
+                f"{directory} has no step {step}; available: {', '.join(map(str, sorted(steps)))}."
+            )
+        item = "ema_params" if os.path.isdir(f"{directory}/{step}/ema_params") else "params"
+        try:
+            arrays = _read(manager, step, items=(item,))
+        except Exception as error:  # as in `Checkpointer.restore`
+            raise CheckpointError(f"{directory}/{step} is damaged: {error}") from error
+    return traverse_util.unflatten_dict(arrays)[item]
+
+
+def _flatten(state) -> dict[_Path, np.ndarray]:
+    """Arrays by path, on the host."""
+    tree = traverse_util.flatten_dict(serialization.to_state_dict(state))
+    return jax.device_get({path: x for path, x in tree.items() if x is not None})
+
+
+def _item(path: _Path) -> str:
+    return path[0] if path[0] in _OWN_ITEMS else "rest"
+
+
+def _describe(x: np.ndarray) -> dict:
+    crc = zlib.crc32(np.ascontiguousarray(x).view(np.uint8).reshape(-1))
+    return {"shape": list(x.shape), "dtype": x.dtype.name, "crc32": crc}
+
+
+def _read_meta(manager, step) -> dict:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _best(manager) -> int | None:
+    scores = {}
+    for step in manager.all_steps():
+        try:
+            scores[step] = _read_meta(manager, step)["score"]
+        except Exception as error:  # as in `Checkpointer.restore`
+            logging.warning("Checkpoint %s cannot be read: %s", step, error)
+    scores = {step: score for step, score in scores.items() if score is not None}
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def _read(manager, step, items=None) -> dict[_Path, np.ndarray]:
+    """The arrays of some items, or of all, verified."""
+    described = {
+        tuple(name.split("/")): array for name, array in _read_meta(manager, step)["arrays"].items()
+    }
+    described = {k: v for k, v in described.items() if items is None or _item(k) in items}
+    if not described:
+        raise ValueError("there are no arrays in it")
+    targets = {
+        path: np.broadcast_to(np.zeros((), np.dtype(array["dtype"])), array["shape"])
+        for path, array in described.items()
+    }
+    restore = {name: ocp.args.StandardRestore(tree) for name, tree in _by_item(targets).items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**restore))
+    arrays = {}
+    for tree in restored.values():
+        arrays |= traverse_util.flatten_dict(tree)
+    for path, array in described.items():
+        if _describe(arrays[path]) != array:
+            raise ValueError(f"{'/'.join(path)} has another content than was saved")
+    return arrays
+
+
+def _by_item(arrays: Mapping[_Path, Any]) -> dict[str, dict]:
+    items = {}
+    for path, array in arrays.items():
+        items.setdefault(_item(path), {})[path] = array
+    return {name: traverse_util.unflatten_dict(tree) for name, tree in items.items()}
+
+
+def _fit(arrays: Mapping[_Path, np.ndarray], target):
+    """Arrays in the structure of `target`, on its devices."""
+    wanted = traverse_util.flatten_dict(serialization.to_state_dict(target))
+    wanted = {path: x for path, x in wanted.items() if x is not None}
+    problems = [
+        f"  {'/'.join(path)}: {_spec(arrays.get(path))} saved, {_spec(wanted.get(path))} expected"
+        for path in sorted(set(arrays) | set(wanted))
+        if _spec(arrays.get(path)) != _spec(wanted.get(path))
+    ]
+    if problems:
+        raise ValueError(
+            "The checkpoint is of another model or optimizer:\n"
+            + "\n".join(problems)
+            + "\nUse its config, or another workdir."
+        )
+
+    def place(path, leaf):
+        if path not in wanted:
+            return leaf  # None, or a node without arrays
+        sharding = getattr(leaf, "sharding", None)
+        return arrays[path] if sharding is None else jax.device_put(arrays[path], sharding)
+
+    tree = traverse_util.flatten_dict(serialization.to_state_dict(target), keep_empty_nodes=True)
+    filled = {path: place(path, leaf) for path, leaf in tree.items()}
+    return serialization.from_state_dict(target, traverse_util.unflatten_dict(filled))
+
+
+def _spec(x) -> str:
+    return "nothing" if x is None else f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+
+def _quarantine(directory, step, error):
+    target = os.path.join(directory, "_quarantine", f"{step}-{time.strftime('%Y%m%d-%H%M%S')}")
+    logging.warning("Checkpoint %s cannot be read and is moved to %s: %s", step, target, error)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    os.replace(os.path.join(directory, str(step)), target)

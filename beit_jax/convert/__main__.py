@@ -1,0 +1,101 @@
+"""Converts checkpoints from a shell.
+
+python -m beit_jax.convert from-hf microsoft/beit-base-patch16-224 workdir
+python -m beit_jax.convert to-hf workdir huggingface_directory --verify
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from beit_jax import checkpoint, convert
+from beit_jax.convert import files, verify
+
+_TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
+_IMAGE = {  # of the BEiTs pretrained on ImageNet-22k, and of BeitImageProcessor
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "crop": "squash",
+    "crop_pct": 1.0,
+}
+_TOLERANCE = 1e-4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 1 where `--verify` found a difference, 2 for bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m beit_jax.convert", description=convert.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    from_hf = commands.add_parser("from-hf", help="a BEiT of HuggingFace, unilm or timm to ours")
+    from_hf.add_argument("src", metavar="SRC", help="directory, file, or repository on the Hub")
+    from_hf.add_argument("dst", metavar="DST", help="workdir to write; must be new")
+    from_hf.add_argument("--revision", help="branch, tag or commit of the repository")
+    from_hf.set_defaults(command=_from_hf)
+
+    to_hf = commands.add_parser("to-hf", help="a model of ours to a HuggingFace directory")
+    to_hf.add_argument("workdir", metavar="WORKDIR", help="workdir of a run, or of from-hf")
+    to_hf.add_argument("dst", metavar="DST", help="directory to write: new, or an earlier export")
+    to_hf.add_argument("--step", type=_step, default="best", help="best, latest or a number")
+    to_hf.add_argument("--verify", action="store_true", help="compare the logits with torch's")
+    to_hf.set_defaults(command=_to_hf)
+    return parser
+
+
+def _step(text: str) -> str | int:
+    if text in ("best", "latest"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be best, latest or a number; got {text!r}")
+
+
+def _from_hf(args) -> int:
+    with files.new_directory(args.dst) as workdir:
+        loaded = convert.load(args.src, revision=args.revision)
+        if loaded.image is None:
+            print(f"note: {args.src} does not say how its pictures are prepared; taking {_IMAGE}")
+        head = loaded.architecture["head"]
+        info = checkpoint.ModelInfo(
+            model_name="beit",
+            task=_TASKS[head],
+            architecture=loaded.architecture,
+            class_names=loaded.class_names,
+            image=loaded.image or _IMAGE,
+            pretrained=loaded.source,
+        )
+        checkpoint.write_model_info(workdir, info)
+        checkpoint.save_params(workdir, loaded.params)
+    print(f"{args.dst}: {head} model, image_size {loaded.architecture['image_size']}")
+    return 0
+
+
+def _to_hf(args) -> int:
+    info = checkpoint.read_model_info(args.workdir)
+    if info.model_name != "beit":
+        raise ValueError(
+            f"{args.workdir} holds a {info.model_name!r} model; only 'beit' can be written"
+        )
+    params = checkpoint.load_params(args.workdir, step=args.step)
+    convert.save_hf(args.dst, params, info.architecture, info.class_names, info.image)
+    print(f"{args.dst}: written")
+    if not args.verify:
+        return 0
+    difference = verify.max_difference(args.dst, params, info.architecture)
+    is_same = difference <= _TOLERANCE
+    verdict = "ok" if is_same else "too large"
+    print(f"largest difference from transformers: {difference:.3g} ({verdict})")
+    return 0 if is_same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

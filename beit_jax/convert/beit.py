@@ -1,0 +1,429 @@
+"""BEiT checkpoints of HuggingFace, unilm, timm and the former FlaxBeit.
+
+The names in a checkpoint tell its format:
+
+    hf     what `save_pretrained` writes and the Hub holds: beit.encoder.layer.0. ...
+    hf5    the module names of transformers 5 in memory: beit.layers.0.attention.q_proj. ...
+    flax   transformers' former FlaxBeit (flax_model.msgpack): beit.encoder.layer.0. ... .kernel
+    unilm  microsoft/unilm and timm: blocks.0. ...
+
+An architecture is the dict of keyword arguments of `beit_jax.models.beit.Model`.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from beit_jax.convert import rules
+from beit_jax.convert.rules import CONV, FUSED_QKV, IDENTITY, LINEAR, Op, Rule
+from beit_jax.models import beit
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def _array(source: str, target: str) -> list[Rule]:
+    return [Rule(source, (target,))]
+
+
+def _linear(source: str, target: str, op: Op = LINEAR) -> list[Rule]:
+    weight = Rule(f"{source}.weight", (f"{target}/kernel",), op)
+    return [weight, Rule(f"{source}.bias", (f"{target}/bias",))]
+
+
+def _norm(source: str, target: str) -> list[Rule]:
+    weight = Rule(f"{source}.weight", (f"{target}/scale",))
+    return [weight, Rule(f"{source}.bias", (f"{target}/bias",))]
+
+
+_BIAS_TABLE = "relative_position_bias_table"
+_LAYER = "{beit}encoder.layer.{i}."
+_HF = [  # {beit} is "beit.", or nothing in a BeitModel
+    *_array("{beit}embeddings.cls_token", "embeddings/cls_token"),
+    *_array("{beit}embeddings.mask_token", "embeddings/mask_token"),
+    *_array("{beit}embeddings.position_embeddings", "embeddings/position_embeddings"),
+    *_linear("{beit}embeddings.patch_embeddings.projection", "embeddings/patch_embeddings", CONV),
+    *_array("{beit}encoder.relative_position_bias." + _BIAS_TABLE, _BIAS_TABLE),
+    *_norm(_LAYER + "layernorm_before", "layer_{i}/layernorm_before"),
+    *_linear(_LAYER + "attention.attention.query", "layer_{i}/attention/query"),
+    Rule(_LAYER + "attention.attention.key.weight", ("layer_{i}/attention/key/kernel",), LINEAR),
+    *_linear(_LAYER + "attention.attention.value", "layer_{i}/attention/value"),
+    *_array(
+        _LAYER + "attention.attention.relative_position_bias." + _BIAS_TABLE,
+        "layer_{i}/attention/" + _BIAS_TABLE,
+    ),
+    *_linear(_LAYER + "attention.output.dense", "layer_{i}/attention/output"),
+    *_array(_LAYER + "lambda_1", "layer_{i}/lambda_1"),
+    *_norm(_LAYER + "layernorm_after", "layer_{i}/layernorm_after"),
+    *_linear(_LAYER + "intermediate.dense", "layer_{i}/mlp/fc1"),
+    *_linear(_LAYER + "output.dense", "layer_{i}/mlp/fc2"),
+    *_array(_LAYER + "lambda_2", "layer_{i}/lambda_2"),
+    *_norm("{beit}layernorm", "layernorm"),
+    *_norm("{beit}pooler.layernorm", "pooler_layernorm"),
+    *_linear("classifier", "classifier"),
+    *_norm("layernorm", "lm_layernorm"),
+    *_linear("lm_head", "lm_head"),
+]
+_UNILM = [  # and "norm", which is lm_layernorm in a pretraining checkpoint
+    *_array("cls_token", "embeddings/cls_token"),
+    *_array("mask_token", "embeddings/mask_token"),
+    *_array("pos_embed", "embeddings/position_embeddings"),
+    *_linear("patch_embed.proj", "embeddings/patch_embeddings", CONV),
+    *_array("rel_pos_bias." + _BIAS_TABLE, _BIAS_TABLE),
+    *_norm("blocks.{i}.norm1", "layer_{i}/layernorm_before"),
+    Rule(
+        "blocks.{i}.attn.qkv.weight",
+        (
+            "layer_{i}/attention/query/kernel",
+            "layer_{i}/attention/key/kernel",
+            "layer_{i}/attention/value/kernel",
+        ),
+        FUSED_QKV,
+    ),
+    *_array("blocks.{i}.attn.q_bias", "layer_{i}/attention/query/bias"),
+    *_array("blocks.{i}.attn.v_bias", "layer_{i}/attention/value/bias"),
+    *_array("blocks.{i}.attn." + _BIAS_TABLE, "layer_{i}/attention/" + _BIAS_TABLE),
+    *_linear("blocks.{i}.attn.proj", "layer_{i}/attention/output"),
+    *_array("blocks.{i}.gamma_1", "layer_{i}/lambda_1"),
+    *_norm("blocks.{i}.norm2", "layer_{i}/layernorm_after"),
+    *_linear("blocks.{i}.mlp.fc1", "layer_{i}/mlp/fc1"),
+    *_linear("blocks.{i}.mlp.fc2", "layer_{i}/mlp/fc2"),
+    *_array("blocks.{i}.gamma_2", "layer_{i}/lambda_2"),
+    *_norm("fc_norm", "pooler_layernorm"),
+    *_linear("head", "classifier"),
+    *_linear("lm_head", "lm_head"),
+]
+_HF5_NAMES = {  # in this order
+    "encoder.layer.{i}.attention.attention.relative": "layers.{i}.relative",
+    "encoder.relative_position_bias": "shared_position_bias",
+    "encoder.layer": "layers",
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+# Constants that older versions stored. A bias of the keys shifts all logits of a query alike, so
+# softmax takes no notice of it.
+_IGNORED = re.compile(r"(.*\.)?relative_position_index|blocks\.\d+\.attn\.k_bias")
+
+
+def _hf5(rule: Rule) -> Rule:
+    source = rule.source
+    for old, new in _HF5_NAMES.items():
+        source = source.replace(old, new)
+    return rule._replace(source=source)
+
+
+def _flax(rule: Rule) -> Rule:
+    leaf = rule.targets[0].rpartition("/")[2]
+    return rule._replace(source=re.sub(r"weight$", leaf, rule.source), op=IDENTITY)
+
+
+def format_of(names: Iterable[str]) -> str:
+    """The format of a checkpoint with these names: "hf", "hf5", "flax" or "unilm".
+
+    Raises:
+      ValueError: they are not the names of a BEiT.
+    """
+    names = list(names)
+    for name, pattern in (
+        ("unilm", r"blocks\.\d+\.attn\.qkv\.weight"),
+        ("hf5", r"(beit\.)?layers\.\d+\.attention\.q_proj\.weight"),
+        ("flax", r"(beit\.)?encoder\.layer\.\d+\.attention\.attention\.query\.kernel"),
+        ("hf", r"(beit\.)?encoder\.layer\.\d+\.attention\.attention\.query\.weight"),
+    ):
+        if any(re.fullmatch(pattern, n) for n in names):
+            return name
+    raise ValueError(
+        f"not a BEiT checkpoint: its names, {', '.join(names[:3]) or 'none at all'} ..., are not "
+        "those of HuggingFace's BEiT, FlaxBeit, unilm or timm"
+    )
+
+
+def _table(names: Iterable[str]) -> list[Rule]:
+    norm = "lm_layernorm" if "lm_head.weight" in names else "layernorm"
+    return {
+        "hf": _HF,
+        "hf5": [_hf5(rule) for rule in _HF],
+        "flax": [_flax(rule) for rule in _HF],
+        "unilm": _UNILM + _norm("norm", norm),
+    }[format_of(names)]
+
+
+def parameter_shapes(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter of an architecture; traces the model, computes nothing."""
+    model = beit.Model(**architecture)
+    image = jax.ShapeDtypeStruct((1, *model.image_size, model.num_channels), "float32")
+    variables = jax.eval_shape(lambda image: model.init(jax.random.key(0), image), image)
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    return {path: value.shape for path, value in flat.items()}
+
+
+def to_params(
+    tensors: Tensors,
+    architecture: Mapping[str, Any],
+    *,
+    drop: Iterable[str] = (),
+    reset: Iterable[str] = (),
+    label: str = "the checkpoint",
+) -> tuple[dict, tuple[str, ...]]:
+    """Converts a checkpoint of any of the four formats, all of it or an error.
+
+    Position tables keep the resolution that they have.
+
+    Args:
+      tensors: name -> float32 array.
+      architecture: what the parameters are for; see `architecture_of`.
+      drop: names, or leading parts of names, of the checkpoint or ours, to leave out of it.
+      reset: paths, or leading parts of paths, of parameters not to fill: ("classifier",).
+      label: what to call the checkpoint in messages.
+
+    Returns:
+      the nested parameters, and the paths that `reset` left unfilled.
+
+    Raises:
+      ValueError: listing all that does not fit.
+    """
+    prefix = "beit." if any(name.startswith("beit.") for name in tensors) else ""
+    flat, unfilled = rules.to_params(
+        {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
+        rules.expand(_table(tensors), architecture["num_hidden_layers"], beit=prefix),
+        parameter_shapes(architecture),
+        drop=drop,
+        reset=reset,
+        label=label,
+    )
+    return traverse_util.unflatten_dict(flat, sep="/"), unfilled
+
+
+def to_hf(params: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Parameters under the names that HuggingFace keeps on disk: name -> float32 array.
+
+    Raises:
+      ValueError: the parameters are not finite float32 arrays of this architecture.
+    """
+    prefix = "" if architecture["head"] == "none" else "beit."
+    return rules.to_tensors(
+        traverse_util.flatten_dict(params, sep="/"),
+        rules.expand(_HF, architecture["num_hidden_layers"], beit=prefix),
+        parameter_shapes(architecture),
+    )
+
+
+HF_CLASSES = {
+    "classifier": "BeitForImageClassification",
+    "mim": "BeitForMaskedImageModeling",
+    "none": "BeitModel",
+}
+_HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any of them out
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "num_channels": 3,
+    "use_mask_token": False,
+    "use_absolute_position_embeddings": False,
+    "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False,
+    "layer_scale_init_value": 0.1,
+    "drop_path_rate": 0.1,
+    "use_mean_pooling": True,
+    "vocab_size": 8192,
+    "initializer_range": 0.02,
+}
+
+
+def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
+    """The architecture of a checkpoint: from its config.json, or from its shapes (unilm, timm).
+
+    Args:
+      tensors: name -> array.
+      config: its config.json, which HuggingFace's formats need.
+      **overrides: keyword arguments of the model that replace what was found.
+
+    Raises:
+      ValueError: an architecture cannot be found, or an override is no argument of the model.
+    """
+    if "image_size" in overrides:
+        overrides["image_size"] = _pair(overrides, "image_size", None)
+    if format_of(tensors) == "unilm":
+        architecture = _architecture_from_shapes(tensors, **overrides)
+    elif config is not None:
+        architecture = architecture_from_hf(config, tensors)
+    else:
+        raise ValueError("HuggingFace's checkpoints need the config.json that belongs to them")
+    if unknown := sorted(overrides.keys() - architecture.keys()):
+        raise ValueError(f"unknown {unknown} for an architecture: it has {sorted(architecture)}")
+    return {**architecture, **overrides}
+
+
+def architecture_from_hf(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """Reads a config.json of HuggingFace.
+
+    The head is that of its `architectures`, or of the names in `tensors` where it says nothing of
+    use; so is the number of classes where it has no `id2label`.
+
+    Raises:
+      ValueError: not the config of a BEiT, or a value of the wrong type.
+    """
+    if config.get("model_type", "beit") != "beit":
+        raise ValueError(f"config.json is of a {config['model_type']!r} model, expected 'beit'")
+    architecture = {k: _typed(config, k, default) for k, default in _HF_DEFAULTS.items()}
+    patch_height, patch_width = _pair(config, "patch_size", 16)
+    if patch_height != patch_width:
+        raise ValueError(f"config.json: patch_size {config['patch_size']} is not square")
+    return {
+        **architecture,
+        "image_size": _pair(config, "image_size", 224),
+        "patch_size": patch_height,
+        "num_labels": _num_labels(config, tensors),
+        "head": _head(config, tensors),
+    }
+
+
+def architecture_to_hf(
+    architecture: Mapping[str, Any], class_names: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Writes a config.json of HuggingFace; the inverse of `architecture_from_hf`."""
+    height, width = architecture["image_size"]
+    num_labels = architecture["num_labels"]
+    names = list(class_names or (f"LABEL_{i}" for i in range(num_labels)))
+    if len(names) != num_labels:
+        raise ValueError(f"{len(names)} class names for num_labels={num_labels}")
+    # transformers 5 takes no int for a float
+    values = {k: type(default)(architecture[k]) for k, default in _HF_DEFAULTS.items()}
+    return {
+        "architectures": [HF_CLASSES[architecture["head"]]],
+        "model_type": "beit",
+        **values,
+        "image_size": height if height == width else [height, width],
+        "patch_size": architecture["patch_size"],
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "dtype": "float32",
+    }
+
+
+def class_names_from_hf(config: Mapping[str, Any]) -> list[str] | None:
+    """The names in `id2label` in order; None where there are none, or only LABEL_0, LABEL_1, ...
+
+    Raises:
+      ValueError: `id2label` does not number its classes 0, 1, ...
+    """
+    names = _labels(config) or []
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def _labels(config):
+    id2label = config.get("id2label")
+    try:
+        return id2label and [str(id2label[str(i)]) for i in range(len(id2label))]
+    except (KeyError, TypeError):
+        raise ValueError(
+            "config.json: id2label must name classes '0', '1', ... in a dict"
+        ) from None
+
+
+def _typed(config, key, default):
+    value = config.get(key, default)
+    is_number = type(default) is float and type(value) is int
+    if type(value) is not type(default) and not is_number:
+        expected = type(default).__name__
+        raise ValueError(f"config.json: {key} must be of type {expected}, got {value!r}")
+    return type(default)(value)
+
+
+def _pair(config, key, default) -> tuple[int, int]:
+    value = config.get(key, default)
+    pair = (value, value) if type(value) is int else value
+    if not isinstance(pair, list | tuple) or [type(n) for n in pair] != [int, int]:
+        raise ValueError(f"{key} must be one or two ints, got {value!r}")
+    return tuple(pair)
+
+
+def _head(config, tensors) -> str:
+    heads = {name: head for head, name in HF_CLASSES.items()}
+    named = [heads[name] for name in config.get("architectures") or () if name in heads]
+    return named[0] if named else _head_of_names(tensors)
+
+
+def _head_of_names(names) -> str:
+    parts = {name.partition(".")[0] for name in names}
+    if "lm_head" in parts:
+        return "mim"
+    return "classifier" if parts & {"classifier", "head"} else "none"
+
+
+def _num_labels(config, tensors) -> int:
+    if (labels := _labels(config)) is not None:
+        return len(labels)
+    if "classifier.bias" in tensors:
+        return len(tensors["classifier.bias"])
+    return config.get("num_labels", 2)
+
+
+def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, Any]:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        hidden_size, num_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
+        intermediate_size = shapes["blocks.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(
+            "the architecture is read off patch_embed.proj.weight [D, C, P, P] and "
+            "blocks.0.mlp.fc1.weight [F, D], which are not in this checkpoint"
+        ) from None
+    own = shapes.get("blocks.0.attn." + _BIAS_TABLE)
+    shared = shapes.get("rel_pos_bias." + _BIAS_TABLE)
+    if not (own or shared or "num_attention_heads" in overrides or hidden_size % 64 == 0):
+        raise ValueError(f"how many heads has hidden_size={hidden_size}? Give num_attention_heads")
+    head = _head_of_names(shapes)
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": max(layers) + 1,
+        "num_attention_heads": (own or shared or (0, hidden_size // 64))[1],
+        "intermediate_size": intermediate_size,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": 1e-6,
+        "num_channels": num_channels,
+        "use_mask_token": "mask_token" in shapes,
+        "use_absolute_position_embeddings": "pos_embed" in shapes,
+        "use_relative_position_bias": own is not None,
+        "use_shared_relative_position_bias": shared is not None,
+        "layer_scale_init_value": 0.1 if "blocks.0.gamma_1" in shapes else 0.0,
+        "drop_path_rate": 0.1,
+        "use_mean_pooling": head == "mim" or "norm.weight" not in shapes,
+        "vocab_size": shapes.get("lm_head.bias", (8192,))[0],
+        "initializer_range": 0.02,
+        "image_size": overrides.get("image_size") or _image_size(shapes, own or shared, patch_size),
+        "patch_size": patch_size,
+        "num_labels": shapes.get("head.bias", (1000,))[0],
+        "head": head,
+    }
+
+
+def _image_size(shapes, bias_table, patch_size) -> tuple[int, int]:
+    """Height and width of a square picture, from the size of whichever position table there is."""
+    if bias_table is not None:
+        side = (math.isqrt(bias_table[0] - 3) + 1) // 2
+        is_square = (2 * side - 1) ** 2 + 3 == bias_table[0]
+    elif "pos_embed" in shapes:
+        side = math.isqrt(shapes["pos_embed"][1] - 1)
+        is_square = side**2 + 1 == shapes["pos_embed"][1]
+    else:
+        side, is_square = 224 // patch_size, True
+    if not is_square:
+        raise ValueError("the position tables are of no square picture: give image_size=(H, W)")
+    return side * patch_size, side * patch_size

@@ -1,0 +1,90 @@
+"""What a checkpoint says about its pictures, and the same in our words.
+
+Ours is the `image` part of a model.json: mean and std of pictures in [0, 1], the interpolation, and
+"squash" (resize the whole picture to image_size) or "center" (resize the shorter side to
+image_size / crop_pct, then crop the centre).
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+_PIL = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+def from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a preprocessor_config.json of a BeitImageProcessor (or former BeitFeatureExtractor).
+
+    Raises:
+      ValueError: a value is not one that those write.
+    """
+    try:
+        crop, crop_pct = _crop_from_hf(config)
+        mean, std = config.get("image_mean", [0.5] * 3), config.get("image_std", [0.5] * 3)
+        if not config.get("do_normalize", True):
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+        scale = (
+            255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
+        )
+        return {
+            "mean": [m / scale for m in mean],
+            "std": [s / scale for s in std],
+            "interpolation": {i: name for name, i in _PIL.items()}[config.get("resample", 3)],
+            "crop": crop,
+            "crop_pct": crop_pct,
+        }
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"preprocessor_config.json cannot be read: {error!r}") from error
+
+
+def to_hf(image: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
+    """Writes the preprocessor_config.json of a BeitImageProcessor; the inverse of `from_hf`."""
+    height, width = image_size
+    squash = image["crop"] == "squash"
+    shorter_side = int(max(height, width) / image["crop_pct"])
+    return {
+        "image_processor_type": "BeitImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": shorter_side},
+        "resample": _PIL[image["interpolation"]],
+        "do_center_crop": not squash,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image["mean"]),
+        "image_std": list(image["std"]),
+        "do_reduce_labels": False,
+    }
+
+
+def from_timm(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads the `pretrained_cfg` of timm's config.json; None where there is none."""
+    config = config.get("pretrained_cfg")
+    return config and {
+        "mean": list(config.get("mean", [0.5] * 3)),
+        "std": list(config.get("std", [0.5] * 3)),
+        "interpolation": config.get("interpolation", "bicubic"),
+        "crop": "squash" if config.get("crop_mode") == "squash" else "center",
+        "crop_pct": config.get("crop_pct", 0.9),
+    }
+
+
+def _crop_from_hf(config) -> tuple[str, float]:
+    if not config.get("do_center_crop", False):
+        return "squash", 1.0
+    size = config.get("size", 256)
+    shorter_side = size if isinstance(size, int) else size.get("shortest_edge")
+    if shorter_side is None:
+        shorter_side = min(size["height"], size["width"])
+    crop_size = config.get("crop_size", 224)
+    crop_side = crop_size if isinstance(crop_size, int) else max(crop_size.values())
+    if not isinstance(size, dict) or "shortest_edge" not in size:
+        if shorter_side == crop_side:
+            return "squash", 1.0
+        warnings.warn(
+            f"preprocessor_config.json squashes pictures to {size} before it crops their centre; "
+            "they are resized without squashing instead",
+            stacklevel=4,
+        )
+    return "center", crop_side / shorter_side

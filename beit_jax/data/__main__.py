@@ -1,0 +1,64 @@
+"""Prepares a data set, and tells what is in it.
+
+python -m beit_jax.data cifar10 --data-dir=~/data     downloads and prepares it, once
+python -m beit_jax.data folder:flowers --check        decodes every picture, lists the bad ones
+"""
+
+import argparse
+import sys
+
+import tqdm
+
+from beit_jax.data import sources
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 for data that are absent or bad."""
+    parser = argparse.ArgumentParser(
+        prog="python -m beit_jax.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help=", ".join(sources.NAMES))
+    parser.add_argument("--data-dir", help="of TFDS; default: $TFDS_DATA_DIR, or TFDS's own")
+    parser.add_argument("--split", default="all", help="in the syntax of TFDS; default: all")
+    parser.add_argument("--check", action="store_true", help="decode every picture")
+    args = parser.parse_args(argv)
+    try:
+        source = sources.get_source(
+            args.name,
+            args.split,
+            data_dir=args.data_dir,
+            on_bad_image="skip" if args.check else "error",
+        )
+        describe(source)
+        return report_bad_images(source) if args.check else 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def describe(source: sources.Source) -> None:
+    """Prints what is known without decoding."""
+    info = source.info
+    shape = " x ".join(map(str, info.image_shape)) if info.image_shape else "different sizes"
+    print(f"{info.name} {info.split}: {info.num_examples} pictures, {shape}")
+    if info.class_names is None:
+        print("no labels")
+    else:
+        print(f"{len(info.class_names)} classes: {', '.join(info.class_names)}")
+    print(f"fingerprint {info.fingerprint}")
+
+
+def report_bad_images(source: sources.Source) -> int:
+    """Prints every picture that cannot be decoded; returns 1 if there is one."""
+    with tqdm.tqdm(total=len(source), disable=None, unit="pictures") as bar:
+        errors = sources.check(source, progress=lambda done, _: bar.update(done - bar.n))
+    for error in errors:
+        print(error)
+    print(f"{len(errors)} of {len(source)} pictures cannot be decoded")
+    return int(bool(errors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

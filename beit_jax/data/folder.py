@@ -1,0 +1,208 @@
+"""Pictures in folders, and pictures listed in a CSV file: what is there, nothing decoded.
+
+    PATH/CLASS/**/x.jpg             class folders; folders below them do not matter
+    PATH/{train,val,test}/CLASS/**  the same with split folders
+    PATH/x.jpg, PATH/test/x.jpg     no class folders: no labels
+    PATH/list.csv                   columns `image` (or `file_name`, `path`), `label`, `split`
+
+Class numbers follow the sorted class names of all splits together, so that a class that is
+missing from one split does not shift the others. A layout with two meanings is an error:
+pictures beside class folders, class folders beside split folders, a class folder with nothing in.
+"""
+
+import csv
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from beit_jax.data.images import EXTENSIONS
+
+SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
+_IMAGE_COLUMNS = ("image", "file_name", "path")
+_MAX_CLASSES = 1_000_000
+
+
+class Files(NamedTuple):
+    """The pictures of one split."""
+
+    ids: Sequence[str]  # POSIX paths, relative to the listing's root
+    labels: np.ndarray | None  # int32 [N]
+
+
+class Listing(NamedTuple):
+    """The pictures of all splits."""
+
+    root: pathlib.Path
+    splits: Mapping[str, Files]
+    class_names: tuple[str, ...] | None
+
+
+def list_folder(
+    root: str | os.PathLike, *, labelled: bool = True, class_names: Sequence[str] | None = None
+) -> Listing:
+    """Lists the pictures in a folder; hidden files and folders are left out.
+
+    Args:
+      root: the folder.
+      labelled: False takes every picture at any depth and no labels, for pre-training.
+      class_names: the classes in the order of their numbers; default: the sorted folder names.
+
+    Raises:
+      FileNotFoundError: no such folder, or no pictures in it.
+      ValueError: the layout is ambiguous, or a class folder is empty or not in `class_names`.
+    """
+    root = pathlib.Path(root).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}")
+    ids = sorted(_find_pictures(root))
+    if not ids:
+        raise FileNotFoundError(f"no pictures in {root}; looked for {' '.join(EXTENSIONS)}")
+    prefixes = _split_prefixes(root, ids, labelled)
+    ids = {name: [i for i in ids if i.startswith(prefix)] for name, prefix in prefixes.items()}
+    labels = {
+        name: _class_folders(root / prefixes[name], [i.removeprefix(prefixes[name]) for i in group])
+        if labelled
+        else None
+        for name, group in ids.items()
+    }
+    return _listing(root, ids, labels, class_names, root)
+
+
+def list_csv(
+    path: str | os.PathLike, *, labelled: bool = True, class_names: Sequence[str] | None = None
+) -> Listing:
+    """Lists the pictures named in a CSV file with a header.
+
+    Relative picture paths start at the file's folder. Labels are class names, or class numbers
+    where all of them are whole numbers. Without a column `split` all rows are "train".
+
+    Args:
+      path: the CSV file.
+      labelled: False leaves the column `label` unread.
+      class_names: the classes in the order of their numbers; default: the sorted labels.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a column or a cell is missing, or a label is not in `class_names`.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or ()
+        image_column = next((c for c in _IMAGE_COLUMNS if c in columns), None)
+        if image_column is None:
+            raise ValueError(
+                f"{path}: the header must name one of the columns {', '.join(_IMAGE_COLUMNS)}; "
+                f"got {', '.join(columns) or 'nothing'}"
+            )
+        labelled = labelled and "label" in columns
+        needed = [image_column, *["label"] * labelled, *["split"] * ("split" in columns)]
+        ids, labels = {}, {}
+        for row in reader:
+            if not all(row[column] for column in needed):
+                raise ValueError(f"{path}, line {reader.line_num}: {', '.join(needed)} needed")
+            split = row.get("split", "train")
+            ids.setdefault(split, []).append(row[image_column])
+            labels.setdefault(split, []).append(row["label"] if labelled else None)
+    if not ids:
+        raise ValueError(f"{path} has a header and no rows")
+    labels = labels if labelled else dict.fromkeys(ids)
+    return _listing(path.parent, ids, labels, class_names, path)
+
+
+def _find_pictures(root: pathlib.Path) -> Iterator[str]:
+    def fail(error):
+        raise error
+
+    for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and not _leads_back(os.path.join(folder, name))
+        ]
+        relative = pathlib.Path(folder).relative_to(root)
+        for name in files:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield (relative / name).as_posix()
+
+
+def _leads_back(folder: str) -> bool:
+    """True for a link to a folder that it lies in."""
+    if not os.path.islink(folder):
+        return False
+    target = os.path.realpath(folder)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(folder))]) == target
+
+
+def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> dict[str, str]:
+    """{"train": "train/", "test": "test/"}, or {"train": ""} where there are no split folders."""
+    tops = {id.partition("/")[0] if "/" in id else "" for id in ids}
+    if tops <= set(SPLIT_FOLDERS):
+        return {name: f"{name}/" for name in SPLIT_FOLDERS if name in tops}
+    for name in SPLIT_FOLDERS:
+        if labelled and any(id.startswith(f"{name}/") and id.count("/") > 1 for id in ids):
+            others = ", ".join(sorted(tops - set(SPLIT_FOLDERS) - {""})) or "pictures"
+            raise ValueError(
+                f"{root} holds the split folder {name!r} beside {others}: name one folder, such as "
+                f"{root / name}, or move the others away"
+            )
+    return {"train": ""}
+
+
+def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None:
+    """The first folder of each id; None where all pictures lie in `folder` itself."""
+    flat = [id for id in ids if "/" not in id]
+    if len(flat) == len(ids):
+        return None
+    if flat:
+        raise ValueError(
+            f"{folder} has class folders and {len(flat)} pictures beside them ({flat[0]}, ...): "
+            "move these into class folders, or set labelled=False to use all without labels"
+        )
+    classes = [id.partition("/")[0] for id in ids]
+    visible = {f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")}
+    if empty := sorted(visible - set(classes)):
+        raise ValueError(
+            f"no pictures in the class folders {', '.join(empty)} of {folder}; "
+            f"looked for {' '.join(EXTENSIONS)}"
+        )
+    return classes
+
+
+def _listing(root, ids, labels, class_names, where) -> Listing:
+    """Numbers the classes; `labels` are text, or None for a split without."""
+    found = {label for group in labels.values() if group for label in group}
+    if not found:
+        return Listing(root, {name: Files(ids[name], None) for name in ids}, None)
+    class_names, number = _number_classes(found, class_names, where)
+    numbered = {
+        name: None if group is None else np.array([number[label] for label in group], np.int32)
+        for name, group in labels.items()
+    }
+    return Listing(root, {name: Files(ids[name], numbered[name]) for name in ids}, class_names)
+
+
+def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns all class names, and the number of each label found."""
+    digits = where.suffix == ".csv" and all(label.isdecimal() for label in found)
+    if class_names is None and not digits:
+        class_names = sorted(found)
+    elif class_names is None:
+        count = max(map(int, found)) + 1
+        if count > _MAX_CLASSES:
+            raise ValueError(f"{where}: label {count - 1} cannot be a class number")
+        class_names = [str(i) for i in range(count)]
+    number = {name: i for i, name in enumerate(class_names)}
+    if digits and not found <= number.keys():
+        number = {label: int(label) for label in found if int(label) < len(class_names)}
+    if unknown := sorted(found - number.keys()):
+        raise ValueError(
+            f"{where} has the classes {', '.join(unknown)} that are not among the "
+            f"{len(class_names)} expected: {', '.join(class_names)}"
+        )
+    return tuple(class_names), number

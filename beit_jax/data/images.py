@@ -1,0 +1,184 @@
+"""Decoding, cropping and resizing of pictures on the host, with Pillow.
+
+Transforms take a picture as `PIL.Image.open` gives it, not yet decoded, and return uint8
+[H, W, 3]: a transform that knows how little of a large JPEG it needs can decode it at a half, a
+quarter or an eighth of its size.
+"""
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".avif"),
+)
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
+_REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size
+
+Size = tuple[int, int]  # height, width
+Encoded = bytes | os.PathLike | np.ndarray  # a file's content, a file, uint8 [H, W] or [H, W, 3]
+
+
+class BadImageError(ValueError):
+    """A picture that cannot be decoded; has `name` (a file or an id) and `reason`."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self):
+        return f"cannot decode {self.name}: {self.reason}"
+
+
+@contextlib.contextmanager
+def naming(name: Callable[[], str]):
+    """Turns whatever opening or decoding raises into a BadImageError that names the picture.
+
+    Pillow's readers meet damaged files with errors of many kinds, not of OSError alone.
+    """
+    try:
+        yield
+    except (BadImageError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError(name(), f"not a picture ({', '.join(_FORMATS)})") from error
+    except FileNotFoundError as error:
+        raise BadImageError(name(), "no such file, or a broken link") from error
+    except Exception as error:
+        raise BadImageError(name(), str(error) or type(error).__name__) from error
+
+
+def open_image(image: Encoded) -> Image.Image:
+    """Opens a picture without decoding it; only the formats of `EXTENSIONS` are tried."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    if not isinstance(image, bytes):
+        with open(image, "rb") as file:
+            image = file.read()
+    if not image:
+        raise ValueError("the file is empty")
+    return Image.open(io.BytesIO(image), formats=_FORMATS)
+
+
+def read_size(file: str | os.PathLike) -> Size:
+    """Reads height and width from a file's header."""
+    with Image.open(file, formats=_FORMATS) as image:
+        if image.format == "PNG" and "exif" not in image.info:
+            return image.height, image.width  # Pillow would decode it to look for more
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> Size:
+    """Height and width after the EXIF rotation, read from the header."""
+    width, height = image.size
+    return (width, height) if image.getexif().get(_ORIENTATION, 1) >= 5 else (height, width)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decodes, rotates as EXIF says and converts to RGB.
+
+    The conversion is Pillow's: a first frame stands for an animation, alpha is dropped and not
+    composited. Only 16-bit grey is scaled here (65535 -> 255), which Pillow would clip.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixel mode {image.mode!r} has no fixed range; save it with 8 or 16 bits")
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def decode(image: Image.Image) -> np.ndarray:
+    """The whole picture as it is; uint8 [H, W, 3]."""
+    return np.asarray(to_rgb(image))
+
+
+def squash(image: Image.Image, size: Size, interpolation: str = "bicubic") -> np.ndarray:
+    """Resizes the whole picture to `size`, whatever its aspect ratio; uint8 [H, W, 3]."""
+    return np.asarray(to_rgb(image).resize(size[::-1], _resampling(interpolation)))
+
+
+def center_crop(
+    image: Image.Image, size: Size, crop_pct: float = 1.0, interpolation: str = "bicubic"
+) -> np.ndarray:
+    """Resizes until `size` / `crop_pct` is just covered, and cuts `size` out of the middle.
+
+    For a square `size` this is torchvision's Resize(int(size / crop_pct)) and CenterCrop(size).
+    """
+    image = to_rgb(image)
+    width, height = image.size
+    tall, wide = (math.floor(side / crop_pct) for side in size)
+    if tall * width >= wide * height:
+        wide = tall * width // height
+    else:
+        tall = wide * height // width
+    image = image.resize((wide, tall), _resampling(interpolation))
+    top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
+    return np.asarray(image.crop((left, top, left + size[1], top + size[0])))
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: Size,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+) -> np.ndarray:
+    """Cuts out a random part and resizes it to `size`: see `sample_crop`; uint8 [H, W, 3].
+
+    A JPEG is decoded at a smaller scale where the part stays at least twice as large as `size`.
+    """
+    height, width = upright_size(image)
+    top, left, tall, wide = sample_crop((height, width), rng, scale, ratio)
+    shrink = min(tall / size[0], wide / size[1]) / _REDUCING_GAP
+    if shrink >= 2:
+        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
+    image = to_rgb(image)
+    x, y = image.width / width, image.height / height  # below 1 for a draft
+    box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
+    return np.asarray(
+        image.resize(size[::-1], _resampling(interpolation), box, reducing_gap=_REDUCING_GAP)
+    )
+
+
+def sample_crop(
+    size: Size,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Draws top, left, height and width of a part, as torchvision's RandomResizedCrop does.
+
+    Args:
+      size: height and width of the picture.
+      rng: draws 40 numbers, however many attempts are needed.
+      scale: range of the part's area, as a fraction of the picture's.
+      ratio: range of the part's width / height, drawn uniformly in its logarithm.
+    """
+    height, width = size
+    for area, aspect, y, x in rng.random((10, 4)):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect
+        tall, wide = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < tall <= height and 0 < wide <= width:
+            return int(y * (height - tall + 1)), int(x * (width - wide + 1)), tall, wide
+    tall = max(1, min(height, round(width / ratio[0])))
+    wide = max(1, min(width, round(height * ratio[1])))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _resampling(interpolation: str) -> Image.Resampling:
+    try:
+        return Image.Resampling[interpolation.upper()]
+    except KeyError:
+        names = ", ".join(method.name.lower() for method in Image.Resampling)
+        raise ValueError(f"interpolation={interpolation!r}; available: {names}") from None

@@ -1,0 +1,119 @@
+"""The splits of a config as input to the step: kept on the device whole, or batch by batch."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from beit_jax import sharding
+from beit_jax.data import pipeline, sources
+
+
+class Split(NamedTuple):
+    """One split.
+
+    Attributes:
+      source: where the examples are read.
+      resident: all decoded examples on the device ("image" [N, H, W, C], "label" [N]), or None.
+      num_examples: N; without the pictures that are skipped, where it is resident.
+      ids: index in `source` of each resident example, int [N], or None.
+    """
+
+    source: sources.Source
+    resident: dict[str, jax.Array] | None
+    num_examples: int
+    ids: np.ndarray | None
+
+
+def open_splits(config, mesh: Mesh, names=("train", "val", "test")) -> dict[str, Split]:
+    """Opens the splits that the config names, `config` being its part `data`.
+
+    A split whose pictures have one size and need at most `resident_bytes` goes to the device.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such data set, split or picture.
+    """
+    splits = {}
+    for name in names:
+        if not config[name]:
+            continue
+        source = sources.get_source(
+            config.name,
+            config[name],
+            data_dir=config.data_dir or None,
+            on_bad_image=config.on_bad_image,
+        )
+        splits[name] = _open(source, config, mesh)
+    return splits
+
+
+def _open(source, config, mesh):
+    if not pipeline.fits(source, config.resident_bytes):
+        return Split(source, None, len(source), None)
+    threads = config.threads or sources.THREADS
+    examples = pipeline.load_all(source, threads=threads)
+    ids = examples.pop("index")
+    resident = sharding.put(examples, sharding.replicated(mesh))
+    return Split(source, resident, len(ids), ids)
+
+
+def train_stream(
+    split: Split, config, mesh: Mesh, *, start_step: int, image_size
+) -> Iterator[dict[str, Any]]:
+    """Batches on the devices from `start_step` on, without end; close it when done.
+
+    A batch is a pure function of (config.seed, step). It holds only "index" for a resident split.
+    """
+    order = pipeline.Order(split.num_examples, config.batch_size, config.seed)
+    place = sharding.split(mesh)
+    if split.resident is not None:
+        step = start_step
+        while True:
+            yield sharding.put({"index": order.indices(step).astype(np.int32)}, place)
+            step += 1
+    batches = pipeline.train_batches(
+        split.source,
+        order,
+        start_step,
+        image_size=image_size,
+        seed=config.seed,
+        crop="rrc" if config.augment.crop == "rrc" else "squash",
+        scale=tuple(config.augment.scale),
+        ratio=tuple(config.augment.ratio),
+        threads=config.data.threads or sources.THREADS,
+        prefetch=config.data.prefetch,
+    )
+    with closing(batches):
+        for batch in batches:
+            del batch["index"]
+            yield sharding.put(batch, place)
+
+
+def eval_stream(split: Split, config, mesh: Mesh, *, image_size, image) -> Iterator[dict[str, Any]]:
+    """Every example once, in batches of one size on the devices; padding has "weight" 0.
+
+    `image` says how a picture is cropped: the `image` of model.json.
+    """
+    place = sharding.split(mesh)
+    if split.resident is None:
+        batches = pipeline.eval_batches(
+            split.source,
+            config.eval_batch_size,
+            image_size=image_size,
+            crop=image["crop"],
+            crop_pct=image["crop_pct"],
+            interpolation=image["interpolation"],
+            threads=config.data.threads or sources.THREADS,
+            prefetch=config.data.prefetch,
+        )
+        with closing(batches):
+            yield from (sharding.put(batch, place) for batch in batches)
+        return
+    for start in range(0, split.num_examples, config.eval_batch_size):
+        index = np.arange(start, start + config.eval_batch_size)
+        real = index < split.num_examples
+        batch = {"index": np.where(real, index, 0).astype(np.int32), "weight": np.float32(real)}
+        yield sharding.put(batch, place)

@@ -1,0 +1,335 @@
+"""Batches on the host, as a pure function of (seed, step).
+
+A batch is {"image": uint8 [B, H, W, 3], "label": int32 [B], "index": int32 [B]}, in evaluation with
+"weight": float32 [B]; `source.id(index)` names an example, and a source without labels gives none.
+What a step gets depends neither on the number of threads nor on where the run was resumed: there
+is no iterator state to save. Flips, colours, mixup and normalisation belong to the device.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+
+from beit_jax.data import images, sources
+
+_FOREVER = 1 << 40  # steps
+_CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
+_lock = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The order of training: one fresh permutation after the other, cut into batches.
+
+    A batch may reach over the end of an epoch, so that none is short and no example is left out.
+    """
+
+    num_examples: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        if self.num_examples < 1 or self.batch_size < 1 or self.seed < 0:
+            raise ValueError(f"expected num_examples >= 1, batch_size >= 1, seed >= 0; got {self}")
+
+    def indices(self, step: int) -> np.ndarray:
+        """The examples of a step, int64 [B], without going through the steps before it."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, offsets = np.divmod(positions, self.num_examples)
+        parts = [
+            _permutation(self.num_examples, self.seed, int(epoch))[offsets[epochs == epoch]]
+            for epoch in range(epochs[0], epochs[-1] + 1)
+        ]
+        return np.concatenate(parts)
+
+
+def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    with _lock:  # threads that come to a new epoch together wait for the first
+        return _draw_permutation(num_examples, seed, epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _draw_permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Sorts raw random numbers, which NumPy promises to keep; its shuffles may change."""
+    return np.argsort(_philox(seed, epoch).random_raw(num_examples), kind="stable")
+
+
+def _philox(seed: int, step: int, stream: int = 0, row: int = 0) -> np.random.Philox:
+    return np.random.Philox(key=[seed, step], counter=[0, 0, stream, row])
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Host batches; `close()`, or leaving the `with`, ends the threads behind them.
+
+    Attributes:
+      bad_images: id -> reason, for every picture skipped so far.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, bad_images: Mapping[str, str]):
+        self.bad_images = bad_images
+        self._iterator = iter(dataset)
+        self._close = weakref.finalize(self, self._iterator.close)
+
+    def __next__(self):
+        return next(self._iterator)
+
+    def close(self):
+        self._close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+def train_batches(
+    source: sources.Source,
+    order: Order,
+    start_step: int = 0,
+    *,
+    image_size: int | images.Size,
+    seed: int,
+    crop: str = "rrc",
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
+    threads: int = sources.THREADS,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Batches for training, without end, from `start_step` on.
+
+    With `source.on_bad_image` "skip" the next picture that can be decoded stands in for a bad one.
+
+    Args:
+      source: where the examples come from.
+      order: which examples a step gets.
+      start_step: the first step.
+      image_size: side of the pictures, or height and width.
+      seed: of the crops.
+      crop: "rrc" for a random part, see `images.random_resized_crop`; "squash" for the whole
+        picture at another aspect ratio; "center" for its middle, see `images.center_crop`.
+      scale: range of a random part's area as a fraction of the picture's.
+      ratio: range of a random part's width / height.
+      crop_pct: for "center", `image_size` / the shorter side before the crop.
+      interpolation: a filter of Pillow.
+      threads: that decode, one per core by default; 0 decodes in the caller's.
+      prefetch: batches that are decoded ahead.
+      process_index: which part of each batch this process wants,
+      process_count: of so many equal ones.
+
+    Raises:
+      ValueError: the arguments do not fit each other.
+      BadImageError: from the iterator, where a picture cannot be decoded.
+    """
+    if order.num_examples != len(source):
+        raise ValueError(
+            f"the order is for {order.num_examples} examples; {source.name} {source.split} has "
+            f"{len(source)}"
+        )
+    size = _height_width(image_size)
+    whole = None if crop == "rrc" else _whole(crop, size, crop_pct, interpolation)
+    bad_images = {}
+
+    def random_crop(step, row):
+        return functools.partial(
+            images.random_resized_crop,
+            size=size,
+            rng=np.random.Generator(_philox(seed, step, _CROP_STREAM, row)),
+            scale=scale,
+            ratio=ratio,
+            interpolation=interpolation,
+        )
+
+    def examples(step, rows):
+        indices = order.indices(step)[rows.start : rows.stop].tolist()
+        for row, index, record in zip(rows, indices, source.fetch(indices), strict=True):
+            transform = whole or random_crop(step, row)
+            yield _first_good(source, index, record, transform, bad_images)
+
+    rows = _rows(order.batch_size, process_index, process_count)
+    steps = range(start_step, _FOREVER)
+    return Batches(_dataset(examples, steps, rows, threads, prefetch), bad_images)
+
+
+def eval_batches(
+    source: sources.Source,
+    batch_size: int,
+    *,
+    image_size: int | images.Size,
+    crop: str = "squash",
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
+    threads: int = sources.THREADS,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Every example once and in order, in batches of one size.
+
+    "weight" is 1 for an example; it is 0, on a black picture with label 0, for the padding of the
+    last batch ("index" -1) and for a picture that cannot be decoded ("index" its own), which
+    `source.on_bad_image` "skip" lets pass. The arguments are those of `train_batches`.
+    """
+    size = _height_width(image_size)
+    transform = _whole(crop, size, crop_pct, interpolation)
+    blank = np.zeros((*size, 3), np.uint8), None if source.class_names is None else 0
+    bad_images = {}
+
+    def examples(step, rows):
+        start = step * batch_size
+        indices = [start + row for row in rows if start + row < len(source)]
+        for index, record in zip(indices, source.fetch(indices), strict=True):
+            decoded = _decode(source, index, record, transform, bad_images)
+            yield _example(*(decoded or blank), index) | {"weight": np.float32(decoded is not None)}
+        for _ in range(len(rows) - len(indices)):
+            yield _example(*blank, -1) | {"weight": np.float32(0)}
+
+    rows = _rows(batch_size, process_index, process_count)
+    steps = range(math.ceil(len(source) / batch_size))
+    return Batches(_dataset(examples, steps, rows, threads, prefetch), bad_images)
+
+
+def fits(source: sources.Source, limit_bytes: int) -> bool:
+    """Whether all pictures have one shape and need at most `limit_bytes` as uint8."""
+    shape = source.info.image_shape
+    return shape is not None and len(source) * math.prod(shape) <= limit_bytes
+
+
+def load_all(
+    source: sources.Source,
+    *,
+    threads: int = sources.THREADS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Decodes a whole source whose pictures have one shape, to be kept in device memory.
+
+    Returns {"image": uint8 [N, H, W, 3], "label": int32 [N], "index": int32 [N]}; without the
+    pictures that cannot be decoded, where `source.on_bad_image` is "skip".
+
+    Args:
+      source: what to decode.
+      threads: that decode.
+      progress: called with the number of examples done and of all, now and then.
+    """
+    shape = source.info.image_shape
+    if shape is None:
+        raise ValueError(f"the pictures of {source.name} differ in size; use train_batches")
+    image = np.zeros((len(source), *shape), np.uint8)
+    label = np.zeros(len(source), np.int32)
+    good = np.zeros(len(source), bool)
+    bad_images = {}
+
+    def load(indices):
+        for index, record in zip(indices, source.fetch(indices), strict=True):
+            decoded = _decode(source, index, record, images.decode, bad_images)
+            if decoded is not None:
+                good[index] = True
+                image[index], label[index] = decoded[0], decoded[1] or 0
+
+    sources.in_chunks(load, len(source), threads=threads, progress=progress)
+    if not good.any():
+        raise ValueError(f"none of the {len(source)} pictures of {source.name} can be decoded")
+    batch = {"image": image, "label": label, "index": np.arange(len(source), dtype=np.int32)}
+    if source.class_names is None:
+        del batch["label"]
+    return batch if good.all() else {key: value[good] for key, value in batch.items()}
+
+
+def _dataset(
+    examples: Callable[[int, range], Iterator[dict]],
+    steps: range,
+    rows: range,
+    threads: int,
+    prefetch: int,
+) -> grain.IterDataset:
+    """Batches of `examples(step, rows)`, for each step.
+
+    Threads share a batch: each takes a run of its rows, because handing over single examples costs
+    more than decoding a small one.
+    """
+    parts = min(max(threads, 1), len(rows))
+    bounds = [part * len(rows) // parts for part in range(parts + 1)]
+
+    def load(element):
+        step, part = divmod(element, parts)
+        return _stack(list(examples(step, rows[bounds[part] : bounds[part + 1]])))
+
+    dataset = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(load)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch * parts))
+    return dataset.batch(parts, batch_fn=_concatenate)
+
+
+def _decode(source, index, record, transform, bad_images) -> tuple[np.ndarray, int | None] | None:
+    """Returns image and label, or None for a bad picture that is to be skipped."""
+    try:
+        return source.decode(index, record, transform)
+    except images.BadImageError as error:
+        if source.on_bad_image == "error":
+            error.add_note(
+                "on_bad_image='skip' goes on without such pictures; "
+                f"`python -m beit_jax.data {source.name} --check` lists all of them."
+            )
+            raise
+        if error.name not in bad_images:
+            bad_images[error.name] = error.reason
+            logging.warning("skipped: %s", error)
+        return None
+
+
+def _first_good(source, index, record, transform, bad_images) -> dict:
+    """The example at `index`, or the next one whose picture can be decoded."""
+    for _ in range(len(source)):
+        decoded = _decode(source, index, record, transform, bad_images)
+        if decoded is not None:
+            return _example(*decoded, index)
+        index = (index + 1) % len(source)
+        (record,) = source.fetch([index])
+    raise ValueError(f"none of the {len(source)} pictures of {source.name} can be decoded")
+
+
+def _example(image: np.ndarray, label: int | None, index: int) -> dict:
+    example = {"image": image, "index": np.int32(index)}
+    return example if label is None else example | {"label": np.int32(label)}
+
+
+def _stack(examples: Sequence[dict]) -> dict[str, np.ndarray]:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def _concatenate(parts: Sequence[dict]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> range:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} is no multiple of {process_count} processes")
+    count = batch_size // process_count
+    return range(process_index * count, (process_index + 1) * count)
+
+
+def _height_width(image_size: int | images.Size) -> images.Size:
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def _whole(crop, size, crop_pct, interpolation) -> Callable:
+    """The transforms without random numbers."""
+    if crop == "squash":
+        return functools.partial(images.squash, size=size, interpolation=interpolation)
+    if crop == "center":
+        return functools.partial(
+            images.center_crop, size=size, crop_pct=crop_pct, interpolation=interpolation
+        )
+    raise ValueError(
+        f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' (a random part)"
+    )

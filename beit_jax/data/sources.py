@@ -1,0 +1,485 @@
+"""Data sets by name, as random-access sources of uint8 pictures and labels.
+
+    digits                      scikit-learn's handwritten digits, 1,797 of 8 x 8: no network
+    cifar10, cifar100           prepared on first use
+    tfds:NAME                   what TFDS has prepared as array_record
+    folder:PATH                 pictures in PATH/CLASS, or listed in PATH, a CSV file: folder.py
+
+Splits are written as in TFDS: "train", "test", "train[:90%]", "train[10:20]", "train+test", "all".
+Digits and folders are first put into a fixed order with the classes mixed evenly, so that
+"train[:90%]" and "train[90%:]" have the same share of every class, on every machine.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from beit_jax.data import cifar, folder, images
+
+NAMES = ("digits", *cifar.NAMES, "tfds:NAME", "folder:PATH")
+THREADS = min(os.cpu_count() or 1, 16)
+_CHUNK = 64  # examples that a thread takes at once
+
+
+class SourceInfo(NamedTuple):
+    """What is known of a source before its pictures are decoded."""
+
+    name: str
+    split: str
+    num_examples: int
+    class_names: tuple[str, ...] | None  # None without labels
+    image_shape: tuple[int, int, int] | None  # H, W, 3; None where pictures differ
+    fingerprint: str  # changes with the split, the ids, the labels or the sizes of the files
+
+
+class Record(NamedTuple):
+    """An example that is not decoded."""
+
+    image: images.Encoded
+    label: int | None
+
+
+class Source:
+    """Random access to examples: {"image": uint8 [H, W, 3], "label": int}.
+
+    Without labels (`class_names` is None) there is no "label". A source can be pickled, and read
+    in many threads at once.
+    """
+
+    def __init__(
+        self, name: str, split: str, class_names: tuple[str, ...] | None, on_bad_image: str
+    ):
+        self.name, self.split, self.class_names = name, split, class_names
+        self.on_bad_image = on_bad_image  # for the pipeline; reading a bad picture here raises
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        image, label = self.decode(index, *self.fetch([index]))
+        return {"image": image} if label is None else {"image": image, "label": label}
+
+    def id(self, index: int) -> str:
+        """A name for the example: its file where it has one."""
+        raise NotImplementedError
+
+    def fetch(self, indices: Sequence[int]) -> list[Record]:
+        """The pictures as they are stored, with their labels."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        index: int,
+        record: Record,
+        transform: Callable[[Image.Image], np.ndarray] = images.decode,
+    ) -> tuple[np.ndarray, int | None]:
+        """Returns `transform(picture)` and the label of a record that `fetch` gave for `index`.
+
+        Raises:
+          BadImageError: the picture cannot be decoded.
+          ValueError: the label is not the number of a class.
+        """
+        label = record.label
+        if label is not None and not 0 <= label < len(self.class_names):
+            raise ValueError(
+                f"{self.id(index)} has label {label}; {self.name} has {len(self.class_names)} "
+                f"classes, 0 to {len(self.class_names) - 1}"
+            )
+        with images.naming(lambda: self.id(index)):
+            return transform(images.open_image(record.image)), label
+
+    @functools.cached_property
+    def info(self) -> SourceInfo:
+        """For a folder this looks at every file's size, and at headers until two sizes differ."""
+        digest = hashlib.sha256()
+        for part in (self.split, *self._identity()):
+            digest.update(repr(part).encode())
+        return SourceInfo(
+            self.name,
+            self.split,
+            len(self),
+            self.class_names,
+            self._image_shape(),
+            digest.hexdigest()[:32],
+        )
+
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        raise NotImplementedError
+
+    def _identity(self) -> Iterator:
+        """What the fingerprint is made of; the same on every machine."""
+        raise NotImplementedError
+
+
+class ArraySource(Source):
+    """Pictures in memory."""
+
+    def __init__(self, name, split, class_names, on_bad_image, *, image, labels, ids):
+        super().__init__(name, split, class_names, on_bad_image)
+        self._image, self._labels, self._ids = image, labels, ids
+
+    def __len__(self):
+        return len(self._image)
+
+    def id(self, index):
+        return self._ids[index]
+
+    def fetch(self, indices):
+        return [Record(self._image[i], _label(self._labels, i)) for i in indices]
+
+    def _image_shape(self):
+        return (*self._image.shape[1:3], 3)
+
+    def _identity(self):
+        yield self._image.tobytes()
+        yield [_label(self._labels, i) for i in range(len(self))]
+
+
+class FileSource(Source):
+    """Pictures in files."""
+
+    def __init__(self, name, split, class_names, on_bad_image, *, root, ids, labels):
+        super().__init__(name, split, class_names, on_bad_image)
+        self._root, self._ids, self._labels = root, ids, labels
+
+    def __len__(self):
+        return len(self._ids)
+
+    def id(self, index):
+        return str(self._root / self._ids[index])
+
+    def fetch(self, indices):
+        return [Record(self._root / self._ids[i], _label(self._labels, i)) for i in indices]
+
+    def _image_shape(self):
+        shape = None
+        for index in range(len(self)):
+            try:
+                with images.naming(lambda index=index: self.id(index)):
+                    height, width = images.read_size(self._root / self._ids[index])
+            except images.BadImageError:
+                if self.on_bad_image == "error":
+                    raise
+                continue
+            if shape not in (None, (height, width, 3)):
+                return None
+            shape = (height, width, 3)
+        return shape
+
+    def _identity(self):
+        for index, id in enumerate(self._ids):
+            label = _label(self._labels, index)
+            yield unicodedata.normalize("NFC", id), label, _file_size(self._root / id)
+
+
+class TfdsSource(Source):
+    """A data set that TFDS has prepared as array_record; pictures are decoded here."""
+
+    def __init__(self, name, split, class_names, on_bad_image, *, builder, image_key, label_key):
+        super().__init__(name, split, class_names, on_bad_image)
+        self._image_key, self._label_key = image_key, label_key
+        self._shape = builder.info.features[image_key].shape
+        self._version = builder.info.full_name
+        self._files = [
+            (os.path.basename(f.filename), os.path.getsize(f.filename), f.skip, f.take)
+            for f in builder.info.splits[split].file_instructions
+        ]
+        self._records = builder.as_data_source(
+            split, decoders={image_key: tfds.decode.SkipDecoding()}
+        )
+
+    def __len__(self):
+        return len(self._records)
+
+    def id(self, index):
+        id = self._records[index].get("id")
+        return id.decode() if isinstance(id, bytes) else f"{self.name} {self.split} {index}"
+
+    def fetch(self, indices):
+        labelled = self.class_names is not None
+        return [
+            Record(record[self._image_key], int(record[self._label_key]) if labelled else None)
+            for record in self._records.__getitems__(indices)  # 10 times faster than one by one
+        ]
+
+    def _image_shape(self):
+        height, width = self._shape[:2]
+        return None if height is None or width is None else (height, width, 3)
+
+    def _identity(self):
+        yield self._version, self.class_names and self._label_key
+        yield self._files
+
+
+def get_source(
+    name: str,
+    split: str = "train",
+    *,
+    data_dir: str | os.PathLike | None = None,
+    on_bad_image: str = "error",
+    labelled: bool = True,
+    class_names: Sequence[str] | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+    download: bool = True,
+) -> Source:
+    """Opens one split of a data set.
+
+    Args:
+      name: one of `NAMES`.
+      split: in the syntax of TFDS.
+      data_dir: where TFDS keeps its data sets (default: `TFDS_DATA_DIR`, or TFDS's own), or what
+        the path of a folder is relative to.
+      on_bad_image: what the pipeline does about a picture that cannot be decoded: "error", or
+        "skip", which takes the next one and counts.
+      labelled: False leaves the labels out, and takes a folder's pictures at any depth.
+      class_names: the expected classes in the order of their numbers, as a model knows them.
+      image_key: TFDS's name of the picture.
+      label_key: TFDS's name of the label, such as "coarse_label" of cifar100.
+      download: False opens cifar10 and cifar100 only where no network is needed for it.
+
+    Raises:
+      FileNotFoundError: the data are not there; says how to get them.
+      ValueError: no such data set, split or class; says which there are.
+    """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image={on_bad_image!r}; expected 'error' or 'skip'")
+    kind, _, rest = name.partition(":")
+    common = {"labelled": labelled, "class_names": class_names, "on_bad_image": on_bad_image}
+    if name == "digits":
+        return _digits(split, **common)
+    if kind == "folder" and (rest or data_dir):
+        return _folder(name, split, pathlib.Path(data_dir or "", rest), **common)
+    if name in cifar.NAMES:
+        cifar.prepare(name, data_dir, download=download)
+    if name in cifar.NAMES or (kind == "tfds" and rest):
+        data_dir = pathlib.Path(data_dir or cifar.default_data_dir()).expanduser()
+        keys = {"image_key": image_key, "label_key": label_key}
+        return _tfds(rest or name, split, data_dir, **keys, **common)
+    raise ValueError(
+        f"no data set {name!r}; available: {', '.join(NAMES)}. Any data set of TFDS is tfds:NAME, "
+        "any folder or CSV list of pictures is folder:PATH"
+    )
+
+
+def check_num_classes(source: Source, num_classes: int) -> None:
+    """Raises ValueError unless the source has exactly `num_classes` classes."""
+    if source.class_names is None:
+        raise ValueError(f"{source.name} has no labels; expected {num_classes} classes")
+    if len(source.class_names) != num_classes:
+        raise ValueError(
+            f"{source.name} has {len(source.class_names)} classes; expected {num_classes}, the "
+            f"number that the model is to tell apart. Found: {', '.join(source.class_names)}"
+        )
+
+
+def check(
+    source: Source, *, threads: int = THREADS, progress: Callable[[int, int], None] | None = None
+) -> list[images.BadImageError]:
+    """Decodes every picture and returns the errors, in the order of the examples."""
+    errors = {}
+
+    def try_to_decode(indices):
+        for index, record in zip(indices, source.fetch(indices), strict=True):
+            try:
+                source.decode(index, record)
+            except images.BadImageError as error:
+                errors[index] = error
+
+    in_chunks(try_to_decode, len(source), threads=threads, progress=progress)
+    return [errors[index] for index in sorted(errors)]
+
+
+def in_chunks(
+    function: Callable[[Sequence[int]], None],
+    count: int,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Calls `function` in threads with lists that hold each i < count once.
+
+    The first error ends it and is raised. `progress(done, count)` is called in the caller's thread.
+    """
+    chunks = [list(range(i, min(i + _CHUNK, count))) for i in range(0, count, _CHUNK)]
+    with futures.ThreadPoolExecutor(max(threads, 1)) as pool:
+        for chunk, _ in zip(chunks, pool.map(function, chunks), strict=True):
+            if progress:
+                progress(chunk[-1] + 1, count)
+
+
+def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, range]]:
+    """Reads a split in TFDS's syntax: the named splits and which of their examples.
+
+    Args:
+      split: such as "train[:90%]+test".
+      sizes: the number of examples of each split there is.
+      name: the data set, for messages.
+    """
+    infos = {
+        key: tfds.core.SplitInfo(name=key, shard_lengths=[size], num_bytes=0)
+        for key, size in sizes.items()
+    }
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except ValueError as error:
+        problem = str(error).partition("\n")[0].rstrip(".")
+        have = ", ".join(f"{key} ({size} examples)" for key, size in sizes.items())
+        hint = "" if len(sizes) > 1 else f"; parts of it are '{have.split()[0]}[:90%]' and so on"
+        raise ValueError(f"split={split!r} of {name}: {problem}. It has {have}{hint}") from None
+    rows = [
+        (part.splitname, range(*slice(part.from_, part.to).indices(sizes[part.splitname])))
+        for part in parts
+    ]
+    if not any(len(r) for _, r in rows):
+        raise ValueError(f"split={split!r} of {name} selects no examples")
+    return rows
+
+
+def balanced_order(ids: Sequence[str], labels: np.ndarray | None) -> np.ndarray:
+    """A fixed shuffle of which every stretch has the same share of every class, to one example.
+
+    It depends on the ids and labels alone, not on the order that they come in. Returns int64 [N].
+    """
+    labels = np.zeros(len(ids), np.int64) if labels is None else labels
+    hashes = (hashlib.sha256(unicodedata.normalize("NFC", id).encode()).digest() for id in ids)
+    keys = np.array([int.from_bytes(digest[:8]) for digest in hashes], np.uint64)
+    order = np.lexsort((keys, labels))
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(ids)) - starts[labels[order]]
+    return order[np.lexsort((keys[order], (rank + 0.5) / counts[labels[order]]))]
+
+
+def _digits(split, *, labelled, class_names, on_bad_image) -> ArraySource:
+    """Train is 80 % of the digits, test the rest."""
+    from sklearn import datasets  # only here: nothing else needs scikit-learn
+
+    digits = datasets.load_digits()
+    image = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
+    ids = [f"digits/{i:04d}" for i in range(len(image))]
+    order = balanced_order(ids, digits.target)
+    train = len(order) * 8 // 10
+    splits = {"train": order[:train], "test": order[train:]}
+    rows = select(split, {key: len(part) for key, part in splits.items()}, "digits")
+    chosen = np.concatenate([splits[key][list(part)] for key, part in rows])
+    names = _expect_classes("digits", [str(n) for n in digits.target_names], class_names)
+    return ArraySource(
+        "digits",
+        split,
+        names if labelled else None,
+        on_bad_image,
+        image=image[chosen],
+        labels=digits.target[chosen] if labelled else None,
+        ids=[ids[i] for i in chosen],
+    )
+
+
+def _folder(name, split, path, *, labelled, class_names, on_bad_image) -> FileSource:
+    is_list = path.suffix.lower() == ".csv"
+    listing = (folder.list_csv if is_list else folder.list_folder)(
+        path, labelled=labelled, class_names=class_names
+    )
+    ids, labels = [], []
+    for key, part in select(split, {k: len(f.ids) for k, f in listing.splits.items()}, name):
+        files = listing.splits[key]
+        chosen = balanced_order(files.ids, files.labels)[list(part)]
+        ids += [files.ids[i] for i in chosen]
+        labels.append(None if files.labels is None else files.labels[chosen])
+    unlabelled = [part is None for part in labels]
+    if any(unlabelled) and not all(unlabelled):
+        raise ValueError(f"split={split!r} of {name} is in part without labels; set labelled=False")
+    return FileSource(
+        name,
+        split,
+        None if unlabelled[0] else listing.class_names,
+        on_bad_image,
+        root=listing.root,
+        ids=ids,
+        labels=None if unlabelled[0] else np.concatenate(labels),
+    )
+
+
+def _tfds(
+    name, split, data_dir, *, image_key, label_key, labelled, class_names, on_bad_image
+) -> TfdsSource:
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except tfds.core.DatasetNotFoundError:
+        raise ValueError(f"TFDS has no data set {name!r}, and {data_dir} has none") from None
+    if not builder.info.splits:
+        how = _how_to_prepare(name, data_dir)
+        raise FileNotFoundError(f"{name} is not prepared in {data_dir}: {how}")
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(
+            f"{builder.data_path} holds {builder.info.file_format.value} files, which have no "
+            f"random access: for array_record files in another directory, "
+            f"{_how_to_prepare(name, 'DIRECTORY')}"
+        )
+    features = builder.info.features
+    _expect_feature(name, features, image_key, tfds.features.Image)
+    if labelled:
+        _expect_feature(name, features, label_key, tfds.features.ClassLabel)
+        class_names = _expect_classes(name, features[label_key].names, class_names)
+    select(split, {key: info.num_examples for key, info in builder.info.splits.items()}, name)
+    return TfdsSource(
+        name,
+        split,
+        class_names if labelled else None,
+        on_bad_image,
+        builder=builder,
+        image_key=image_key,
+        label_key=label_key,
+    )
+
+
+def _how_to_prepare(name: str, data_dir: str | os.PathLike) -> str:
+    if name in cifar.NAMES:
+        return f"run `python -m beit_jax.data {name} --data-dir {data_dir}`"
+    return (
+        'where TensorFlow is installed, run `python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
+        '.download_and_prepare()"`'
+    )
+
+
+def _expect_feature(name: str, features: Mapping, key: str, kind: type) -> None:
+    if key not in features or not isinstance(features[key], kind):
+        have = [name for name, feature in features.items() if isinstance(feature, kind)]
+        raise ValueError(
+            f"{name} has no feature {key!r} of type {kind.__name__}; "
+            f"available: {', '.join(have) or 'none'}"
+        )
+
+
+def _expect_classes(
+    name: str, found: Sequence[str], expected: Sequence[str] | None
+) -> tuple[str, ...]:
+    if expected is not None and tuple(found) != tuple(expected):
+        raise ValueError(
+            f"{name} has the {len(found)} classes {', '.join(found)}; "
+            f"expected the {len(expected)} classes {', '.join(expected)}"
+        )
+    return tuple(found)
+
+
+def _label(labels: np.ndarray | None, index: int) -> int | None:
+    return None if labels is None else int(labels[index])
+
+
+def _file_size(path: pathlib.Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,77 @@
+"""Losses: pure functions that return one float32 value per example.
+
+Shape letters: K classes, D features, `...` any leading axes (batch, tokens).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def softmax_cross_entropy(logits, labels, label_smoothing=0.0, weight=None) -> jax.Array:
+    """Cross entropy, as `torch.nn.functional.cross_entropy(reduction="none")`.
+
+    Args:
+      logits: [..., K], any float dtype; computed in float32.
+      labels: [...] integer classes, or [..., K] probabilities (mixup, distillation).
+      label_smoothing: share of the target spread evenly over the K classes.
+      weight: [...] factor of each example's loss, or None.
+
+    Returns:
+      [...] losses. The mean is `weighted_mean`'s business.
+
+    Raises:
+      ValueError: the shapes of labels and logits do not fit.
+    """
+    logits = jnp.asarray(logits, jnp.float32)
+    labels = jnp.asarray(labels)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    if labels.shape == logits.shape:
+        mass = jnp.sum(labels, axis=-1, dtype=jnp.float32)
+        target_logit = jnp.sum(labels * logits, axis=-1)
+    elif labels.shape == logits.shape[:-1] and jnp.issubdtype(labels.dtype, jnp.integer):
+        mass = 1.0
+        is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+        target_logit = jnp.sum(logits, axis=-1, where=is_label)  # no gather: no scatter backward
+    else:
+        raise ValueError(
+            f"labels must be integers {logits.shape[:-1]} or probabilities {logits.shape} to fit "
+            f"logits {logits.shape}; got {labels.dtype} {labels.shape}"
+        )
+    loss = mass * log_normalizer - target_logit
+    if label_smoothing:
+        uniform_loss = log_normalizer - jnp.mean(logits, axis=-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform_loss
+    return loss if weight is None else loss * weight
+
+
+def weighted_mean(values, weight=None) -> jax.Array:
+    """Mean of `values`, or sum(values * weight) / sum(weight); 0 where all weights are 0."""
+    if weight is None:
+        return jnp.mean(values)
+    total = jnp.sum(weight)
+    return jnp.sum(values * weight) / jnp.where(total == 0, 1, total)
+
+
+def sigmoid_cross_entropy(logits, labels) -> jax.Array:
+    """Binary cross entropy of [..., K] logits and targets in [0, 1], mean over K: [...]."""
+    logits = jnp.asarray(logits, jnp.float32)
+    return jnp.mean(jax.nn.softplus(logits) - labels * logits, axis=-1)
+
+
+def l1(prediction, target) -> jax.Array:
+    """Mean absolute error over D: [..., D] -> [...]."""
+    return jnp.mean(jnp.abs(jnp.asarray(prediction, jnp.float32) - target), axis=-1)
+
+
+def smooth_l1(prediction, target, beta=1.0) -> jax.Array:
+    """Quadratic below `beta`, linear above, mean over D as in torch: [..., D] -> [...]."""
+    error = jnp.abs(jnp.asarray(prediction, jnp.float32) - target)
+    loss = jnp.where(error < beta, 0.5 * error**2 / beta, error - 0.5 * beta)
+    return jnp.mean(loss, axis=-1)
+
+
+def cosine_distance(prediction, target, eps=1e-8) -> jax.Array:
+    """1 - cosine similarity over D, norms at least `eps` as in torch: [..., D] -> [...]."""
+    prediction, target = jnp.asarray(prediction, jnp.float32), jnp.asarray(target, jnp.float32)
+    norms = [jnp.sqrt(jnp.maximum(jnp.sum(x**2, -1), eps**2)) for x in (prediction, target)]
+    return 1 - jnp.sum(prediction * target, axis=-1) / (norms[0] * norms[1])

@@ -1,0 +1,6 @@
+"""Model families; `config.model_name` is the name of a module in this package.
+
+Each has `Model(**architecture)`, `PRESETS`, `layer_id` and `adapt_params`.
+"""
+
+SHARED = ("attention", "layers", "position")  # modules that are no family

@@ -1,0 +1,375 @@
+"""BEiT (arXiv:2106.08254) with every switch of transformers' `BeitConfig`, under the same names.
+
+B batch, T tokens (1 + N), N patches, P patch size, D hidden, K classes, V visual tokens.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from beit_jax.models import attention
+from beit_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, Dense, DropPath, kernel_init, matmul
+from beit_jax.models.position import (
+    Grid,
+    num_relative_positions,
+    relative_position_bias,
+    resize_position_embeddings,
+    resize_relative_position_bias_table,
+)
+
+HEADS = ("classifier", "mim", "none")
+PRESETS = {
+    "cifar": dict(
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=32,
+        patch_size=4,
+    ),
+    "tiny": dict(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768
+    ),
+    "small": dict(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+    ),
+    "base": dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    ),
+    "large": dict(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        layer_scale_init_value=1e-5,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BeitConfig:
+    """Architecture; the defaults are BEiT-base with per-layer bias and mean pooling, for
+    ImageNet-1k.
+
+    Attributes beyond transformers' `BeitConfig`:
+      image_size, patch_size: pixels, one number or (height, width); the patch is square.
+      head: "classifier" -> logits [B, K], "mim" -> logits [B, N, V], "none" -> pooled features [B,
+      D].
+      head_init_scale: the classifier starts this much smaller than other layers.
+      rescale_init: output projections of layer l start sqrt(2 l) smaller, as in BEiT pre-training.
+      dtype: computation type; parameters are float32, logits too.
+      attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
+      remat: "none", "full" or "dots": what the backward pass computes again to save memory.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    layer_norm_eps: float = 1e-12
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    use_mask_token: bool = False
+    use_absolute_position_embeddings: bool = False
+    use_relative_position_bias: bool = True
+    use_shared_relative_position_bias: bool = False
+    layer_scale_init_value: float = 0.1
+    drop_path_rate: float = 0.1
+    use_mean_pooling: bool = True
+    vocab_size: int = 8192
+    num_labels: int = 1000
+    head: str = "classifier"
+    head_init_scale: float = 0.001
+    rescale_init: bool = False
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+
+    def __post_init__(self):
+        size = self.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        object.__setattr__(self, "image_size", size)
+        _expect(self.head in HEADS, f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        _expect(
+            self.hidden_act in ACTIVATIONS,
+            f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}",
+        )
+        _expect(
+            self.remat in REMAT_POLICIES,
+            f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}",
+        )
+        _expect(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+            f"{self.num_attention_heads}",
+        )
+        _expect(
+            len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
+            f"image_size {size} must be a multiple of patch_size {self.patch_size}",
+        )
+        attention.get(self.attention)
+
+    @property
+    def grid(self) -> Grid:
+        """Patches (down, across)."""
+        return tuple(n // self.patch_size for n in self.image_size)
+
+
+def _expect(condition, message):
+    if not condition:
+        raise ValueError(f"BEiT: {message}.")
+
+
+def _norm(config, name):
+    dtype = jnp.dtype(config.dtype)
+    return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def _bias_table(module, config):
+    shape = (num_relative_positions(config.grid), config.num_attention_heads)
+    return module.param("relative_position_bias_table", nn.initializers.zeros, shape)
+
+
+def _output_init(rescale):
+    return nn.initializers.truncated_normal(0.02 / rescale**0.5)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the key has no bias, which softmax would cancel."""
+
+    config: BeitConfig
+    output_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x, bias, *, deterministic):
+        config = self.config
+        heads, width, dtype = config.num_attention_heads, x.shape[-1], jnp.dtype(config.dtype)
+
+        def project(name):
+            y = Dense(width, use_bias=name != "key", dtype=dtype, name=name)(x)
+            return y.reshape(*x.shape[:-1], heads, width // heads)  # [B, T, H, D / H]
+
+        if config.use_relative_position_bias:
+            own_bias = relative_position_bias(_bias_table(self, config), config.grid)
+            bias = own_bias if bias is None else bias + own_bias
+        attend = attention.get(config.attention)
+        if config.attention_probs_dropout_prob and not deterministic:
+            dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
+            attend = functools.partial(attention.plain, dropout=dropout)
+        x = attend(project("query"), project("key"), project("value"), bias)
+        x = x.reshape(*x.shape[:-2], width)
+        return Dense(width, dtype=dtype, kernel_init=self.output_init, name="output")(x)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an activation between them."""
+
+    config: BeitConfig
+    output_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = jnp.dtype(self.config.dtype)
+        hidden = Dense(self.config.intermediate_size, dtype=dtype, name="fc1")(x)
+        hidden = ACTIVATIONS[self.config.hidden_act](hidden)
+        return Dense(x.shape[-1], dtype=dtype, kernel_init=self.output_init, name="fc2")(hidden)
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer with layer scale and drop path."""
+
+    config: BeitConfig
+    index: int
+
+    @nn.compact
+    def __call__(self, x, bias, deterministic):
+        config = self.config
+        depth = max(config.num_hidden_layers - 1, 1)
+        drop_path = DropPath(config.drop_path_rate * self.index / depth)
+        dropout = nn.Dropout(config.hidden_dropout_prob)
+        output_init = _output_init(2 * (self.index + 1) if config.rescale_init else 1)
+
+        def residual(x, branch, scale_name):
+            branch = dropout(branch, deterministic=deterministic)
+            if config.layer_scale_init_value:
+                initial = nn.initializers.constant(config.layer_scale_init_value)
+                branch *= self.param(scale_name, initial, (x.shape[-1],)).astype(branch.dtype)
+            return x + drop_path(branch, deterministic=deterministic)
+
+        attend = Attention(config, output_init, name="attention")
+        normed = _norm(config, "layernorm_before")(x)
+        x = residual(x, attend(normed, bias, deterministic=deterministic), "lambda_1")
+        mlp = Mlp(config, output_init, name="mlp")
+        return residual(x, mlp(_norm(config, "layernorm_after")(x)), "lambda_2")
+
+
+class Embeddings(nn.Module):
+    """Patches to tokens [B, T, D]: masked ones replaced, class token first, positions added."""
+
+    config: BeitConfig
+
+    @nn.compact
+    def __call__(self, image, bool_masked_pos, *, deterministic):
+        config = self.config
+        x = PatchEmbeddings(config, name="patch_embeddings")(image)
+        batch, patches, width = x.shape
+        if config.use_mask_token:
+            mask_token = self.param("mask_token", kernel_init, (1, 1, width)).astype(x.dtype)
+        if bool_masked_pos is not None:
+            _expect(config.use_mask_token, "bool_masked_pos needs use_mask_token=True")
+            masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
+            x = jnp.where(masked, mask_token, x)
+        class_token = self.param("cls_token", kernel_init, (1, 1, width)).astype(x.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, width)), x], axis=1)
+        if config.use_absolute_position_embeddings:
+            shape = (1, 1 + patches, width)
+            x += self.param("position_embeddings", kernel_init, shape).astype(x.dtype)
+        return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
+
+
+class PatchEmbeddings(nn.Module):
+    """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product."""
+
+    config: BeitConfig
+
+    @nn.compact
+    def __call__(self, image):
+        size, width = self.config.patch_size, self.config.hidden_size
+        batch, height, across, channels = image.shape
+        expected = (*self.config.image_size, self.config.num_channels)
+        if image.shape[1:] != expected:
+            raise ValueError(f"BEiT expects pictures of shape {expected}, got {image.shape[1:]}.")
+        kernel = self.param("kernel", kernel_init, (size, size, channels, width))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        x = image.reshape(batch, height // size, size, across // size, size, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+        dtype = jnp.dtype(self.config.dtype)
+        x = matmul(x.astype(dtype), kernel.reshape(-1, width).astype(dtype))
+        return (x + bias.astype(x.dtype)).astype(dtype)
+
+
+class Beit(nn.Module):
+    """The whole network, embeddings to head."""
+
+    config: BeitConfig
+
+    @nn.compact
+    def __call__(self, image, bool_masked_pos=None, *, deterministic=True):
+        """Runs the network.
+
+        Args:
+          image: normalised pictures [B, H, W, C].
+          bool_masked_pos: patches replaced by the mask token, bool [B, N] or [B, h, w]; None masks
+          nothing.
+          deterministic: False applies dropout and drop path and needs the rng "dropout".
+
+        Returns:
+          float32 logits [B, K] ("classifier") or [B, N, V] ("mim"), or features [B, D] ("none").
+        """
+        config = self.config
+        x = Embeddings(config, name="embeddings")(
+            image, bool_masked_pos, deterministic=deterministic
+        )
+        bias = None
+        if config.use_shared_relative_position_bias:
+            bias = relative_position_bias(_bias_table(self, config), config.grid)
+        policy = REMAT_POLICIES[config.remat]
+        layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
+        for index in range(config.num_hidden_layers):
+            x = layer(config, index, name=f"layer_{index}")(x, bias, deterministic)  # [B, T, D]
+        if not config.use_mean_pooling:
+            x = _norm(config, "layernorm")(x)
+        if config.head == "mim":
+            x = _norm(config, "lm_layernorm")(x[:, 1:])
+            return Dense(config.vocab_size, dtype=x.dtype, name="lm_head")(x).astype(jnp.float32)
+        x = self.mean_pool(x) if config.use_mean_pooling else x[:, 0]
+        if config.head == "none" or config.num_labels == 0:
+            return x.astype(jnp.float32)
+        initial = nn.initializers.truncated_normal(0.02 * config.head_init_scale)
+        return Dense(config.num_labels, kernel_init=initial, name="classifier")(
+            x.astype(jnp.float32)
+        )
+
+    def mean_pool(self, x):
+        """Norm of the mean of the patch tokens, [B, D], in float32."""
+        x = x[:, 1:].astype(jnp.float32).mean(1)
+        epsilon = self.config.layer_norm_eps
+        return nn.LayerNorm(epsilon, use_fast_variance=False, name="pooler_layernorm")(x)
+
+
+def Model(**architecture: Any) -> Beit:
+    """The network of an architecture, the keyword arguments of `BeitConfig`."""
+    known = [field.name for field in dataclasses.fields(BeitConfig)]
+    unknown = sorted(set(architecture) - set(known))
+    _expect(
+        not unknown, f"unknown architecture keys {', '.join(unknown)}; known: {', '.join(known)}"
+    )
+    return Beit(BeitConfig(**architecture))
+
+
+def for_finetuning(architecture: dict) -> dict:
+    """The architecture that fine-tunes a pretrained one: a position table for every layer."""
+    architecture = dict(architecture, use_mask_token=False)
+    if architecture.get("use_shared_relative_position_bias"):
+        architecture["use_shared_relative_position_bias"] = False
+        architecture["use_relative_position_bias"] = True
+    return architecture
+
+
+def layer_id(name: str, num_layers: int) -> int:
+    """Depth of a parameter for layer-wise learning-rate decay: 0 embeddings, l + 1 layer l,
+    num_layers + 1 the rest.
+
+    As in microsoft/unilm `beit/optim_factory.py`; a shared position bias belongs to the rest.
+    """
+    layer = re.match(r"layer_(\d+)/", name)
+    if layer:
+        return int(layer[1]) + 1
+    return 0 if name.startswith("embeddings/") else num_layers + 1
+
+
+def adapt_params(params: dict, old: BeitConfig, new: BeitConfig, method: str = "unilm") -> dict:
+    """Fits the position tables of `params`, made for `old`, to `new`.
+
+    A table shared by all layers becomes one table per layer where `new` wants that; tables and
+    absolute positions are resized to the new patch grid by `method` (see `models/position.py`).
+    Other parameters stay as they are.
+    """
+    params = dict(params)
+    if (
+        new.use_relative_position_bias
+        and not old.use_relative_position_bias
+        and old.use_shared_relative_position_bias
+    ):
+        table = params["relative_position_bias_table"]
+        if not new.use_shared_relative_position_bias:
+            del params["relative_position_bias_table"]
+        for index in range(new.num_hidden_layers):
+            layer = params[f"layer_{index}"]
+            own = {"relative_position_bias_table": table}
+            params[f"layer_{index}"] = {**layer, "attention": {**layer["attention"], **own}}
+
+    def resize(tree):
+        resized = {}
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                value = resize(value)
+            elif name == "relative_position_bias_table":
+                value = resize_relative_position_bias_table(
+                    np.asarray(value), old.grid, new.grid, method
+                )
+            elif name == "position_embeddings":
+                value = resize_position_embeddings(np.asarray(value), old.grid, new.grid, method)
+            resized[name] = value
+        return resized
+
+    return params if old.grid == new.grid else resize(params)

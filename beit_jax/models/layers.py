@@ -1,0 +1,93 @@
+"""Layers that the model families share."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+kernel_init = nn.initializers.truncated_normal(0.02)
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] times kernel [in, out] of one dtype, accumulated in float32.
+
+    On CPU the result of a bfloat16 product is float32, which XLA computes twice as fast there; the
+    gradient of the kernel is float32 and contracts the leading axes without flattening them.
+    """
+    return _dot(x, kernel, (x.ndim - 1,), (0,), _product_dtype(x.dtype))
+
+
+def _dot(a, b, contract_a, contract_b, dtype):
+    dimensions = ((contract_a, contract_b), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
+
+
+def _product_dtype(dtype):
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype
+
+
+def _matmul_forward(x, kernel):
+    return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, gradient):
+    x, kernel = residuals
+    gradient = gradient.astype(x.dtype)
+    leading = tuple(range(x.ndim - 1))
+    d_x = _dot(gradient, kernel, (gradient.ndim - 1,), (1,), _product_dtype(x.dtype))
+    d_kernel = _dot(x, gradient, leading, leading, jnp.float32)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Dense(nn.Module):
+    """Affine layer over float32 parameters, computed in `dtype`."""
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = kernel_init
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        x = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return x.astype(self.dtype)
+
+
+class DropPath(nn.Module):
+    """Drops a branch for whole samples, scales the rest up (stochastic depth, arXiv:1603.09382)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        if deterministic or self.rate == 0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def gelu(x):
+    """GELU with the exact erf, in float32; jax's default is the tanh approximation."""
+    return nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+}

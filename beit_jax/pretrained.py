@@ -1,0 +1,82 @@
+"""Where a run starts from: weights of others or of an earlier run, fitted to a new architecture."""
+
+import logging
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from beit_jax import checkpoint, convert, modules
+from beit_jax.checkpoint import ModelInfo
+
+
+class Pretrained(NamedTuple):
+    """Parameters as nested dict of arrays, and what is known of their model."""
+
+    params: dict[str, Any]
+    info: ModelInfo
+
+
+def load(source: str, revision: str = "") -> Pretrained:
+    """Reads a workdir of ours, or any checkpoint that `convert.load` knows.
+
+    Raises:
+      FileNotFoundError, ValueError: as `convert.load`.
+    """
+    if os.path.exists(os.path.join(source, "model.json")):
+        return Pretrained(checkpoint.load_params(source), checkpoint.read_model_info(source))
+    loaded = convert.load(source, revision=revision or None)
+    info = ModelInfo(
+        model_name="beit",
+        task="classify",
+        architecture=loaded.architecture,
+        class_names=loaded.class_names,
+        image=loaded.image,
+        pretrained=loaded.source,
+    )
+    return Pretrained(loaded.params, info)
+
+
+def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, method: str) -> dict:
+    """Parameters `fresh` of a new model with the pretrained ones filled in.
+
+    Args:
+      pretrained: where they come from.
+      fresh: initialised parameters of the new model, a nested dict.
+      architecture: of the new model.
+      reset: regexes of whole names that may stay fresh, or may be dropped, where they do not fit.
+      method: how position tables are resized, see `models/position.py`.
+
+    Raises:
+      ValueError: lists all parameters that are missing, left over or of another shape.
+    """
+    family = modules.load("models", pretrained.info.model_name)
+    old, new = (family.Model(**a).config for a in (pretrained.info.architecture, architecture))
+    loaded = family.adapt_params(pretrained.params, old, new, method)
+    loaded, fresh = (traverse_util.flatten_dict(tree, sep="/") for tree in (loaded, fresh))
+    fitting = {name for name in fresh if np.shape(loaded.get(name)) == np.shape(fresh[name])}
+    fitting &= set(loaded)
+    problems = [
+        f"  {name}: {_shape(loaded, name)} in the checkpoint, {_shape(fresh, name)} in the model"
+        for name in sorted((set(loaded) | set(fresh)) - fitting)
+        if not any(re.fullmatch(pattern, name) for pattern in reset)
+    ]
+    if problems:
+        raise ValueError(
+            f"{pretrained.info.pretrained or 'The checkpoint'} does not fit the model:\n"
+            + "\n".join(problems)
+            + "\nChange config.model, or name what may be left out in config.pretrained_reset."
+        )
+    logging.info("new parameters: %s", ", ".join(sorted(set(fresh) - fitting)) or "none")
+    logging.info("dropped parameters: %s", ", ".join(sorted(set(loaded) - fitting)) or "none")
+    if old.grid != new.grid:
+        logging.info("positions resized from %s to %s by %s", old.grid, new.grid, method)
+    params = {name: loaded[name] if name in fitting else fresh[name] for name in fresh}
+    return traverse_util.unflatten_dict(jax.tree.map(np.asarray, params), sep="/")
+
+
+def _shape(params, name):
+    return list(np.shape(params[name])) if name in params else "missing"

@@ -1,0 +1,181 @@
+"""Image classification: fine-tuning, or training from scratch.
+
+B batch, H x W picture as stored, S side as the network sees it, C channels, K classes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from beit_jax import losses, metrics, modules
+from beit_jax.checkpoint import ModelInfo
+from beit_jax.data import augment
+from beit_jax.pretrained import Pretrained, fit
+from beit_jax.tasks.task import Task
+
+_HALF = (0.5, 0.5, 0.5)
+_RUNTIME = ("dtype", "attention", "remat")  # of config.model; the same weights run with any
+
+
+def make_task(config, class_names, *, resized: bool, start: Pretrained | None, info=None) -> Task:
+    """The task of a config.
+
+    Args:
+      config: as `configs/common.py`.
+      class_names: of the data, in the order of its labels.
+      resized: whether the host crops pictures to the network's size, all but a "pad" crop.
+      start: pretrained parameters, if any.
+      info: the model of a run that is resumed or evaluated; decides in place of `config.model`.
+
+    Raises:
+      ValueError: the number of classes, the architecture or the weights do not fit.
+    """
+    if class_names is None:
+        raise ValueError(f"Classification needs labels, which {config.data.name} does not have.")
+    if info is None:
+        info = _model_info(config, class_names, start.info if start else None)
+    elif list(info.class_names) != list(class_names):
+        raise ValueError(
+            f"The model tells {len(info.class_names)} classes ({_few(info.class_names)}), "
+            f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
+        )
+    family = modules.load("models", info.model_name)
+    model = family.Model(
+        **info.architecture,
+        dtype=_dtype(config.model.dtype),
+        attention=config.model.attention,
+        remat=config.model.remat,
+    )
+    size, num_classes = model.config.image_size, len(class_names)
+    norm = {"mean": tuple(info.image["mean"]), "std": tuple(info.image["std"])}
+    eval_crop = {key: info.image[key] for key in ("crop", "crop_pct", "interpolation")}
+
+    def init(rng):
+        image = jnp.zeros((1, *size, model.config.num_channels))
+        return model.init(rng, image)["params"], {}
+
+    def fill(params):
+        if start is None:
+            return params
+        return fit(
+            start,
+            params,
+            info.architecture,
+            reset=config.pretrained_reset,
+            method=config.resize_method,
+        )
+
+    def train_view(rng, image):
+        a = config.augment
+        return augment.train_view(
+            rng,
+            image,
+            image_size=size,
+            crop="none" if resized and a.crop != "pad" else a.crop,
+            pad=a.pad,
+            scale=tuple(a.scale),
+            ratio=tuple(a.ratio),
+            interpolation=info.image["interpolation"],
+            flip=a.flip,
+            noise_std=a.noise_std,
+            color_jitter=a.color_jitter,
+            randaugment=a.randaugment,
+            erasing=a.erasing,
+            **norm,
+        )
+
+    def eval_view(image):
+        crop = {**eval_crop, "crop": "squash"} if resized else eval_crop
+        return augment.eval_view(image, image_size=size, **crop, **norm)
+
+    def loss(params, model_state, frozen, batch, rng):
+        view_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
+        image = train_view(view_rng, batch["image"])
+        target = augment.one_hot(batch["label"], num_classes, config.label_smoothing)
+        image, target = augment.mixup_cutmix(
+            mix_rng,
+            image,
+            target,
+            mixup_alpha=config.augment.mixup,
+            cutmix_alpha=config.augment.cutmix,
+            prob=config.augment.mix_prob,
+            switch_prob=config.augment.mix_switch_prob,
+        )
+        logits = model.apply(
+            {"params": params}, image, deterministic=False, rngs={"dropout": dropout_rng}
+        )
+        correct = jnp.argmax(logits, -1) == batch["label"]
+        value = losses.softmax_cross_entropy(logits, target).mean()
+        return value, (model_state, {"accuracy": correct.astype(jnp.float32).mean()})
+
+    def apply(params, image):
+        return model.apply({"params": params}, eval_view(image))
+
+    def evaluate(params, model_state, frozen, batch):
+        logits = apply(params, batch["image"])
+        probability = jax.nn.softmax(logits)
+        outputs = {"predicted": logits.argmax(-1), "probability": probability.max(-1)}
+        sums = metrics.classification_sums(logits, batch["label"], batch["weight"])
+        return sums, outputs
+
+    return Task(
+        init=init,
+        start=fill,
+        frozen={},
+        loss=loss,
+        evaluate=evaluate,
+        summarize=lambda sums: metrics.summarize_classification(sums, class_names),
+        predict=lambda params, model_state, frozen, image: jax.nn.softmax(apply(params, image)),
+        layer_id=lambda name: family.layer_id(name, model.config.num_hidden_layers),
+        num_layers=model.config.num_hidden_layers,
+        image_size=size,
+        info=info,
+    )
+
+
+def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
+    """The architecture: the checkpoint's or preset's, with single fields of `config.model`."""
+    family = modules.load("models", config.model_name)
+    if start is None:
+        if config.preset not in family.PRESETS:
+            available = ", ".join(family.PRESETS)
+            raise ValueError(f"Unknown preset {config.preset!r}; available: {available}.")
+        architecture = dict(family.PRESETS[config.preset])
+    else:
+        if start.model_name != config.model_name:
+            raise ValueError(
+                f"{config.pretrained} is a {start.model_name}; set config.model_name to it."
+            )
+        architecture = family.for_finetuning(start.architecture)
+    overrides = {k: v for k, v in config.model.items() if v is not None and k not in _RUNTIME}
+    num_labels = overrides.setdefault("num_labels", len(class_names))
+    if num_labels != len(class_names):
+        raise ValueError(
+            f"config.model.num_labels is {num_labels}, {config.data.name} has {len(class_names)} "
+            f"classes ({_few(class_names)}); leave num_labels unset to take the number of the data."
+        )
+    architecture.update(overrides, head="classifier")
+    architecture = dataclasses.asdict(family.Model(**architecture).config)
+    architecture = {key: value for key, value in architecture.items() if key not in _RUNTIME}
+    image = {"mean": _HALF, "std": _HALF, "interpolation": "bicubic", "crop": "squash"}
+    image |= {"crop_pct": 1.0} | ((start.image if start else None) or {})
+    image |= {key: value for key, value in config.image.items() if value is not None}
+    return ModelInfo(
+        model_name=config.model_name,
+        task="classify",
+        architecture=architecture,
+        class_names=list(class_names),
+        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        pretrained=config.pretrained or None,
+    )
+
+
+def _dtype(name: str) -> str:
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _few(names, most=4):
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

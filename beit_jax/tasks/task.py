@@ -1,0 +1,41 @@
+"""What the loop knows of a task."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from beit_jax.checkpoint import ModelInfo
+
+
+class Task(NamedTuple):
+    """Pure functions; one loop, one evaluator and one checkpoint path serve every task.
+
+    `batch` holds uint8 pictures "image" [B, H, W, C] and whatever else the data has ("label" [B]).
+    `model_state` is what changes without a gradient (running averages); `frozen` are weights that
+    are used but neither trained nor saved (a tokenizer, a teacher).
+
+    Attributes:
+      init: rng -> (params, model_state), under jit.
+      start: params -> params with the pretrained ones filled in, on the host.
+      frozen: a pytree of arrays.
+      loss: (params, model_state, frozen, batch, rng) -> (loss, (model_state, scalars)).
+      evaluate: (params, model_state, frozen, batch) -> (sums, outputs). The sums of all batches are
+        added up, examples of "weight" 0 left out; outputs are arrays of one entry per example.
+      summarize: sums -> dict of metrics; floats are logged.
+      predict: (params, model_state, frozen, image) -> probabilities [B, K].
+      layer_id: parameter name -> depth, for layer-wise learning-rate decay.
+      num_layers: of the network.
+      image_size: (height, width) that the network sees.
+      info: what model.json says.
+    """
+
+    init: Callable
+    start: Callable
+    frozen: Any
+    loss: Callable
+    evaluate: Callable
+    summarize: Callable
+    predict: Callable
+    layer_id: Callable[[str], int]
+    num_layers: int
+    image_size: tuple[int, int]
+    info: ModelInfo

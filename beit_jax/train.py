@@ -1,0 +1,315 @@
+"""The loop: data, state, restore, step, evaluate, save. One for every task."""
+
+import collections
+import contextlib
+import os
+import signal
+from typing import NamedTuple
+
+import jax
+
+from beit_jax import checkpoint, evaluate, modules, optim, plots, pretrained, report, sharding
+from beit_jax import state as states
+from beit_jax import workdir as workdirs
+from beit_jax.data import inputs
+from beit_jax.steps import is_time, to_steps
+
+LAG = 2  # steps queued on the device while the numbers of an earlier one are read
+HARMLESS = ("log_every", "tensorboard", "mistakes", "compile_cache", "eval_batch_size", "eval_only")
+
+
+class Plan(NamedTuple):
+    """Durations of a run, in steps; 0 is never."""
+
+    total_steps: int
+    steps_per_epoch: float
+    warmup: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep_every: int
+
+
+def run(config, workdir: str) -> dict | None:
+    """Trains, or goes on with what the workdir holds, and evaluates.
+
+    Args:
+      config: as `configs/common.py` makes it.
+      workdir: where everything goes that the run leaves.
+
+    Returns:
+      What results.json holds; None if a signal ended the run, which can then be resumed.
+
+    Raises:
+      FileNotFoundError, ValueError: config, data, weights or workdir do not fit; said before the
+        first step.
+      FloatingPointError: the loss is not finite; the last good checkpoint is kept.
+    """
+    workdir = os.path.abspath(workdir)
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
+    sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdirs.open_workdir(workdir, config.to_dict(), allow_change=HARMLESS))
+        return _run(config, workdir, mesh, stack)
+
+
+def _run(config, workdir, mesh, stack):
+    splits = inputs.open_splits(config.data, mesh)
+    train = splits["train"]
+    task = make_task(config, splits, workdir)
+    plan = make_plan(config, train.num_examples)
+    tx, schedule = make_optimizer(config, task, plan)
+    saver = stack.enter_context(make_checkpointer(config, workdir, plan))
+    state = make_state(config, task, tx, saver, mesh)
+    checkpoint.write_model_info(workdir, task.info)
+    step = start_step = int(state.step)
+    log = stack.enter_context(
+        report.Report(
+            workdir,
+            total_steps=plan.total_steps,
+            batch_size=config.batch_size,
+            steps_per_epoch=plan.steps_per_epoch,
+            start_step=start_step,
+            tensorboard=config.tensorboard,
+        )
+    )
+    log.parameters(state.params)
+    task = task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
+    evaluator = evaluate.make_evaluator(task, config, mesh)
+    stopped = stack.enter_context(catch_signals())
+    stream = inputs.train_stream(
+        train, config, mesh, start_step=start_step, image_size=task.image_size
+    )
+    train_step = None
+    queue = collections.deque()
+
+    def read(keep: int):
+        """Reads the numbers of finished steps, all but the newest `keep`."""
+        while len(queue) > keep:
+            done, scalars = queue.popleft()
+            scalars = {key: float(value) for key, value in jax.device_get(scalars).items()}
+            if not scalars.pop("finite"):
+                raise FloatingPointError(not_finite(done, scalars, schedule, saver))
+            scalars["learning_rate"] = float(schedule(done - 1))
+            log.train(done, scalars, write=is_time(done, plan.log_every, plan.total_steps))
+
+    while step < plan.total_steps and not stopped:
+        with log.timer("input"):
+            batch = next(stream)
+        if train_step is None:
+            with log.timer("compile"):
+                train_step = compile_step(config, task, tx, state, train.resident, batch)
+        state, scalars = train_step(state, task.frozen, train.resident, batch)
+        step += 1
+        queue.append((step, scalars))
+        read(keep=LAG)
+        metrics = None
+        if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
+            read(keep=0)
+            with log.timer("evaluate"):
+                metrics, _ = evaluator(splits["val"], state.eval_params, state.model_state)
+            log.scalars(step, {f"val/{key}": value for key, value in scalars_of(metrics).items()})
+        if stopped or is_time(step, plan.save_every, plan.total_steps):
+            read(keep=0)
+            with log.timer("save"):
+                saver.save(step, state, metrics=metrics and scalars_of(metrics))
+    stream.close()
+    if stopped:
+        saver.wait()
+        log.info(f"Saved step {step}; the same command goes on from there.")
+        return None
+    return finish(config, workdir, task, state, splits, evaluator, saver, log)
+
+
+def make_task(config, splits, workdir):
+    """The task of the config: of the model in the workdir, if there is one, else of a new one.
+
+    Raises:
+      ValueError: task, data, architecture and weights do not fit each other.
+    """
+    names = {name: split.source.class_names for name, split in splits.items()}
+    class_names = next(iter(names.values()))
+    for name, others in names.items():
+        if others != class_names:
+            raise ValueError(
+                f"The splits differ in their classes: {name} ({config.data[name]}) has {others}, "
+                f"expected {class_names}."
+            )
+    info, start = None, None
+    if os.path.exists(os.path.join(workdir, "model.json")):
+        info = checkpoint.read_model_info(workdir)
+    elif config.pretrained:
+        start = pretrained.load(config.pretrained, config.pretrained_revision)
+    resized = any(split.resident is None for split in splits.values())
+    module = modules.load("tasks", config.task_name)
+    return module.make_task(config, class_names, resized=resized, start=start, info=info)
+
+
+def make_plan(config, num_examples: int) -> Plan:
+    """Durations of the config in steps."""
+    steps_per_epoch = num_examples / config.batch_size
+    total_steps = config.total_steps
+    if total_steps is None:
+        total_steps = max(1, round(config.num_epochs * steps_per_epoch))
+
+    def steps(duration, name):
+        return to_steps(
+            duration,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=config.batch_size,
+            name=f"config.{name}",
+        )
+
+    names = ("log_every", "eval_every", "save_every", "keep_every")
+    return Plan(
+        total_steps,
+        steps_per_epoch,
+        warmup=steps(config.optim.warmup, "optim.warmup"),
+        **{name: steps(config[name], name) for name in names},
+    )
+
+
+def make_optimizer(config, task, plan):
+    """The optimizer of the config and its learning-rate schedule."""
+    c = config.optim
+    schedule = optim.make_schedule(
+        c.schedule,
+        learning_rate=c.learning_rate,
+        total_steps=plan.total_steps,
+        end_value=c.end_value,
+        warmup_steps=plan.warmup,
+        warmup_init=c.warmup_init,
+        steps_per_epoch=plan.steps_per_epoch,
+    )
+    return optim.make_optimizer(
+        c.name,
+        learning_rate=schedule,
+        params=_shapes(task, config)[0],
+        b1=c.b1,
+        b2=c.b2,
+        eps=c.eps,
+        momentum=c.momentum,
+        nesterov=c.nesterov,
+        weight_decay=c.weight_decay,
+        no_decay=c.no_decay,
+        decay_position_bias=c.decay_position_bias,
+        layer_decay=c.layer_decay,
+        layer_id=task.layer_id,
+        num_layers=task.num_layers,
+        clip_norm=c.clip_norm,
+        freeze=c.freeze,
+    )
+
+
+def _shapes(task, config):
+    return jax.eval_shape(task.init, jax.random.key(config.seed))
+
+
+def make_checkpointer(config, workdir, plan) -> checkpoint.Checkpointer:
+    """The checkpoints of the workdir."""
+    return checkpoint.Checkpointer(
+        workdir,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        keep_every=plan.keep_every or None,
+        best_metric=config.best_metric,
+    )
+
+
+def make_state(config, task, tx, saver, mesh):
+    """The newest state in the workdir, or else the first: initialised, then pretrained."""
+    everywhere = sharding.replicated(mesh)
+    rng = jax.random.key(config.seed)
+
+    def create(params, model_state):
+        return states.create(params, model_state, tx, ema=config.ema_decay > 0)
+
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(create, *_shapes(task, config)),
+    )
+    state = saver.restore(target)
+    if state is None:
+        params, model_state = jax.device_get(jax.jit(task.init)(rng))
+        params = sharding.put(task.start(params), everywhere)
+        state = jax.jit(create, out_shardings=everywhere)(params, model_state)
+    return state
+
+
+def compile_step(config, task, tx, state, resident, batch):
+    """The training step, compiled for these shapes; the state's buffers are reused."""
+    step = states.make_train_step(
+        task,
+        tx,
+        trainable=optim.trainable_mask(state.params, config.optim.freeze),
+        seed=config.seed,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+    )
+    arguments = state, task.frozen, resident, batch
+    return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+
+
+def finish(config, workdir, task, state, splits, evaluator, saver, log) -> dict:
+    """Evaluates the best checkpoint on the test split and writes results.json and pictures."""
+    saver.wait()
+    params, step = state.eval_params, int(state.step)
+    best = saver.best_step()
+    if best not in (None, step):
+        log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
+        step, params = best, checkpoint.load_params(workdir, best)
+    results = {
+        "step": step,
+        "num_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "images_per_second": log.images_per_second,
+    }
+    for name in ("val", "test"):
+        if name in splits:
+            with log.timer("evaluate"):
+                metrics, outputs = evaluator(splits[name], params, state.model_state)
+            results[name] = metrics
+            log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
+            evaluate.draw(workdir, metrics, outputs, splits[name], num_mistakes=config.mistakes)
+    if "test" in results:
+        log.scalars(step, {f"test/{k}": v for k, v in scalars_of(results["test"]).items()})
+    plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
+    results["seconds"] = log.times()
+    report.write_json(os.path.join(workdir, "results.json"), results)
+    return results
+
+
+def scalars_of(metrics) -> dict[str, float]:
+    """The metrics that are single numbers."""
+    return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+
+
+def not_finite(step, scalars, schedule, saver) -> str:
+    """What to say when a step's loss or gradient is not finite."""
+    return (
+        f"Loss {scalars['loss']} and gradient norm {scalars['gradient_norm']} at step {step}, with "
+        f"learning rate {float(schedule(step - 1)):.3g}: the run stops without this update. The "
+        f"last good checkpoint is of step {saver.latest_step()}; lower config.optim.learning_rate, "
+        "or set config.optim.clip_norm=1.0, in a new workdir."
+    )
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that holds a signal once SIGTERM or SIGINT came; a second one ends at once."""
+    caught = []
+
+    def catch(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

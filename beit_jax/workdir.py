@@ -1,0 +1,102 @@
+"""A workdir belongs to one run: one process at a time, one config for all of it."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import filelock
+
+
+@contextlib.contextmanager
+def open_workdir(
+    workdir: str | os.PathLike, config: Mapping[str, Any], *, allow_change: Sequence[str] = ()
+) -> Iterator[None]:
+    """Makes and locks a workdir, and writes config.json or compares it with the one there.
+
+    Args:
+      workdir: the directory; it may be there from an earlier start of the same run.
+      config: nested dict that JSON can hold.
+      allow_change: keys ("optim.learning_rate") that may differ from those of the earlier start.
+
+    Raises:
+      ValueError: it cannot be made, another process uses it, or it belongs to another run.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
+    with _lock(workdir):
+        _check_config(workdir, json.loads(json.dumps(config)), allow_change)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(workdir):
+    """An advisory lock, which the system releases even after kill -9."""
+    path = os.path.join(workdir, ".lock")
+    owner = os.path.join(workdir, ".owner")
+    try:
+        lock = filelock.FileLock(path, blocking=False)
+        lock.acquire()
+    except filelock.Timeout as error:
+        with contextlib.suppress(OSError), open(owner) as file:
+            raise ValueError(
+                f"The workdir {workdir} is in use by {file.read()}; wait for it, or use another."
+            ) from error
+        raise ValueError(f"The workdir {workdir} is in use by another process.") from error
+    except OSError as error:
+        raise ValueError(f"Nothing can be written to {workdir}: {error.strerror}.") from error
+    try:
+        with open(owner, "w") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()
+
+
+def _check_config(workdir, config, allow_change):
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        try:
+            with open(path) as file:
+                stored = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        _compare(workdir, _flatten(stored), _flatten(config), allow_change)
+    elif others := [name for name in ("model.json", "checkpoints") if _exists(workdir, name)]:
+        raise ValueError(
+            f"{workdir} holds {' and '.join(others)} but no config.json: it was not made by a run. "
+            "Use another workdir; --config.pretrained takes this one as a start."
+        )
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(config, file, indent=2)
+    os.replace(f"{path}.tmp", path)
+
+
+def _exists(workdir, name):
+    return os.path.exists(os.path.join(workdir, name))
+
+
+def _compare(workdir, stored, given, allow_change):
+    keys = sorted(set(stored) | set(given))
+    drift = [key for key in keys if stored.get(key) != given.get(key) and key not in allow_change]
+    if drift:
+        rows = [f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}" for key in drift]
+        raise ValueError(
+            f"The workdir {workdir} belongs to a run with another config:\n"
+            + "\n".join(rows)
+            + "\nGive the same config to go on with it, or use another workdir."
+        )
+
+
+def _flatten(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Recipes, one file each; `main.py --config=configs/NAME.py[:ARG]`."""

@@ -1,0 +1,151 @@
+"""Every legal key of a config, once, with its default. Recipes start from `get_config()`.
+
+Durations ("warmup", "eval_every", ...) are steps (`500`), epochs (`"2ep"`), a share of the run
+(`"5%"`) or examples (`"50000ex"`). `None` in `model` means: as the checkpoint or preset has it.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    """The defaults, for fine-tuning a classifier; locked, so that unknown keys are errors."""
+    config = ConfigDict()
+    config.seed = 0
+    config.task_name = "classify"  # a file in beit_jax/tasks
+    config.model_name = "beit"  # a file in beit_jax/models
+
+    # The start: a HuggingFace directory or hub id, a .pth of unilm or timm, or a workdir of ours.
+    # Its architecture is taken, and single fields of `model` override it. "" starts from `preset`.
+    config.pretrained = ""
+    config.pretrained_revision = ""  # of a hub id: branch, tag or commit
+    config.pretrained_reset = (  # parameters (regexes) that may differ from the checkpoint
+        "classifier/.*",
+        "(pooler_|lm_)?layernorm/.*",
+        "lm_head/.*",
+        "embeddings/mask_token",
+    )
+    config.resize_method = "unilm"  # of position tables at another resolution: unilm, timm, hf
+    config.preset = "base"  # architecture without `pretrained`: cifar, tiny, small, base, large
+
+    config.model = model = ConfigDict()  # names as in transformers' BeitConfig
+    model.image_size = config_dict.placeholder(object)  # pixels: 224 or (192, 256)
+    model.patch_size = config_dict.placeholder(int)
+    model.num_channels = config_dict.placeholder(int)
+    model.hidden_size = config_dict.placeholder(int)
+    model.num_hidden_layers = config_dict.placeholder(int)
+    model.num_attention_heads = config_dict.placeholder(int)
+    model.intermediate_size = config_dict.placeholder(int)
+    model.hidden_act = config_dict.placeholder(str)
+    model.hidden_dropout_prob = config_dict.placeholder(float)
+    model.attention_probs_dropout_prob = config_dict.placeholder(float)
+    model.layer_norm_eps = config_dict.placeholder(float)
+    model.use_mask_token = config_dict.placeholder(bool)
+    model.use_absolute_position_embeddings = config_dict.placeholder(bool)
+    model.use_relative_position_bias = config_dict.placeholder(bool)
+    model.use_shared_relative_position_bias = config_dict.placeholder(bool)
+    model.layer_scale_init_value = config_dict.placeholder(float)
+    model.drop_path_rate = config_dict.placeholder(float)
+    model.use_mean_pooling = config_dict.placeholder(bool)
+    model.vocab_size = config_dict.placeholder(int)
+    model.num_labels = config_dict.placeholder(int)  # the data decides; set it to have it checked
+    model.head_init_scale = config_dict.placeholder(float)
+    model.rescale_init = config_dict.placeholder(bool)
+    model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
+    model.attention = "auto"  # plain, xla, cudnn
+    model.remat = "none"  # full or dots save memory for time
+
+    config.data = data = ConfigDict()
+    data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, folder:PATH
+    data.data_dir = ""  # of tfds; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.train = "train[:90%]"
+    data.val = "train[90%:]"  # "" for no validation
+    data.test = "test"  # "" for no final test
+    data.on_bad_image = "error"  # or skip: leave out, and count, what cannot be decoded
+    data.resident_bytes = 4 << 30  # a data set of one picture size up to this is kept on the device
+    data.threads = 0  # that decode; 0: one per core
+    data.prefetch = 2  # batches decoded ahead
+
+    config.augment = augment = ConfigDict()  # of training pictures
+    augment.crop = "squash"  # the whole picture; rrc: random resized crop; pad: shift by `pad`
+    augment.pad = 4  # pixels
+    augment.scale = (0.08, 1.0)  # of rrc: share of the area
+    augment.ratio = (3 / 4, 4 / 3)  # of rrc: width / height
+    augment.flip = 0.5  # probability
+    augment.noise_std = 0.0  # Gaussian noise; pixels are in [0, 1]
+    augment.color_jitter = 0.0  # strength of brightness, contrast, saturation
+    augment.randaugment = ""  # such as rand-m9-mstd0.5-inc1
+    augment.erasing = 0.0  # probability
+    augment.mixup = 0.0  # alpha
+    augment.cutmix = 0.0  # alpha
+    augment.mix_prob = 1.0  # of mixing a batch at all
+    augment.mix_switch_prob = 0.5  # of cutmix, where both are on
+
+    config.image = image = ConfigDict()  # how pictures meet the model; None: as it was trained
+    image.mean = config_dict.placeholder(tuple)  # per channel; pixels are in [0, 1]
+    image.std = config_dict.placeholder(tuple)
+    image.interpolation = config_dict.placeholder(str)  # bicubic, bilinear, lanczos
+    image.crop = config_dict.placeholder(str)  # squash: whole picture; center: middle square
+    image.crop_pct = config_dict.placeholder(float)  # of center: image_size / shorter side
+
+    config.batch_size = 32
+    config.eval_batch_size = 128
+    config.num_epochs = 15.0
+    config.total_steps = config_dict.placeholder(int)  # overrides num_epochs
+    config.accumulate_steps = 1  # micro-batches per step: less memory, same gradient
+    config.label_smoothing = 0.0
+    config.ema_decay = 0.0  # averages parameters for evaluation; 0 is off
+
+    config.optim = optim = ConfigDict()
+    optim.name = "adam"  # adam, adamw, sgd, lion: the update rules of torch
+    optim.learning_rate = 2e-5
+    optim.schedule = "cosine"  # cosine, step-cosine, linear, constant
+    optim.end_value = 0.0  # learning rate at the end
+    optim.warmup = 0  # duration
+    optim.warmup_init = 0.0  # learning rate at the start of the warm-up
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.eps = 1e-8
+    optim.momentum = 0.9  # of sgd
+    optim.nesterov = False  # of sgd
+    optim.weight_decay = 0.0
+    optim.no_decay = ()  # more parameters (regexes) without decay than biases, norms, scales
+    optim.decay_position_bias = True  # as unilm; timm does not
+    optim.layer_decay = 1.0  # learning rate of each layer against the one above
+    optim.clip_norm = 0.0  # of the gradient; 0 is off
+    optim.freeze = ()  # parameters (regexes) that do not learn
+
+    config.log_every = 50  # steps
+    config.eval_every = "1ep"
+    config.save_every = "1ep"  # what kill -9 can cost at most; the last step is always saved
+    config.keep_last = 2  # checkpoints
+    config.keep_best = 1
+    config.keep_every = 0  # duration; checkpoints that are kept for good
+    config.best_metric = "accuracy"  # on the validation split
+    config.eval_only = False  # evaluate the workdir's best checkpoint, or `pretrained`
+    config.tensorboard = True
+    config.mistakes = 36  # pictures on the sheet of most confident mistakes
+    config.compile_cache = "~/.cache/beit_jax"  # "" is off
+    return config.lock()
+
+
+def parse_arg(arg: str | None, *allowed: str) -> str:
+    """The argument after the colon of --config=FILE:ARG, "" for none.
+
+    Raises:
+      ValueError: it is not among `allowed`.
+    """
+    if arg and arg not in allowed:
+        available = ", ".join(allowed) or "none"
+        raise ValueError(f"Unknown config argument {arg!r}; available: {available}.")
+    return arg or ""
+
+
+def shrink(config: ConfigDict) -> None:
+    """Makes a recipe a two-minute check on CPU: few pictures, a small network, two epochs."""
+    config.preset = "cifar"
+    config.data.train = "train[:2000]"
+    config.data.val = "train[-500:]"
+    config.data.test = "test[:500]"
+    config.num_epochs = 2.0
+    config.optim.learning_rate = 1e-3
+    config.log_every = 10

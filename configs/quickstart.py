@@ -1,0 +1,40 @@
+"""Handwritten digits with a tiny BEiT: the whole main job on a CPU, without a network.
+
+    python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
+
+scikit-learn's 1,797 digits of 8 x 8 pixels, an 80 % / 20 % split, trained from scratch.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    """No arguments."""
+    common.parse_arg(arg)
+    config = common.get_config()
+    config.data.name = "digits"
+    config.data.train = "train[:90%]"
+    config.data.val = "train[90%:]"
+
+    config.model.image_size = 16
+    config.model.patch_size = 4
+    config.model.hidden_size = 64
+    config.model.num_hidden_layers = 4
+    config.model.num_attention_heads = 4
+    config.model.intermediate_size = 128
+    config.model.drop_path_rate = 0.0
+    config.model.head_init_scale = 1.0
+
+    config.augment.crop = "pad"
+    config.augment.pad = 1
+    config.augment.flip = 0.0
+
+    config.batch_size = 64
+    config.num_epochs = 30.0
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 2e-3
+    config.optim.warmup = "2ep"
+    config.optim.weight_decay = 0.05
+    config.eval_every = "5ep"
+    config.save_every = "10ep"
+    return config

@@ -1,0 +1,338 @@
+"""The order of training, and batches that depend on (seed, step) alone."""
+
+import gc
+import itertools
+import logging
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_jax.data import images, pipeline, sources
+from beit_jax.data.pipeline import Order
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """23 JPEG pictures of 3 classes and of many sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
+        path = root / f"class_{i % 3}" / f"{i:02d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        small.resize((30 + 3 * i, 70 - i), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture
+def source(photos):
+    return sources.get_source(f"folder:{photos}")
+
+
+def take(batches, count):
+    with batches:
+        return list(itertools.islice(batches, count))
+
+
+def assert_equal(got, expected):
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+@pytest.mark.parametrize("num_examples,batch_size", [(10, 3), (10, 5), (7, 20), (1, 4), (64, 64)])
+def test_every_epoch_has_every_example_once(num_examples, batch_size):
+    order = Order(num_examples, batch_size, seed=3)
+    epochs = 6
+    steps = -(-epochs * num_examples // batch_size)
+    stream = np.concatenate([order.indices(step) for step in range(steps)])
+    assert stream.dtype == np.int64 and len(stream) == steps * batch_size
+    stream = stream[: epochs * num_examples].reshape(epochs, num_examples)
+    np.testing.assert_array_equal(np.sort(stream), np.tile(np.arange(num_examples), (epochs, 1)))
+    if num_examples > 5:
+        assert len({tuple(epoch) for epoch in stream}) == epochs
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    order = Order(1000, 32, seed=7)
+    expected = {step: order.indices(step) for step in range(100)}
+    for step in (99, 3, 50, 0):
+        np.testing.assert_array_equal(Order(1000, 32, 7).indices(step), expected[step])
+        np.testing.assert_array_equal(
+            pickle.loads(pickle.dumps(order)).indices(step), expected[step]
+        )
+    assert not np.array_equal(Order(1000, 32, 8).indices(0), expected[0])
+    # The permutation does not depend on the batch size: position 64 of the stream.
+    np.testing.assert_array_equal(Order(1000, 64, 7).indices(1)[:32], expected[2])
+    expected[0][:] = -1  # a copy
+    assert order.indices(0).min() >= 0
+
+
+def test_order_stays_the_same_between_versions():
+    order = Order(10, 10, seed=0)
+    assert order.indices(0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert order.indices(12_345_678_901).tolist() == [2, 4, 8, 6, 3, 1, 7, 0, 9, 5]
+
+
+def test_order_jumps_to_any_step_at_once():
+    start = time.monotonic()
+    Order(50_000, 256, seed=0).indices(10**9)
+    assert time.monotonic() - start < 1
+
+
+def test_permutations_are_uniform():
+    order = Order(5, 5, seed=0)
+    stream = np.array([order.indices(step) for step in range(4000)])
+    counts = np.array([np.bincount(column, minlength=5) for column in stream.T])
+    assert np.abs(counts - 800).max() < 5 * np.sqrt(4000 * 0.2 * 0.8)
+
+
+@pytest.mark.parametrize("bad", [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
+def test_order_refuses(bad):
+    with pytest.raises(ValueError, match="expected num_examples >= 1"):
+        Order(*bad)
+
+
+@pytest.mark.parametrize("crop", ["rrc", "squash", "center"])
+def test_batches_do_not_depend_on_threads_or_restarts(source, crop):
+    order = Order(len(source), 7, seed=1)
+
+    def make(start=0, **kwargs):
+        return pipeline.train_batches(
+            source, order, start, image_size=SIZE, crop=crop, seed=5, **kwargs
+        )
+
+    expected = take(make(threads=0), 8)
+    for threads, prefetch in ((1, 1), (3, 2), (16, 3), (4, 0)):
+        assert_equal(take(make(threads=threads, prefetch=prefetch), 8), expected)
+    for start in (1, 3, 7):
+        assert_equal(take(make(start, threads=2), 8 - start), expected[start:])
+    for step, batch in enumerate(expected):
+        assert batch["image"].shape == (7, SIZE, SIZE, 3) and batch["image"].dtype == np.uint8
+        assert batch["label"].dtype == batch["index"].dtype == np.int32
+        np.testing.assert_array_equal(batch["index"], order.indices(step))
+        labels = [source.fetch([i])[0].label for i in batch["index"].tolist()]
+        np.testing.assert_array_equal(batch["label"], labels)
+
+
+def test_crops_depend_on_seed_step_and_row(photos):
+    source = sources.get_source(f"folder:{photos}", "train[:1]")
+    order = Order(1, 4, seed=0)
+    crops = [
+        image.tobytes()
+        for seed in (0, 1)
+        for batch in take(pipeline.train_batches(source, order, image_size=SIZE, seed=seed), 3)
+        for image in batch["image"]
+    ]
+    assert len(set(crops)) == 2 * 3 * 4
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_a_batch(source, count):
+    order = Order(len(source), 8, seed=1)
+
+    def train(**kwargs):
+        batches = pipeline.train_batches(source, order, image_size=SIZE, seed=5, **kwargs)
+        return take(batches, 4)
+
+    def evaluate(**kwargs):
+        return take(pipeline.eval_batches(source, 8, image_size=SIZE, **kwargs), 9)
+
+    for make in (train, evaluate):
+        parts = [make(process_index=i, process_count=count) for i in range(count)]
+        joined = [
+            {key: np.concatenate([part[key] for part in batch]) for key in batch[0]}
+            for batch in zip(*parts, strict=True)
+        ]
+        assert_equal(joined, make())
+    with pytest.raises(ValueError, match="batch_size=8 is no multiple of 3 processes"):
+        train(process_count=3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 40])
+@pytest.mark.parametrize("threads", [0, 3])
+def test_evaluation_sees_every_example_once(source, batch_size, threads):
+    batches = take(
+        pipeline.eval_batches(
+            source, batch_size, image_size=(SIZE, SIZE + 2), crop="squash", threads=threads
+        ),
+        100,
+    )
+    assert len(batches) == -(-23 // batch_size)
+    assert {batch["image"].shape for batch in batches} == {(batch_size, SIZE, SIZE + 2, 3)}
+    index, weight, label, image = (
+        np.concatenate([batch[key] for batch in batches])
+        for key in ("index", "weight", "label", "image")
+    )
+    assert weight.dtype == np.float32 and weight.sum() == 23
+    np.testing.assert_array_equal(index[weight == 1], np.arange(23))
+    assert (index[weight == 0] == -1).all() and not image[weight == 0].any()
+    for i in range(23):
+        record = source.fetch([i])[0]
+        assert label[i] == record.label
+        expected = images.squash(images.open_image(record.image), (SIZE, SIZE + 2))
+        np.testing.assert_array_equal(image[i], expected)
+
+
+def test_evaluation_crops_the_middle(source):
+    (batch,) = take(
+        pipeline.eval_batches(source, 23, image_size=SIZE, crop="center", crop_pct=0.875), 2
+    )
+    for i, got in enumerate(batch["image"]):
+        image = images.open_image(source.fetch([i])[0].image)
+        np.testing.assert_array_equal(got, images.center_crop(image, (SIZE, SIZE), 0.875))
+
+
+def test_unlabelled_sources_give_no_label(photos):
+    source = sources.get_source(f"folder:{photos}", labelled=False)
+    train = pipeline.train_batches(source, Order(23, 4, 0), image_size=SIZE, seed=0)
+    assert take(train, 1)[0].keys() == {"image", "index"}
+    evaluation = pipeline.eval_batches(source, 20, image_size=SIZE)
+    assert {tuple(sorted(b)) for b in take(evaluation, 3)} == {("image", "index", "weight")}
+    assert pipeline.load_all(sources.get_source("digits", labelled=False)).keys() == {
+        "image",
+        "index",
+    }
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    for i in range(12):
+        path = tmp_path / f"class_{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 4), (i, i, i)).save(path)
+    bad = [tmp_path / "class_0" / "04.png", tmp_path / "class_1" / "07.png"]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:50])
+    return tmp_path, {str(path) for path in bad}
+
+
+def test_bad_picture_stops_the_run_with_its_name(damaged):
+    folder, bad = damaged
+    source = sources.get_source(f"folder:{folder}")
+    train = pipeline.train_batches(source, Order(12, 4, 0), image_size=SIZE, seed=0, threads=2)
+    with pytest.raises(images.BadImageError) as error, train:
+        list(itertools.islice(train, 3))
+    assert error.value.name in bad and "on_bad_image='skip'" in error.value.__notes__[0]
+    with pytest.raises(images.BadImageError), pipeline.eval_batches(source, 4, image_size=4) as it:
+        list(it)
+    with pytest.raises(images.BadImageError):
+        pipeline.load_all(source)
+
+
+def test_bad_pictures_are_skipped_and_counted(damaged, caplog):
+    folder, bad = damaged
+    source = sources.get_source(f"folder:{folder}", on_bad_image="skip")
+    order = Order(12, 4, seed=0)
+    expected = None
+    for threads in (0, 3):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            train = pipeline.train_batches(
+                source, order, image_size=SIZE, crop="squash", seed=0, threads=threads
+            )
+            batches = take(train, 6)
+        if threads == 0:
+            expected = batches
+            assert train.bad_images.keys() == bad  # two epochs
+            assert len([r for r in caplog.records if "skipped: cannot decode" in r.message]) == 2
+        assert_equal(batches, expected)
+    bad_indices = {i for i in range(12) if source.id(i) in bad}
+    for step, batch in enumerate(expected):
+        for got, wanted, image in zip(
+            batch["index"], order.indices(step), batch["image"], strict=True
+        ):
+            while wanted in bad_indices:
+                wanted = (wanted + 1) % 12
+            assert got == wanted
+            assert source.id(int(got)).endswith(f"{image[0, 0, 0]:02d}.png")
+
+    batches = take(pipeline.eval_batches(source, 5, image_size=SIZE), 9)
+    index, weight = (np.concatenate([b[key] for b in batches]) for key in ("index", "weight"))
+    assert set(index[weight == 0]) == bad_indices | {-1} and weight.sum() == 10
+
+    arrays = pipeline.load_all(source)
+    assert set(range(12)) - set(arrays["index"].tolist()) == bad_indices
+    assert len(arrays["image"]) == len(arrays["label"]) == 10
+    for image, label, index in zip(*(arrays[k] for k in ("image", "label", "index")), strict=True):
+        assert image[0, 0, 0] % 2 == label == source.fetch([int(index)])[0].label
+
+
+def test_nothing_but_bad_pictures_is_an_error(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
+    source = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
+    with pytest.raises(ValueError, match="none of the 3 pictures"):
+        take(pipeline.train_batches(source, Order(3, 2, 0), image_size=SIZE, seed=0), 1)
+
+
+def test_load_all_is_the_source():
+    source = sources.get_source("digits", "test")
+    calls = []
+    arrays = pipeline.load_all(source, threads=3, progress=lambda *done: calls.append(done))
+    assert arrays["image"].dtype == np.uint8 and arrays["label"].dtype == np.int32
+    for i in range(0, len(source), 7):
+        np.testing.assert_array_equal(arrays["image"][i], source[i]["image"])
+        assert arrays["label"][i] == source[i]["label"] and arrays["index"][i] == i
+    assert calls[-1] == (360, 360) and calls == sorted(calls) and len(calls) > 3
+
+
+def test_fits(source):
+    digits = sources.get_source("digits", "test")
+    assert pipeline.fits(digits, 360 * 8 * 8 * 3)
+    assert not pipeline.fits(digits, 360 * 8 * 8 * 3 - 1)
+    assert not pipeline.fits(source, 10**12)
+    with pytest.raises(ValueError, match="differ in size"):
+        pipeline.load_all(source)
+
+
+def test_wrong_arguments_name_what_is_wrong(source):
+    with pytest.raises(ValueError, match="the order is for 24 examples; folder:.* has 23"):
+        pipeline.train_batches(source, Order(24, 4, 0), image_size=SIZE, seed=0)
+    with pytest.raises(ValueError, match="crop='random'; expected 'squash' or 'center'"):
+        pipeline.train_batches(source, Order(23, 4, 0), image_size=SIZE, seed=0, crop="random")
+    with pytest.raises(ValueError, match="crop='rrc'; expected 'squash' or 'center'"):
+        pipeline.eval_batches(source, 4, image_size=SIZE, crop="rrc")
+
+
+def grain_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("grain")]
+
+
+def wait_for_no_threads():
+    deadline = time.monotonic() + 5
+    while grain_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not grain_threads()
+
+
+def test_threads_end_with_the_batches(source):
+    def make():
+        return pipeline.train_batches(source, Order(23, 4, 0), image_size=SIZE, seed=0, threads=4)
+
+    assert wait_for_no_threads()
+    batches = make()
+    next(batches)
+    assert grain_threads()
+    batches.close()
+    batches.close()
+    assert wait_for_no_threads()
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+    batches = make()
+    next(batches)
+    del batches  # forgotten, not closed
+    gc.collect()
+    assert wait_for_no_threads()
+    with pytest.raises(KeyError), make() as batches:
+        next(batches)
+        raise KeyError
+    assert wait_for_no_threads()

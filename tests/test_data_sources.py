@@ -1,0 +1,354 @@
+"""Digits, folders and CSV lists as sources; splits; the fixed class-balanced order."""
+
+import io
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_jax.data import __main__ as command
+from beit_jax.data import images, sources
+
+
+def save(path, color=(1, 2, 3), size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+def class_folders(root, counts, prefix=""):
+    for name, count in counts.items():
+        for i in range(count):
+            save(root / prefix / name / f"{i:03d}.png", color=(i, len(name), 7))
+
+
+def ids(source):
+    return [source.id(i) for i in range(len(source))]
+
+
+def labels(source):
+    return [source[i]["label"] for i in range(len(source))]
+
+
+def test_digits_are_scikit_learns():
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    source = sources.get_source("digits", "all")
+    assert len(source) == 1797 and source.info.class_names == tuple("0123456789")
+    assert source.info.image_shape == (8, 8, 3)
+    numbers = [int(id.rpartition("/")[2]) for id in ids(source)]
+    assert sorted(numbers) == list(range(1797))
+    for i in range(0, 1797, 100):
+        example = source[i]
+        grey = np.rint(digits.images[numbers[i]] * 255 / 16)
+        assert example["image"].dtype == np.uint8 and example["image"].max() == 255
+        np.testing.assert_array_equal(example["image"], np.repeat(grey[..., None], 3, -1))
+        assert example["label"] == digits.target[numbers[i]]
+
+
+def test_digits_splits_are_disjoint_and_balanced():
+    train, test = sources.get_source("digits", "train"), sources.get_source("digits", "test")
+    assert len(train) == 1437 and len(test) == 360
+    assert not set(ids(train)) & set(ids(test))
+    counts = np.bincount(labels(train)) + np.bincount(labels(test))
+    assert np.abs(np.bincount(labels(test)) - counts / 5).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "split,expected",
+    [
+        ("train[:90%]", slice(0, 90)),
+        ("train[90%:]", slice(90, 100)),
+        ("train[10:20]", slice(10, 20)),
+        ("train[-5:]", slice(95, 100)),
+        ("train[25%:75%]", slice(25, 75)),
+    ],
+)
+def test_split_slices(tmp_path, split, expected):
+    class_folders(tmp_path, {"a": 60, "b": 40})
+    whole = ids(sources.get_source(f"folder:{tmp_path}", "train"))
+    assert ids(sources.get_source(f"folder:{tmp_path}", split)) == whole[expected]
+
+
+def test_splits_add_up(tmp_path):
+    class_folders(tmp_path, {"a": 6, "b": 4}, "train")
+    class_folders(tmp_path, {"b": 5, "c": 1}, "test")
+
+    def get(split):
+        return sources.get_source(f"folder:{tmp_path}", split)
+
+    train, test = get("train"), get("test")
+    assert (len(train), len(test)) == (10, 6)
+    assert ids(get("train+test")) == ids(train) + ids(test) == ids(get("all"))
+    assert ids(get("test[:50%]+train[5:6]")) == ids(test)[:3] + ids(train)[5:6]
+    assert train.class_names == test.class_names == ("a", "b", "c")
+    assert labels(test).count(1) == 5 and labels(test).count(2) == 1
+
+
+@pytest.mark.parametrize(
+    "split,message",
+    [
+        ("val", r"split='val' of folder:.*It has train \(10 examples\).*'train\[:90%\]'"),
+        ("train[:200]", "incompatible with 10 examples"),
+        ("train[5:5]", "selects no examples"),
+        ("train[", "Error parsing split"),
+    ],
+)
+def test_bad_split_says_what_there_is(tmp_path, split, message):
+    class_folders(tmp_path, {"a": 6, "b": 4})
+    with pytest.raises(ValueError, match=message):
+        sources.get_source(f"folder:{tmp_path}", split)
+
+
+def test_every_stretch_of_a_folder_is_balanced_and_stable(tmp_path):
+    counts = {"rare": 10, "common": 200, "middle": 90}
+    class_folders(tmp_path, counts)
+    source = sources.get_source(f"folder:{tmp_path}")
+    assert source.class_names == ("common", "middle", "rare")
+    label = np.array(labels(source))
+    for start, stop in itertools.combinations(range(0, 301, 30), 2):
+        share = np.bincount(label[start:stop], minlength=3) / (stop - start)
+        expected = np.array([200, 90, 10]) / 300
+        assert np.abs(share - expected).max() * (stop - start) <= 1.01
+    # Hashes of the relative paths: the same on every machine, wherever the folder is.
+    first = [os.path.relpath(id, tmp_path) for id in ids(source)[:3]]
+    assert first == ["common/172.png", "middle/074.png", "common/019.png"]
+
+
+def test_order_follows_the_ids_and_not_the_listing():
+    names = [f"c{i % 3}/{i}.png" for i in range(50)]
+    label = np.arange(50) % 3
+    order = sources.balanced_order(names, label)
+    shuffle = np.random.default_rng(0).permutation(50)
+    again = sources.balanced_order([names[i] for i in shuffle], label[shuffle])
+    assert [names[i] for i in order] == [names[shuffle[i]] for i in again]
+
+
+def test_folders_below_a_class_belong_to_it(tmp_path):
+    save(tmp_path / "cat" / "home" / "old" / "1.png")
+    save(tmp_path / "cat" / "2.png")
+    save(tmp_path / "dog" / "3.png")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "cat" / "loop").symlink_to(tmp_path)
+    source = sources.get_source(f"folder:{tmp_path}")
+    assert dict(zip(ids(source), labels(source), strict=True)) == {
+        str(tmp_path / "cat/home/old/1.png"): 0,
+        str(tmp_path / "cat/2.png"): 0,
+        str(tmp_path / "dog/3.png"): 1,
+    }
+
+
+def test_flat_folders_have_no_labels(tmp_path):
+    save(tmp_path / "a" / "1.png")
+    save(tmp_path / "a" / "2.png")
+    source = sources.get_source(f"folder:{tmp_path / 'a'}")
+    assert source.class_names is None and source[0].keys() == {"image"} and len(source) == 2
+    save(tmp_path / "b" / "train" / "1.png")
+    save(tmp_path / "b" / "test" / "2.png")
+    assert ids(sources.get_source(f"folder:{tmp_path / 'b'}", "test")) == [
+        str(tmp_path / "b/test/2.png")
+    ]
+    with pytest.raises(ValueError, match="has no labels; expected 7 classes"):
+        sources.check_num_classes(source, 7)
+
+
+def test_labelled_false_takes_any_tree(tmp_path):
+    save(tmp_path / "1.png")
+    save(tmp_path / "deep" / "er" / "2.png")
+    (tmp_path / "empty").mkdir()
+    source = sources.get_source(f"folder:{tmp_path}", labelled=False)
+    assert len(source) == 2 and source[0].keys() == {"image"}
+    assert sources.get_source("digits", labelled=False)[0].keys() == {"image"}
+
+
+def test_ambiguous_layouts_are_errors(tmp_path):
+    class_folders(tmp_path / "a", {"cat": 1, "dog": 1})
+    save(tmp_path / "a" / "loose.png")
+    with pytest.raises(ValueError, match="1 pictures beside them .loose.png"):
+        sources.get_source(f"folder:{tmp_path / 'a'}")
+    class_folders(tmp_path / "b", {"cat": 1, "dog": 1}, "train")
+    class_folders(tmp_path / "b", {"extra": 1})
+    with pytest.raises(ValueError, match="split folder 'train' beside extra: name one folder"):
+        sources.get_source(f"folder:{tmp_path / 'b'}")
+    class_folders(tmp_path / "c", {"train": 2, "plane": 2})  # a class, not a split
+    assert sources.get_source(f"folder:{tmp_path / 'c'}").class_names == ("plane", "train")
+    class_folders(tmp_path / "d", {"cat": 1}, "train")
+    save(tmp_path / "d" / "test" / "1.png")
+    assert sources.get_source(f"folder:{tmp_path / 'd'}", "test").class_names is None
+    with pytest.raises(ValueError, match="in part without labels"):
+        sources.get_source(f"folder:{tmp_path / 'd'}", "train+test")
+
+
+def test_empty_folders_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        sources.get_source(f"folder:{tmp_path / 'nowhere'}")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"no pictures in .*looked for \.jpg \.jpeg \.png"):
+        sources.get_source(f"folder:{tmp_path}")
+    class_folders(tmp_path, {"cat": 1})
+    (tmp_path / "unicorn").mkdir()
+    with pytest.raises(ValueError, match="no pictures in the class folders unicorn of"):
+        sources.get_source(f"folder:{tmp_path}")
+
+
+def test_class_names_set_the_numbers(tmp_path):
+    class_folders(tmp_path, {"cat": 2, "dog": 2})
+    source = sources.get_source(f"folder:{tmp_path}", class_names=["fish", "dog", "cat"])
+    assert source.class_names == ("fish", "dog", "cat") and sorted(labels(source)) == [1, 1, 2, 2]
+    sources.check_num_classes(source, 3)
+    with pytest.raises(ValueError, match="has 3 classes; expected 10.*fish, dog, cat"):
+        sources.check_num_classes(source, 10)
+    with pytest.raises(ValueError, match="the classes cat that are not among the 2 expected"):
+        sources.get_source(f"folder:{tmp_path}", class_names=["fish", "dog"])
+    with pytest.raises(ValueError, match="digits has the 10 classes .*expected the 2 classes a, b"):
+        sources.get_source("digits", class_names=["a", "b"])
+
+
+def write_csv(path, *rows, encoding="utf-8"):
+    path.write_text("\n".join(rows) + "\n", encoding=encoding)
+    return f"folder:{path}"
+
+
+@pytest.mark.parametrize("column", ["image", "file_name", "path"])
+def test_csv(tmp_path, column):
+    for i in range(3):
+        save(tmp_path / "pictures" / f"{i}.png", color=(i, i, i))
+    name = write_csv(
+        tmp_path / "list.csv",
+        f"{column},label,comment",
+        "pictures/0.png,dog,x",
+        'pictures/1.png,"cat, small",',
+        f"{tmp_path}/pictures/2.png,dog,",
+        encoding="utf-8-sig",
+    )
+    source = sources.get_source(name)
+    assert source.class_names == ("cat, small", "dog")
+    got = {int(source[i]["image"][0, 0, 0]): source[i]["label"] for i in range(3)}
+    assert got == {0: 1, 1: 0, 2: 1}
+    assert all(id.startswith(str(tmp_path)) for id in ids(source))
+
+
+def test_csv_with_numbers_splits_and_classes(tmp_path):
+    save(tmp_path / "0.png")
+    rows = ["image,label,split", "0.png,0,train", "0.png,10,train", "0.png,9,test"]
+    name = write_csv(tmp_path / "list.csv", *rows)
+    train, test = sources.get_source(name, "train"), sources.get_source(name, "test")
+    assert train.class_names == test.class_names == tuple(map(str, range(11)))
+    assert sorted(labels(train)) == [0, 10] and labels(test) == [9]
+    names = [f"class {i}" for i in range(11)]
+    assert sorted(labels(sources.get_source(name, "train", class_names=names))) == [0, 10]
+    with pytest.raises(ValueError, match="the classes 10 that are not among the 10 expected"):
+        sources.get_source(name, "train", class_names=names[:10])
+    unlabelled = write_csv(tmp_path / "list.csv", "image", "0.png")
+    assert sources.get_source(unlabelled)[0].keys() == {"image"}
+
+
+def test_csv_errors(tmp_path):
+    path = tmp_path / "list.csv"
+    with pytest.raises(FileNotFoundError, match="no file .*list.csv"):
+        sources.get_source(f"folder:{path}")
+    with pytest.raises(ValueError, match="columns image, file_name, path; got 0.png, dog"):
+        sources.get_source(write_csv(path, "0.png,dog"))
+    with pytest.raises(ValueError, match="no rows"):
+        sources.get_source(write_csv(path, "image,label"))
+    with pytest.raises(ValueError, match="list.csv, line 3: image, label needed"):
+        sources.get_source(write_csv(path, "image,label", "0.png,dog", "1.png,"))
+    source = sources.get_source(write_csv(path, "image,label", "absent.png,dog"))
+    with pytest.raises(images.BadImageError, match="absent.png: no such file"):
+        source[0]
+
+
+def test_data_dir_is_where_a_folder_is(tmp_path):
+    class_folders(tmp_path / "pets", {"cat": 2})
+    expected = ids(sources.get_source(f"folder:{tmp_path / 'pets'}"))
+    assert ids(sources.get_source("folder:pets", data_dir=tmp_path)) == expected
+    assert ids(sources.get_source("folder", data_dir=tmp_path / "pets")) == expected
+
+
+def test_unknown_names_list_the_known():
+    for name in ("cifar", "folder:", "tfds:"):
+        with pytest.raises(ValueError, match=f"{name}.; available: digits, cifar10, .*folder:PATH"):
+            sources.get_source(name)
+    with pytest.raises(ValueError, match="expected 'error' or 'skip'"):
+        sources.get_source("digits", on_bad_image="ignore")
+    with pytest.raises(TypeError, match="mistake"):
+        sources.get_source("digits", mistake=1)
+
+
+def test_info_and_fingerprint(tmp_path):
+    class_folders(tmp_path / "a", {"cat": 3, "dog": 2})
+    class_folders(tmp_path / "b", {"cat": 3, "dog": 2})
+
+    def get(name, split="train", **kwargs):
+        return sources.get_source(f"folder:{tmp_path / name}", split, **kwargs).info
+
+    info = get("a")
+    assert info[1:5] == ("train", 5, ("cat", "dog"), (4, 6, 3))
+    prints = {
+        "part": get("a", "train[:4]").fingerprint,
+        "no labels": get("a", labelled=False).fingerprint,
+        "whole": info.fingerprint,
+    }
+    assert get("b").fingerprint == info.fingerprint  # where it lies does not matter
+    save(tmp_path / "b" / "dog" / "000.png", size=(700, 400))
+    prints["other size"] = get("b").fingerprint
+    assert get("b").image_shape is None
+    os.rename(tmp_path / "a" / "dog", tmp_path / "a" / "fox")
+    prints["other ids"] = get("a").fingerprint
+    assert len(set(prints.values())) == len(prints)
+    digits = [sources.get_source("digits", split).info.fingerprint for split in ("train", "test")]
+    assert digits[0] != digits[1]
+
+
+def test_info_meets_bad_headers(tmp_path):
+    class_folders(tmp_path, {"cat": 3})
+    (tmp_path / "cat" / "001.png").write_bytes(b"nothing")
+    skipping = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
+    assert skipping.info.image_shape == (4, 6, 3)
+    with pytest.raises(images.BadImageError, match="001.png"):
+        sources.get_source(f"folder:{tmp_path}").info  # noqa: B018
+
+
+def test_sources_can_be_pickled_and_iterated(tmp_path):
+    class_folders(tmp_path, {"cat": 3})
+    for name in ("digits", f"folder:{tmp_path}"):
+        source = sources.get_source(name, "train[:3]")
+        copy = pickle.loads(pickle.dumps(source))
+        for ours, theirs in zip(source, copy, strict=True):
+            np.testing.assert_array_equal(ours["image"], theirs["image"])
+        with pytest.raises(IndexError):
+            source[3]
+
+
+def test_command_lists_bad_pictures(tmp_path, capsys):
+    class_folders(tmp_path, {"cat": 3, "dog": 1})
+    assert command.main([f"folder:{tmp_path}", "--check"]) == 0
+    output = capsys.readouterr().out
+    assert "4 pictures, 4 x 6 x 3" in output and "2 classes: cat, dog" in output
+    (tmp_path / "cat" / "001.png").write_bytes(b"nothing")
+    assert command.main([f"folder:{tmp_path}", "--check"]) == 1
+    assert f"cannot decode {tmp_path}/cat/001.png: not a picture" in capsys.readouterr().out
+    assert command.main(["nothing"]) == 1
+    assert capsys.readouterr().err.startswith("error: no data set 'nothing'")
+
+
+def test_no_other_framework_is_imported():
+    code = (
+        "import sys; from beit_jax.data import pipeline, sources; "
+        "sources.get_source('digits'); "
+        "print([m for m in ('tensorflow', 'torch', 'transformers') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_encoded_forms_are_equal(tmp_path):
+    save(tmp_path / "1.png")
+    content = (tmp_path / "1.png").read_bytes()
+    array = np.asarray(Image.open(io.BytesIO(content)))
+    for form in (content, tmp_path / "1.png", array):
+        np.testing.assert_array_equal(np.asarray(images.open_image(form)), array)

@@ -1,0 +1,109 @@
+"""Losses against torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax import losses
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+
+B, T, K = 5, 3, 11
+RNG = np.random.default_rng(0)
+LOGITS = 4 * RNG.standard_normal((B, T, K)).astype(np.float32)
+LABELS = RNG.integers(0, K, (B, T))
+SOFT_LABELS = RNG.dirichlet(np.ones(K), (B, T)).astype(np.float32)
+WEIGHT = RNG.random((B, T)).astype(np.float32)
+
+
+def torch_cross_entropy(logits, labels, label_smoothing):
+    logits, labels = torch.tensor(logits).movedim(-1, 1), torch.tensor(labels)
+    if labels.ndim == logits.ndim:
+        labels = labels.movedim(-1, 1)
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS], ids=["integers", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_softmax_cross_entropy_equals_torch(labels, smoothing):
+    loss = losses.softmax_cross_entropy(LOGITS, labels, smoothing)
+    assert loss.shape == (B, T)
+    expected = torch_cross_entropy(LOGITS, labels, smoothing)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS], ids=["integers", "probabilities"])
+def test_softmax_cross_entropy_gradient_equals_torch(labels):
+    grad = jax.grad(lambda x: losses.softmax_cross_entropy(x, labels, 0.1, WEIGHT).sum())(LOGITS)
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    targets = torch.tensor(labels).flatten(0, 1)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none", label_smoothing=0.1)
+    (loss * torch.tensor(WEIGHT).flatten()).sum().backward()
+    np.testing.assert_allclose(grad, logits.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_softmax_cross_entropy_weight_multiplies():
+    plain = losses.softmax_cross_entropy(LOGITS, LABELS)
+    weighted = losses.softmax_cross_entropy(LOGITS, LABELS, weight=WEIGHT)
+    np.testing.assert_allclose(weighted, plain * WEIGHT, rtol=1e-6)
+
+
+def test_softmax_cross_entropy_of_bfloat16_is_computed_in_float32():
+    logits = jnp.asarray(LOGITS, jnp.bfloat16)
+    loss = losses.softmax_cross_entropy(logits, LABELS)
+    assert loss.dtype == jnp.float32
+    expected = torch_cross_entropy(np.asarray(logits, np.float32), LABELS, 0.0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_softmax_cross_entropy_of_huge_logits_is_finite():
+    loss = losses.softmax_cross_entropy(np.float32([[1e4, -1e4, 0.0]]), np.array([1]))
+    np.testing.assert_allclose(loss, [2e4])
+
+
+@pytest.mark.parametrize("labels", [LABELS[:, 0], SOFT_LABELS[..., :4], LABELS.astype(np.float32)])
+def test_softmax_cross_entropy_rejects_labels_that_do_not_fit(labels):
+    with pytest.raises(ValueError, match="labels must be integers"):
+        losses.softmax_cross_entropy(LOGITS, labels)
+
+
+def test_weighted_mean():
+    values = np.float32([1, 2, 100])
+    assert losses.weighted_mean(values) == pytest.approx(103 / 3)
+    assert losses.weighted_mean(values, np.float32([1, 3, 0])) == pytest.approx(7 / 4)
+    assert losses.weighted_mean(values, np.zeros(3)) == 0
+
+
+def test_sigmoid_cross_entropy_equals_torch():
+    labels = (SOFT_LABELS > 0.1).astype(np.float32)
+    expected = F.binary_cross_entropy_with_logits(
+        torch.tensor(LOGITS), torch.tensor(labels), reduction="none"
+    ).mean(-1)
+    np.testing.assert_allclose(losses.sigmoid_cross_entropy(LOGITS, labels), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_smooth_l1_equals_torch(beta):
+    expected = F.smooth_l1_loss(
+        torch.tensor(LOGITS), torch.tensor(SOFT_LABELS), reduction="none", beta=beta
+    ).mean(-1)
+    np.testing.assert_allclose(losses.smooth_l1(LOGITS, SOFT_LABELS, beta), expected, rtol=1e-5)
+
+
+def test_l1_equals_torch():
+    expected = F.l1_loss(torch.tensor(LOGITS), torch.tensor(SOFT_LABELS), reduction="none").mean(-1)
+    np.testing.assert_allclose(losses.l1(LOGITS, SOFT_LABELS), expected, rtol=1e-5)
+
+
+def test_cosine_distance_equals_torch():
+    target = RNG.standard_normal(LOGITS.shape).astype(np.float32)
+    target[0, 0] = 0
+    expected = 1 - F.cosine_similarity(torch.tensor(LOGITS), torch.tensor(target), dim=-1)
+    np.testing.assert_allclose(losses.cosine_distance(LOGITS, target), expected, atol=1e-6)
+
+
+def test_cosine_distance_of_zeros_has_a_finite_gradient():
+    grad = jax.grad(lambda x: losses.cosine_distance(x, LOGITS).sum())(jnp.zeros_like(LOGITS))
+    assert np.isfinite(grad).all()
