@@ -1,7 +1,7 @@
 """Every legal key of a config, once, with its default. Recipes start from `get_config()`.
 
-Durations ("warmup", "eval_every", ...) are steps (`500`), epochs (`"2ep"`), a share of the run
-(`"5%"`) or examples (`"50000ex"`). `None` in `model` means: as the checkpoint or preset has it.
+Durations ("warmup", "eval_every", ...) are steps (`"500"`), epochs (`"2ep"`), a share of the run
+(`"5%"`) or examples (`"50000ex"`); `"0"` is never. `None` in `model` means: as the checkpoint or preset has it.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     optim.learning_rate = 2e-5
     optim.schedule = "cosine"  # cosine, step-cosine, linear, constant
     optim.end_value = 0.0  # learning rate at the end
-    optim.warmup = 0  # duration
+    optim.warmup = "0"  # duration
     optim.warmup_init = 0.0  # learning rate at the start of the warm-up
     optim.b1 = 0.9
     optim.b2 = 0.999
@@ -114,12 +114,12 @@ def get_config() -> ConfigDict:
     optim.clip_norm = 0.0  # of the gradient; 0 is off
     optim.freeze = ()  # parameters (regexes) that do not learn
 
-    config.log_every = 50  # steps
+    config.log_every = "50"
     config.eval_every = "1ep"
     config.save_every = "1ep"  # what kill -9 can cost at most; the last step is always saved
     config.keep_last = 2  # checkpoints
     config.keep_best = 1
-    config.keep_every = 0  # duration; checkpoints that are kept for good
+    config.keep_every = "0"  # checkpoints at multiples of this are kept for good
     config.best_metric = "accuracy"  # on the validation split
     config.eval_only = False  # evaluate the workdir's best checkpoint, or `pretrained`
     config.tensorboard = True
@@ -148,4 +148,4 @@ def shrink(config: ConfigDict) -> None:
     config.data.test = "test[:500]"
     config.num_epochs = 2.0
     config.optim.learning_rate = 1e-3
-    config.log_every = 10
+    config.log_every = "10"

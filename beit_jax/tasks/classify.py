@@ -41,15 +41,9 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
             f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
         )
     family = modules.load("models", info.model_name)
-    model = family.Model(
-        **info.architecture,
-        dtype=_dtype(config.model.dtype),
-        attention=config.model.attention,
-        remat=config.model.remat,
-    )
+    model = make_model(info, **{key: config.model[key] for key in _RUNTIME})
     size, num_classes = model.config.image_size, len(class_names)
     norm = {"mean": tuple(info.image["mean"]), "std": tuple(info.image["std"])}
-    eval_crop = {key: info.image[key] for key in ("crop", "crop_pct", "interpolation")}
 
     def init(rng):
         image = jnp.zeros((1, *size, model.config.num_channels))
@@ -85,10 +79,6 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
             **norm,
         )
 
-    def eval_view(image):
-        crop = {**eval_crop, "crop": "squash"} if resized else eval_crop
-        return augment.eval_view(image, image_size=size, **crop, **norm)
-
     def loss(params, model_state, frozen, batch, rng):
         view_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
         image = train_view(view_rng, batch["image"])
@@ -109,11 +99,8 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
         value = losses.softmax_cross_entropy(logits, target).mean()
         return value, (model_state, {"accuracy": correct.astype(jnp.float32).mean()})
 
-    def apply(params, image):
-        return model.apply({"params": params}, eval_view(image))
-
     def evaluate(params, model_state, frozen, batch):
-        logits = apply(params, batch["image"])
+        logits = classify(model, info, params, batch["image"], resized=resized)
         probability = jax.nn.softmax(logits)
         outputs = {"predicted": logits.argmax(-1), "probability": probability.max(-1)}
         sums = metrics.classification_sums(logits, batch["label"], batch["weight"])
@@ -126,12 +113,36 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
         loss=loss,
         evaluate=evaluate,
         summarize=lambda sums: metrics.summarize_classification(sums, class_names),
-        predict=lambda params, model_state, frozen, image: jax.nn.softmax(apply(params, image)),
         layer_id=lambda name: family.layer_id(name, model.config.num_hidden_layers),
         num_layers=model.config.num_hidden_layers,
         image_size=size,
         info=info,
     )
+
+
+def make_model(info: ModelInfo, *, dtype="auto", attention="auto", remat="none"):
+    """The network of a model; dtype "auto" is bfloat16 but on CPU, where it is float32."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    family = modules.load("models", info.model_name)
+    return family.Model(**info.architecture, dtype=dtype, attention=attention, remat=remat)
+
+
+def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Array:
+    """Logits [B, K] of uint8 pictures [B, H, W, C], prepared as `info.image` says.
+
+    `resized` tells that they are cropped and resized already.
+    """
+    view = augment.eval_view(
+        image,
+        image_size=model.config.image_size,
+        crop="squash" if resized else info.image["crop"],
+        crop_pct=info.image["crop_pct"],
+        interpolation=info.image["interpolation"],
+        mean=tuple(info.image["mean"]),
+        std=tuple(info.image["std"]),
+    )
+    return model.apply({"params": params}, view)
 
 
 def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
@@ -169,12 +180,6 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
         image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
         pretrained=config.pretrained or None,
     )
-
-
-def _dtype(name: str) -> str:
-    if name != "auto":
-        return name
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _few(names, most=4):

@@ -21,7 +21,6 @@ class Task(NamedTuple):
       evaluate: (params, model_state, frozen, batch) -> (sums, outputs). The sums of all batches are
         added up, examples of "weight" 0 left out; outputs are arrays of one entry per example.
       summarize: sums -> dict of metrics; floats are logged.
-      predict: (params, model_state, frozen, image) -> probabilities [B, K].
       layer_id: parameter name -> depth, for layer-wise learning-rate decay.
       num_layers: of the network.
       image_size: (height, width) that the network sees.
@@ -34,7 +33,6 @@ class Task(NamedTuple):
     loss: Callable
     evaluate: Callable
     summarize: Callable
-    predict: Callable
     layer_id: Callable[[str], int]
     num_layers: int
     image_size: tuple[int, int]
