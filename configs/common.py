@@ -1,7 +1,8 @@
 """Every legal key of a config, once, with its default. Recipes start from `get_config()`.
 
-Durations ("warmup", "eval_every", ...) are steps (`"500"`), epochs (`"2ep"`), a share of the run
-(`"5%"`) or examples (`"50000ex"`); `"0"` is never. `None` in `model` means: as the checkpoint or preset has it.
+Durations ("warmup", "eval_every", ...) are steps (`"500"`), epochs (`"2ep"`), a share of the
+run (`"5%"`) or examples (`"50000ex"`); `"0"` is never. `None` in `model` and `image` means: as
+the checkpoint has it, or the preset.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -48,6 +49,7 @@ def get_config() -> ConfigDict:
     model.use_mean_pooling = config_dict.placeholder(bool)
     model.vocab_size = config_dict.placeholder(int)
     model.num_labels = config_dict.placeholder(int)  # the data decides; set it to have it checked
+    model.initializer_range = config_dict.placeholder(float)
     model.head_init_scale = config_dict.placeholder(float)
     model.rescale_init = config_dict.placeholder(bool)
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU

@@ -9,7 +9,7 @@ import safetensors.numpy
 from flax import serialization, traverse_util
 
 from beit_jax import convert
-from beit_jax.convert import beit
+from beit_jax.convert import beit, verify
 from beit_jax.models.beit import Model
 
 torch = pytest.importorskip("torch")
@@ -145,6 +145,20 @@ def test_logits_and_round_trip(tmp_path, head, config):
     # not `model` itself: transformers 5.23 swaps the norms of "mim, two norms" when it loads them
     expected = torch_logits(hf_class.from_pretrained(tmp_path / "hf"), checkpoint.architecture)
     np.testing.assert_array_equal(torch_logits(loaded, checkpoint.architecture), expected)
+
+
+@pytest.mark.parametrize("name", ["mim", "features"])
+def test_verify(tmp_path, name):
+    hf_model(CONFIGS[name][0], **CONFIGS[name][1]).save_pretrained(tmp_path)
+    checkpoint = convert.load(tmp_path)
+    assert verify.max_difference(tmp_path, *checkpoint[:2]) < 1e-5
+    checkpoint.params["layer_0"]["mlp"]["fc1"]["bias"] += 0.1
+    assert verify.max_difference(tmp_path, *checkpoint[:2]) > 1e-3
+    tensors = beit.to_hf(*checkpoint[:2])
+    tensors.pop(next(iter(tensors)))
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="does not load .* completely"):
+        verify.max_difference(tmp_path, *checkpoint[:2])
 
 
 def test_architecture_survives_json(saved):
@@ -380,7 +394,7 @@ def test_bad_config(saved, change):
 
 
 def test_unknown_override(saved):
-    with pytest.raises(ValueError, match="hidden_dim.*hidden_size"):
+    with pytest.raises(ValueError, match="hidden_dim; known: hidden_size"):
         convert.load(saved[0], hidden_dim=3)
     with pytest.raises(ValueError, match="image_size must be one or two ints, got 16.5"):
         convert.load(saved[0], image_size=16.5)

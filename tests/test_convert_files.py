@@ -37,7 +37,6 @@ ARCHITECTURE = {
     "drop_path_rate": 0.1,
     "use_mean_pooling": True,
     "vocab_size": 8192,
-    "initializer_range": 0.02,
     "image_size": (16, 16),
     "patch_size": 8,
     "num_labels": 3,
@@ -118,6 +117,12 @@ def test_processor_of_transformers(tmp_path, params, image):
         expected = resized.crop((17, 8, 33, 24))
     expected = (np.asarray(expected) / 255 - image["mean"]) / image["std"]
     np.testing.assert_allclose(pixels, expected, atol=1e-5)
+
+
+def test_what_only_a_run_knows_is_not_exported(tmp_path, params):
+    run = {**ARCHITECTURE, "image_size": 16, "head_init_scale": 0.1, "rescale_init": True}
+    convert.save_hf(tmp_path, params, run, NAMES)
+    assert convert.load(tmp_path).architecture == ARCHITECTURE
 
 
 def test_without_preprocessor_and_names(tmp_path, params):
@@ -356,11 +361,14 @@ def test_preprocessors(exported, processor, expected):
     assert tuple(convert.load(exported).image.values()) == expected
 
 
-def test_preprocessor_out_of_the_ordinary(exported):
+def test_preprocessor_out_of_the_ordinary(exported, params):
     path = exported / "preprocessor_config.json"
     path.write_text(json.dumps({"do_center_crop": True, "size": 256, "crop_size": 224}))
     with pytest.warns(UserWarning, match="without squashing"):
         assert convert.load(exported).image["crop_pct"] == 0.875
+    with pytest.raises(ValueError, match="'cubic'; available: nearest, lanczos"):
+        image = {**SQUASH, "interpolation": "cubic"}
+        convert.save_hf(exported, params, ARCHITECTURE, None, image)
     path.write_text(json.dumps({"resample": 17}))
     with pytest.raises(ValueError, match="preprocessor_config.json"):
         convert.load(exported)
@@ -418,6 +426,17 @@ def test_hub(exported, params, monkeypatch):
         "flax_model.msgpack",
         "pytorch_model*.bin",
     ]
+
+
+def test_hub_cache_serves_offline(unsigned, params, monkeypatch, tmp_path):
+    cached = tmp_path / "cache/models--someone--beit"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("c0ffee")
+    (cached / "snapshots").mkdir()
+    unsigned.rename(cached / "snapshots/c0ffee")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert_same(convert.load("someone/beit").params, params)
 
 
 @pytest.mark.parametrize("repository", ["microsoft/beit-base-patch16-224", "beit", "a b/c"])

@@ -103,7 +103,7 @@ def save_hf(
       ValueError: the parameters, class names and architecture do not fit together.
     """
     config = beit.architecture_to_hf(architecture, class_names)
-    processor = image and preprocessor.to_hf(image, architecture["image_size"])
+    processor = image and preprocessor.to_hf(image, config["image_size"])
     files.write(dst, beit.to_hf(params, architecture), config, processor)
 
 

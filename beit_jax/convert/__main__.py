@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, checkpoint.CheckpointError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
 
@@ -74,7 +74,8 @@ def _from_hf(args) -> int:
             pretrained=loaded.source,
         )
         checkpoint.write_model_info(workdir, info)
-        checkpoint.save_params(workdir, loaded.params)
+        with checkpoint.Checkpointer(workdir) as saver:
+            saver.save(0, {"params": loaded.params})
     print(f"{args.dst}: {head} model, image_size {loaded.architecture['image_size']}")
     return 0
 

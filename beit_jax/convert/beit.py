@@ -12,7 +12,7 @@ An architecture is the dict of keyword arguments of `beit_jax.models.beit.Model`
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -159,7 +159,8 @@ def _table(names: Iterable[str]) -> list[Rule]:
 def parameter_shapes(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of an architecture; traces the model, computes nothing."""
     model = beit.Model(**architecture)
-    image = jax.ShapeDtypeStruct((1, *model.image_size, model.num_channels), "float32")
+    image_shape = (1, *model.config.image_size, model.config.num_channels)
+    image = jax.ShapeDtypeStruct(image_shape, "float32")
     variables = jax.eval_shape(lambda image: model.init(jax.random.key(0), image), image)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     return {path: value.shape for path, value in flat.items()}
@@ -208,10 +209,11 @@ def to_hf(params: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[st
     Raises:
       ValueError: the parameters are not finite float32 arrays of this architecture.
     """
-    prefix = "" if architecture["head"] == "none" else "beit."
+    config = beit.Model(**architecture).config
+    prefix = "" if config.head == "none" else "beit."
     return rules.to_tensors(
         traverse_util.flatten_dict(params, sep="/"),
-        rules.expand(_HF, architecture["num_hidden_layers"], beit=prefix),
+        rules.expand(_HF, config.num_hidden_layers, beit=prefix),
         parameter_shapes(architecture),
     )
 
@@ -239,7 +241,6 @@ _HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any
     "drop_path_rate": 0.1,
     "use_mean_pooling": True,
     "vocab_size": 8192,
-    "initializer_range": 0.02,
 }
 
 
@@ -252,7 +253,7 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
       **overrides: keyword arguments of the model that replace what was found.
 
     Raises:
-      ValueError: an architecture cannot be found, or an override is no argument of the model.
+      ValueError: no architecture is found.
     """
     if "image_size" in overrides:
         overrides["image_size"] = _pair(overrides, "image_size", None)
@@ -262,8 +263,6 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
         architecture = architecture_from_hf(config, tensors)
     else:
         raise ValueError("HuggingFace's checkpoints need the config.json that belongs to them")
-    if unknown := sorted(overrides.keys() - architecture.keys()):
-        raise ValueError(f"unknown {unknown} for an architecture: it has {sorted(architecture)}")
     return {**architecture, **overrides}
 
 
@@ -292,24 +291,31 @@ def architecture_from_hf(config: Mapping[str, Any], tensors: Tensors) -> dict[st
 
 
 def architecture_to_hf(
-    architecture: Mapping[str, Any], class_names: Iterable[str] | None = None
+    architecture: Mapping[str, Any], class_names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Writes a config.json of HuggingFace; the inverse of `architecture_from_hf`."""
-    height, width = architecture["image_size"]
-    num_labels = architecture["num_labels"]
-    names = list(class_names or (f"LABEL_{i}" for i in range(num_labels)))
-    if len(names) != num_labels:
-        raise ValueError(f"{len(names)} class names for num_labels={num_labels}")
+    """Writes a config.json of HuggingFace; the inverse of `architecture_from_hf`.
+
+    How our model starts (head_init_scale, rescale_init) has no place there.
+
+    Raises:
+      ValueError: a classifier has another number of classes than there are names.
+    """
+    model = beit.Model(**architecture).config
+    height, width = model.image_size
+    if model.head != "classifier" or class_names is None:
+        class_names = [f"LABEL_{i}" for i in range(model.num_labels)]
+    elif len(class_names) != model.num_labels:
+        raise ValueError(f"{len(class_names)} class names for num_labels={model.num_labels}")
     # transformers 5 takes no int for a float
-    values = {k: type(default)(architecture[k]) for k, default in _HF_DEFAULTS.items()}
+    values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
     return {
-        "architectures": [HF_CLASSES[architecture["head"]]],
+        "architectures": [HF_CLASSES[model.head]],
         "model_type": "beit",
         **values,
         "image_size": height if height == width else [height, width],
-        "patch_size": architecture["patch_size"],
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
+        "patch_size": model.patch_size,
+        "id2label": {str(i): name for i, name in enumerate(class_names)},
+        "label2id": {name: i for i, name in enumerate(class_names)},
         "dtype": "float32",
     }
 
@@ -406,7 +412,6 @@ def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, A
         "drop_path_rate": 0.1,
         "use_mean_pooling": head == "mim" or "norm.weight" not in shapes,
         "vocab_size": shapes.get("lm_head.bias", (8192,))[0],
-        "initializer_range": 0.02,
         "image_size": overrides.get("image_size") or _image_size(shapes, own or shared, patch_size),
         "patch_size": patch_size,
         "num_labels": shapes.get("head.bias", (1000,))[0],

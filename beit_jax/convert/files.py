@@ -31,7 +31,11 @@ _WEIGHTS = (  # in the order of preference
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_DOWNLOADS = (["model*.safetensors"], ["flax_model.msgpack"], ["pytorch_model*.bin"])
+_DOWNLOADS = (  # one after the other, until there are weights
+    ["model.safetensors.index.json", "model*.safetensors"],
+    ["flax_model.msgpack"],
+    ["pytorch_model.bin.index.json", "pytorch_model*.bin"],
+)
 _SUFFIXES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth")
 _HALF = (np.float16, ml_dtypes.bfloat16)
 
@@ -110,12 +114,16 @@ def new_directory(dst: str | os.PathLike) -> Iterator[Path]:
     _check_replaceable(dst)
     building = dst.parent / f".{dst.name}.{os.getpid()}.tmp"
     building.mkdir(parents=True)
+    old = None
     try:
         yield building
-        old = dst.rename(building.with_suffix(".old")) if dst.exists() else None
+        if dst.exists():
+            old = dst.rename(building.with_suffix(".old"))
         building.rename(dst)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
+        if old:
+            old.rename(dst)
         raise
     if old:
         shutil.rmtree(old)
@@ -146,7 +154,7 @@ def _download(repository: str, revision: str | None) -> Path:
             path = huggingface_hub.snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=[CONFIG, PREPROCESSOR, "*.index.json", *weights],
+                allow_patterns=[CONFIG, PREPROCESSOR, *weights],
                 etag_timeout=5,
             )
         except Exception as error:  # of huggingface_hub, its HTTP client and the system

@@ -6,7 +6,7 @@ image_size / crop_pct, then crop the centre).
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PIL = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -37,9 +37,16 @@ def from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"preprocessor_config.json cannot be read: {error!r}") from error
 
 
-def to_hf(image: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
-    """Writes the preprocessor_config.json of a BeitImageProcessor; the inverse of `from_hf`."""
-    height, width = image_size
+def to_hf(image: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str, Any]:
+    """Writes the preprocessor_config.json of a BeitImageProcessor; the inverse of `from_hf`.
+
+    Raises:
+      ValueError: Pillow has no such interpolation.
+    """
+    if image["interpolation"] not in _PIL:
+        available = ", ".join(_PIL)
+        raise ValueError(f"interpolation {image['interpolation']!r}; available: {available}")
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     squash = image["crop"] == "squash"
     shorter_side = int(max(height, width) / image["crop_pct"])
     return {

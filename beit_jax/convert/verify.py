@@ -1,5 +1,6 @@
 """Does HuggingFace compute what we compute? Needs torch and transformers."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,22 @@ def max_difference(
             f"comparing with transformers needs torch and transformers: {error}. "
             "`pip install torch transformers`"
         ) from None
-    hf_class = getattr(transformers, beit.HF_CLASSES[architecture["head"]])
+    model = Model(**architecture)
+    config = model.config
+    hf_class = getattr(transformers, beit.HF_CLASSES[config.head])
     theirs, report = hf_class.from_pretrained(directory, output_loading_info=True)
     if any(report.values()):
         raise ValueError(f"transformers does not load {directory} completely: {report}")
 
-    model = Model(**architecture)
-    height, width = model.image_size
     rng = np.random.default_rng(0)
-    image = rng.standard_normal((2, height, width, model.num_channels), np.float32)
+    image = rng.standard_normal((2, *config.image_size, config.num_channels), np.float32)
     inputs = {"pixel_values": torch.from_numpy(image.transpose(0, 3, 1, 2))}
     is_masked = None
-    if model.head == "mim" and model.use_mask_token:
-        is_masked = rng.random((2, height // model.patch_size * (width // model.patch_size))) < 0.4
+    if config.head == "mim" and config.use_mask_token:
+        is_masked = rng.random((2, math.prod(config.grid))) < 0.4
         inputs["bool_masked_pos"] = torch.from_numpy(is_masked)
     with torch.no_grad():
         outputs = theirs.eval()(**inputs)
-    expected = outputs.pooler_output if model.head == "none" else outputs.logits
+    expected = outputs.pooler_output if config.head == "none" else outputs.logits
     ours = model.apply({"params": params}, jnp.asarray(image), is_masked)
     return float(np.abs(np.asarray(ours) - expected.numpy()).max())

@@ -50,12 +50,12 @@ def _attend_forward(query, key, value, bias):
     norm = 1 / weights.sum(-1, keepdims=True)
     weights = weights.astype(query.dtype)
     out = _product("bhqt,bhtk->bhqk", weights, value) * norm
-    biased = None if bias is None else ()
-    return out.astype(query.dtype), (query, key, value, weights, norm, out, biased)
+    like_bias = None if bias is None else jnp.zeros((0,), bias.dtype)
+    return out.astype(query.dtype), (query, key, value, weights, norm, out, like_bias)
 
 
 def _attend_backward(residuals, gradient):
-    query, key, value, weights, norm, out, biased = residuals
+    query, key, value, weights, norm, out, like_bias = residuals
     dtype, scale = query.dtype, np.float32(query.shape[-1] ** -0.5)
     gradient = gradient.astype(jnp.float32)
     delta = (gradient * out).sum(-1, keepdims=True) * norm
@@ -63,9 +63,9 @@ def _attend_backward(residuals, gradient):
     d_value = _product("bhqt,bhqk->bhtk", weights, scaled)
     d_logits = weights.astype(jnp.float32) * (_product("bhqk,bhtk->bhqt", scaled, value) - delta)
     d_bias = None
-    if biased is not None:
+    if like_bias is not None:
         ones = jnp.ones(query.shape[0], jnp.float32)  # XLA:CPU sums over axis 0 25 times slower
-        d_bias = jnp.einsum("b,bhqt->hqt", ones, d_logits)
+        d_bias = jnp.einsum("b,bhqt->hqt", ones, d_logits).astype(like_bias.dtype)
     d_logits = d_logits.astype(dtype)
     d_query = _product("bhqt,bhtk->bhqk", d_logits, key) * scale
     d_key = _product("bhqt,bhqk->bhtk", d_logits, query) * scale
@@ -79,8 +79,8 @@ def cudnn(query, key, value, bias):
     """cuDNN's fused attention, forward and backward with the gradient of the bias; for bfloat16 or
     float16.
 
-    The kernel wants an even number of tokens: an odd number is padded to a multiple of 8 and the
-    padding masked in the bias.
+    The kernel wants an even number of tokens: they are padded to a multiple of 8 and the padding
+    masked in the bias.
     """
     tokens = query.shape[1]
     padding = -tokens % 8

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import attention
-from beit_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, Dense, DropPath, kernel_init, matmul
+from beit_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, Dense, DropPath, matmul
 from beit_jax.models.position import (
     Grid,
     num_relative_positions,
@@ -88,6 +88,7 @@ class BeitConfig:
     vocab_size: int = 8192
     num_labels: int = 1000
     head: str = "classifier"
+    initializer_range: float = 0.02
     head_init_scale: float = 0.001
     rescale_init: bool = False
     dtype: str = "float32"
@@ -139,8 +140,8 @@ def _bias_table(module, config):
     return module.param("relative_position_bias_table", nn.initializers.zeros, shape)
 
 
-def _output_init(rescale):
-    return nn.initializers.truncated_normal(0.02 / rescale**0.5)
+def _normal(config, scale=1.0):
+    return nn.initializers.truncated_normal(config.initializer_range * scale)
 
 
 class Attention(nn.Module):
@@ -155,7 +156,7 @@ class Attention(nn.Module):
         heads, width, dtype = config.num_attention_heads, x.shape[-1], jnp.dtype(config.dtype)
 
         def project(name):
-            y = Dense(width, use_bias=name != "key", dtype=dtype, name=name)(x)
+            y = Dense(width, _normal(config), use_bias=name != "key", dtype=dtype, name=name)(x)
             return y.reshape(*x.shape[:-1], heads, width // heads)  # [B, T, H, D / H]
 
         if config.use_relative_position_bias:
@@ -167,7 +168,7 @@ class Attention(nn.Module):
             attend = functools.partial(attention.plain, dropout=dropout)
         x = attend(project("query"), project("key"), project("value"), bias)
         x = x.reshape(*x.shape[:-2], width)
-        return Dense(width, dtype=dtype, kernel_init=self.output_init, name="output")(x)
+        return Dense(width, self.output_init, dtype=dtype, name="output")(x)
 
 
 class Mlp(nn.Module):
@@ -179,9 +180,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         dtype = jnp.dtype(self.config.dtype)
-        hidden = Dense(self.config.intermediate_size, dtype=dtype, name="fc1")(x)
+        hidden = Dense(
+            self.config.intermediate_size, _normal(self.config), dtype=dtype, name="fc1"
+        )(x)
         hidden = ACTIVATIONS[self.config.hidden_act](hidden)
-        return Dense(x.shape[-1], dtype=dtype, kernel_init=self.output_init, name="fc2")(hidden)
+        return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden)
 
 
 class Layer(nn.Module):
@@ -196,7 +199,8 @@ class Layer(nn.Module):
         depth = max(config.num_hidden_layers - 1, 1)
         drop_path = DropPath(config.drop_path_rate * self.index / depth)
         dropout = nn.Dropout(config.hidden_dropout_prob)
-        output_init = _output_init(2 * (self.index + 1) if config.rescale_init else 1)
+        rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
+        output_init = _normal(config, rescale)
 
         def residual(x, branch, scale_name):
             branch = dropout(branch, deterministic=deterministic)
@@ -223,16 +227,16 @@ class Embeddings(nn.Module):
         x = PatchEmbeddings(config, name="patch_embeddings")(image)
         batch, patches, width = x.shape
         if config.use_mask_token:
-            mask_token = self.param("mask_token", kernel_init, (1, 1, width)).astype(x.dtype)
+            mask_token = self.param("mask_token", _normal(config), (1, 1, width)).astype(x.dtype)
         if bool_masked_pos is not None:
             _expect(config.use_mask_token, "bool_masked_pos needs use_mask_token=True")
             masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
             x = jnp.where(masked, mask_token, x)
-        class_token = self.param("cls_token", kernel_init, (1, 1, width)).astype(x.dtype)
+        class_token = self.param("cls_token", _normal(config), (1, 1, width)).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, width)), x], axis=1)
         if config.use_absolute_position_embeddings:
             shape = (1, 1 + patches, width)
-            x += self.param("position_embeddings", kernel_init, shape).astype(x.dtype)
+            x += self.param("position_embeddings", _normal(config), shape).astype(x.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -248,12 +252,12 @@ class PatchEmbeddings(nn.Module):
         expected = (*self.config.image_size, self.config.num_channels)
         if image.shape[1:] != expected:
             raise ValueError(f"BEiT expects pictures of shape {expected}, got {image.shape[1:]}.")
-        kernel = self.param("kernel", kernel_init, (size, size, channels, width))
+        kernel = self.param("kernel", _normal(self.config), (size, size, channels, width))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         x = image.reshape(batch, height // size, size, across // size, size, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
         dtype = jnp.dtype(self.config.dtype)
-        x = matmul(x.astype(dtype), kernel.reshape(-1, width).astype(dtype))
+        x = matmul(x.astype(dtype), kernel.reshape(-1, width))
         return (x + bias.astype(x.dtype)).astype(dtype)
 
 
@@ -290,14 +294,14 @@ class Beit(nn.Module):
             x = _norm(config, "layernorm")(x)
         if config.head == "mim":
             x = _norm(config, "lm_layernorm")(x[:, 1:])
-            return Dense(config.vocab_size, dtype=x.dtype, name="lm_head")(x).astype(jnp.float32)
+            return Dense(config.vocab_size, _normal(config), dtype=x.dtype, name="lm_head")(
+                x
+            ).astype(jnp.float32)
         x = self.mean_pool(x) if config.use_mean_pooling else x[:, 0]
         if config.head == "none" or config.num_labels == 0:
             return x.astype(jnp.float32)
-        initial = nn.initializers.truncated_normal(0.02 * config.head_init_scale)
-        return Dense(config.num_labels, kernel_init=initial, name="classifier")(
-            x.astype(jnp.float32)
-        )
+        initial = _normal(config, config.head_init_scale)
+        return Dense(config.num_labels, initial, name="classifier")(x.astype(jnp.float32))
 
     def mean_pool(self, x):
         """Norm of the mean of the patch tokens, [B, D], in float32."""

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-kernel_init = nn.initializers.truncated_normal(0.02)
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -15,12 +14,12 @@ REMAT_POLICIES = {
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] times kernel [in, out] of one dtype, accumulated in float32.
+    """x [..., in] times a float32 kernel [in, out], both in the dtype of x, accumulated in float32.
 
     On CPU the result of a bfloat16 product is float32, which XLA computes twice as fast there; the
     gradient of the kernel is float32 and contracts the leading axes without flattening them.
     """
-    return _dot(x, kernel, (x.ndim - 1,), (0,), _product_dtype(x.dtype))
+    return _dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,), _product_dtype(x.dtype))
 
 
 def _dot(a, b, contract_a, contract_b, dtype):
@@ -40,7 +39,7 @@ def _matmul_backward(residuals, gradient):
     x, kernel = residuals
     gradient = gradient.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
-    d_x = _dot(gradient, kernel, (gradient.ndim - 1,), (1,), _product_dtype(x.dtype))
+    d_x = _dot(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1,), _product_dtype(x.dtype))
     d_kernel = _dot(x, gradient, leading, leading, jnp.float32)
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
@@ -52,14 +51,14 @@ class Dense(nn.Module):
     """Affine layer over float32 parameters, computed in `dtype`."""
 
     features: int
+    kernel_init: nn.initializers.Initializer
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = kernel_init
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        x = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        x = matmul(x.astype(self.dtype), kernel)
         if self.use_bias:
             x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return x.astype(self.dtype)

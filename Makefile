@@ -1,0 +1,52 @@
+# make quickstart   installs everything and trains on handwritten digits
+# make test         installs everything and runs the tests
+# make test-slow    the long tests
+# make coverage lint format lock bench
+#
+# CPU=1 installs without CUDA, CUDA=cuda13 with CUDA 13; the default looks for an NVIDIA GPU.
+# PEERS=1 also installs torch, which parity tests compare with and otherwise skip.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CUDA ?= cuda12
+GPU := $(if $(CPU),,$(shell command -v nvidia-smi))
+REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
+
+.PHONY: setup quickstart test test-slow coverage lint format lock bench
+
+quickstart: setup
+	$(BIN)/python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
+
+test: setup
+	$(BIN)/python -m pytest -q --durations=10
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow --durations=10
+
+coverage: setup
+	$(BIN)/python -m pytest -q --cov=beit_jax --cov-report=term
+
+bench: setup
+	$(BIN)/python -m benchmarks.cpu --out benchmarks/results/cpu.json
+
+setup: $(VENV)/.done
+	$(if $(PEERS),$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0)
+
+$(VENV)/.done: requirements.txt requirements-cpu.txt
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; use make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	sed 's/cuda12/$(CUDA)/' $(REQUIREMENTS) > .requirements.txt
+	$(BIN)/python -m pip install -q -r .requirements.txt pytest pytest-cov
+	touch $@
+
+lint:
+	$(BIN)/python -m pip install -q ruff && $(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format:
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lock:
+	uv pip compile -q --universal --python-version 3.11 requirements.txt -o requirements.lock
+	uv pip compile -q --universal --python-version 3.11 requirements-cpu.txt -o requirements-cpu.lock
