@@ -17,8 +17,9 @@ def main(argv):
         sys.exit(f"Unexpected arguments: {' '.join(argv[1:])}. Flags start with --.")
     from beit_jax import train
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step it takes
-    logging.getLogger().setLevel(logging.INFO)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+    for chatty in ("absl", "jax", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         train.run(CONFIG.value, WORKDIR.value)
     except (OSError, ValueError, FloatingPointError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from beit_jax import checkpoint, convert, modules
 from beit_jax.checkpoint import ModelInfo
+from beit_jax.convert import preprocessor
 
 
 class Pretrained(NamedTuple):
@@ -34,7 +35,7 @@ def load(source: str, revision: str = "") -> Pretrained:
         task="classify",
         architecture=loaded.architecture,
         class_names=loaded.class_names,
-        image=loaded.image,
+        image=loaded.image or preprocessor.DEFAULT,
         pretrained=loaded.source,
     )
     return Pretrained(loaded.params, info)

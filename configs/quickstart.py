@@ -13,8 +13,6 @@ def get_config(arg=None):
     common.parse_arg(arg)
     config = common.get_config()
     config.data.name = "digits"
-    config.data.train = "train[:90%]"
-    config.data.val = "train[90%:]"
 
     config.model.image_size = 16
     config.model.patch_size = 4
@@ -22,19 +20,23 @@ def get_config(arg=None):
     config.model.num_hidden_layers = 4
     config.model.num_attention_heads = 4
     config.model.intermediate_size = 128
+    config.model.use_absolute_position_embeddings = True
+    config.model.initializer_range = 0.1  # 0.02 is for wide networks
+    config.model.layer_scale_init_value = 1.0
     config.model.drop_path_rate = 0.0
     config.model.head_init_scale = 1.0
 
-    config.augment.crop = "pad"
-    config.augment.pad = 1
+    config.augment.crop = "rrc"
+    config.augment.scale = (0.7, 1.0)
     config.augment.flip = 0.0
 
-    config.batch_size = 64
-    config.num_epochs = 30.0
+    config.batch_size = 32
+    config.num_epochs = 40.0
     config.optim.name = "adamw"
-    config.optim.learning_rate = 2e-3
+    config.optim.learning_rate = 1.5e-3
     config.optim.warmup = "2ep"
     config.optim.weight_decay = 0.05
     config.eval_every = "5ep"
     config.save_every = "10ep"
+    config.log_every = "100"
     return config

@@ -9,16 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from beit_jax import checkpoint, convert
-from beit_jax.convert import files, verify
+from beit_jax.convert import files, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
-_IMAGE = {  # of the BEiTs pretrained on ImageNet-22k, and of BeitImageProcessor
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "interpolation": "bicubic",
-    "crop": "squash",
-    "crop_pct": 1.0,
-}
 _TOLERANCE = 1e-4
 
 
@@ -63,14 +56,15 @@ def _from_hf(args) -> int:
     with files.new_directory(args.dst) as workdir:
         loaded = convert.load(args.src, revision=args.revision)
         if loaded.image is None:
-            print(f"note: {args.src} does not say how its pictures are prepared; taking {_IMAGE}")
+            default = preprocessor.DEFAULT
+            print(f"note: {args.src} does not say how pictures are prepared; taking {default}")
         head = loaded.architecture["head"]
         info = checkpoint.ModelInfo(
             model_name="beit",
             task=_TASKS[head],
             architecture=loaded.architecture,
             class_names=loaded.class_names,
-            image=loaded.image or _IMAGE,
+            image=loaded.image or preprocessor.DEFAULT,
             pretrained=loaded.source,
         )
         checkpoint.write_model_info(workdir, info)

@@ -9,6 +9,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+DEFAULT = {  # of the BEiTs pretrained on ImageNet-22k, and of BeitImageProcessor
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "crop": "squash",
+    "crop_pct": 1.0,
+}
 _PIL = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 

@@ -1,238 +1,335 @@
-"""RandAugment (arXiv:1909.13719) on the device, with timm's operations and severities.
+"""RandAugment (arXiv:1909.13719) as timm has it, and TrivialAugment (arXiv:2103.10158).
 
-timm draws the interpolation of geometric operations; here it is bilinear. Pixels are float32 in
-[0, 255], rounded where Pillow rounds.
+Every picture draws its own operations, and all pass through one program without branches: an
+operation that maps levels to levels is a table of 256 per channel, and geometric operations are
+one affine map, read once for two of them in a row (Pillow would interpolate twice).
+
+Pictures are uint8 and the arithmetic is Pillow's: operations equal its results, but for a level
+here and there where a float lies on the edge between two.
+
+H x W picture, C = 3 channels. Functions below the public ones see one picture; vmap adds B.
 """
 
+import itertools
 import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_FILL = 128.0
+OPS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness"),
+    *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+)
+NO_OP = -1
+
 _MAX = 10.0  # magnitude
 
 
 class Policy(NamedTuple):
     """What a string such as "rand-m9-mstd0.5-inc1" says."""
 
-    magnitude: float = 9.0
-    std: float = 0.0
+    magnitude: float = _MAX
+    std: float = 0.0  # above 100: uniform from 0 to `magnitude`
     num_ops: int = 2
-    increasing: bool = False
-    probability: float = 0.5
+    increasing: bool = False  # severity with magnitude, for Posterize, Solarize and enhancements
+    probability: float = 0.5  # of each operation
 
 
 def parse(text: str) -> Policy:
-    """Reads "rand" and, after dashes, m magnitude, mstd its deviation, n operations, p, inc.
+    """Reads timm's notation: "rand" and, after dashes, m, mstd, n, p and inc with numbers.
 
     Raises:
-      ValueError: it cannot be read.
+      ValueError: `text` is malformed, or a number out of range.
     """
     name, *parts = text.split("-")
-    keys = {"m": "magnitude", "mstd": "std", "n": "num_ops", "p": "probability"}
-    policy = Policy()
-    for part in parts:
-        match = re.fullmatch(r"(mstd|m|n|p|inc)(\d+(?:\.\d+)?)", part)
-        if not match:
-            raise ValueError(_malformed(text))
-        key, value = match[1], float(match[2])
-        if key == "inc":
-            policy = policy._replace(increasing=bool(value))
-        else:
-            policy = policy._replace(**{keys[key]: int(value) if key == "n" else value})
-    if name != "rand" or not 0 <= policy.magnitude <= _MAX or not 0 <= policy.probability <= 1:
+    matches = [re.fullmatch(r"(mstd|m|n|p|inc)(\d+(?:\.\d+)?)", part) for part in parts]
+    if name != "rand" or not all(matches):
+        raise ValueError(_malformed(text))
+    given = {match[1]: float(match[2]) for match in matches}
+    policy = Policy(
+        magnitude=given.get("m", _MAX),
+        std=given.get("mstd", 0.0),
+        num_ops=int(given.get("n", 2)),
+        increasing=bool(given.get("inc", 0)),
+        probability=given.get("p", 0.5),
+    )
+    if policy.magnitude > _MAX or policy.num_ops < 1 or policy.probability > 1:
         raise ValueError(_malformed(text))
     return policy
 
 
 def _malformed(text):
     return (
-        f"augment.randaugment {text!r} is malformed; expected such as rand-m9-mstd0.5-inc1: m from "
-        "0 to 10, mstd, n operations, p probability, inc 0 or 1."
+        f"RandAugment {text!r} cannot be read; expected one such as rand-m9-mstd0.5-inc1: m from 0 "
+        "to 10, mstd its deviation, n operations, p their probability, inc 0 or 1."
     )
 
 
-def rand_augment(rng: jax.Array, image: jax.Array, policy: str) -> jax.Array:
+def rand_augment(
+    rng: jax.Array, image: jax.Array, policy: str, *, fill=128, interpolation: str = "bicubic"
+) -> jax.Array:
     """Applies random operations to each picture.
 
     Args:
       rng: decides.
-      image: float32 [B, H, W, 3] in [0, 255].
+      image: uint8 [B, H, W, 3].
       policy: see `parse`.
+      fill, interpolation: see `apply_ops`. timm fills with the mean of the normalisation, and
+        draws the interpolation if its recipe names none (BEiT's names bicubic).
+
+    Returns:
+      uint8 [B, H, W, 3].
     """
     policy = parse(policy)
-    image = jnp.clip(image, 0, 255)
-    for op_rng in jax.random.split(rng, policy.num_ops):
-        image = jax.vmap(lambda key, x: _random_op(key, x, policy))(
-            jax.random.split(op_rng, image.shape[0]), image
-        )
-    return image
-
-
-def _random_op(rng, image, policy):
     kind_rng, use_rng, magnitude_rng, sign_rng = jax.random.split(rng, 4)
-    kind = jax.random.randint(kind_rng, (), 0, len(_OPS))
-    magnitude = policy.magnitude + policy.std * jax.random.normal(magnitude_rng)
-    level = jnp.clip(magnitude, 0, _MAX) / _MAX
-    sign = jnp.where(jax.random.bernoulli(sign_rng), 1.0, -1.0)
-    branches = [lambda x, op=op: op(x, level, sign, policy.increasing) for op in _OPS.values()]
-    changed = jax.lax.switch(kind, branches, image)
-    return jnp.where(jax.random.bernoulli(use_rng, policy.probability), changed, image)
+    shape = (image.shape[0], policy.num_ops)
+    kind = jax.random.randint(kind_rng, shape, 0, len(OPS))
+    kind = jnp.where(jax.random.bernoulli(use_rng, policy.probability, shape), kind, NO_OP)
+    if policy.std > 100:
+        magnitude = jax.random.uniform(magnitude_rng, shape, maxval=policy.magnitude)
+    else:
+        magnitude = policy.magnitude + policy.std * jax.random.normal(magnitude_rng, shape)
+    sign = jax.random.rademacher(sign_rng, shape, jnp.float32)
+    arg = arguments(kind, jnp.clip(magnitude, 0, _MAX), sign, policy.increasing)
+    return apply_ops(image, kind, arg, fill=fill, interpolation=interpolation)
 
 
-def _round(x):
-    return jnp.clip(jnp.floor(x + 0.5), 0, 255)
+def arguments(kind, magnitude, sign, increasing: bool) -> jax.Array:
+    """timm's argument of each operation, for magnitudes from 0 to 10 and signs 1 or -1.
+
+    They are degrees (Rotate), factors (enhancements; 1 changes nothing), bits that are kept
+    (Posterize), levels (Solarize*), slopes (Shear*) and shares of the side (Translate*).
+    """
+    level, signed = magnitude / _MAX, sign * magnitude / _MAX
+    factor = jnp.maximum(0.1, 1 + 0.9 * signed) if increasing else 0.1 + 1.8 * level
+    bits, threshold = jnp.floor(magnitude * 4 / _MAX), jnp.floor(magnitude * 256 / _MAX)
+    return _by_kind(
+        kind,
+        Rotate=30 * signed,
+        Posterize=4 - bits if increasing else bits,
+        Solarize=256 - threshold if increasing else threshold,
+        SolarizeAdd=jnp.floor(magnitude * 110 / _MAX),
+        **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), factor),
+        **dict.fromkeys(("ShearX", "ShearY"), 0.3 * signed),
+        **dict.fromkeys(("TranslateXRel", "TranslateYRel"), 0.45 * signed),
+    )
 
 
-def _gray(image):
-    return jnp.floor((image * jnp.asarray([299.0, 587.0, 114.0])).sum(-1, keepdims=True) / 1000)
+def trivial_augment(
+    rng: jax.Array, image: jax.Array, *, fill=128, interpolation: str = "bicubic"
+) -> jax.Array:
+    """Applies one operation of any strength to each picture: torchvision's TrivialAugmentWide.
+
+    Its 14 choices, "nothing" among them, with its ranges; torchvision's shear differs by the
+    point that it leaves in place, and its translation of up to 32 pixels is cut at the side.
+
+    Args:
+      rng: decides.
+      image: uint8 [B, H, W, 3].
+      fill, interpolation: see `apply_ops`.
+
+    Returns:
+      uint8 [B, H, W, 3].
+    """
+    kind_rng, level_rng, sign_rng = jax.random.split(rng, 3)
+    height, width = image.shape[1:3]
+    shape = (image.shape[0], 1)
+    choices = [i for i, name in enumerate(OPS) if name not in ("Invert", "SolarizeAdd")]
+    kind = jax.random.choice(kind_rng, jnp.asarray([NO_OP, *choices]), shape)
+    level = jax.random.randint(level_rng, shape, 0, 31) / 30
+    signed = level * jax.random.rademacher(sign_rng, shape, jnp.float32)
+    arg = _by_kind(
+        kind,
+        Rotate=135 * signed,
+        Posterize=8 - jnp.round(level * 6),
+        Solarize=255 - 255 * level,
+        **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), 1 + 0.99 * signed),
+        **dict.fromkeys(("ShearX", "ShearY"), 0.99 * signed),
+        TranslateXRel=jnp.clip(32 * signed / width, -1, 1),
+        TranslateYRel=jnp.clip(32 * signed / height, -1, 1),
+    )
+    return apply_ops(image, kind, arg, fill=fill, interpolation=interpolation)
+
+
+def apply_ops(
+    image: jax.Array, kind: jax.Array, arg: jax.Array, *, fill=128, interpolation: str = "bicubic"
+) -> jax.Array:
+    """Applies n operations to each picture, one after the other.
+
+    Args:
+      image: uint8 [B, H, W, 3].
+      kind: positions in OPS or NO_OP, int [B, n].
+      arg: what `arguments` says, float [B, n].
+      fill: level, or one per channel, where a geometric operation finds no pixel.
+      interpolation: of geometric operations: "bilinear" or "bicubic".
+
+    Returns:
+      uint8 [B, H, W, 3].
+
+    Raises:
+      ValueError: the pictures are not uint8 RGB, or the interpolation is unknown.
+    """
+    if image.dtype != jnp.uint8 or image.ndim != 4 or image.shape[-1] != 3:
+        raise ValueError(f"Expected uint8 [B, H, W, 3], got {image.dtype} {list(image.shape)}.")
+    if interpolation not in _TAPS:
+        raise ValueError(f"Unknown interpolation {interpolation!r}; available: {', '.join(_TAPS)}.")
+    fill = jnp.asarray(fill, jnp.uint8)
+    computed = jax.lax.optimization_barrier  # once, not again for every pixel that reads it
+
+    def one(image, kind, arg):
+        ops = list(zip(kind, arg, strict=True))
+        for first, second in itertools.zip_longest(ops[::2], ops[1::2]):
+            image = computed(_recolor(image, *first))
+            ops_backwards = (second, first) if second else (first,)
+            image = computed(_warp(image, ops_backwards, fill, _TAPS[interpolation]))
+            image = computed(_recolor(image, *second)) if second else image
+        return image
+
+    return jax.vmap(one)(image, kind, arg)
+
+
+def _by_kind(kind, **values):
+    """Picks the value that has the name of the operation, 0 where there is none."""
+    picked = jnp.zeros(kind.shape)
+    for name, value in values.items():
+        picked = jnp.where(kind == OPS.index(name), value, picked)
+    return picked
+
+
+def _recolor(image, kind, arg):
+    """Applies an operation on colours; of another kind it changes nothing."""
+    gray = _gray(image)
+    channel = jnp.arange(image.shape[-1])
+    mapped = _table(image, gray, kind, arg)[channel, image]
+    is_color, is_sharpness = kind == OPS.index("Color"), kind == OPS.index("Sharpness")
+    blended = _blend(jnp.where(is_color, gray, _smooth(image)), image, arg)
+    return jnp.where(is_color | is_sharpness, blended, mapped).astype(jnp.uint8)
+
+
+def _table(image, gray, kind, arg):
+    """What each channel's levels become, int32 [C, 256]."""
+    level = jnp.arange(256)
+    channel = jnp.arange(image.shape[-1])
+    histogram = jnp.bincount((256 * channel + image).ravel(), length=256 * channel.size)
+    histogram = histogram.reshape(channel.size, 256)
+    bit = jnp.left_shift(1, 8 - arg.astype(jnp.int32))  # the lowest that Posterize keeps
+    mean = (gray.sum() + gray.size // 2) // gray.size
+    tables = {
+        "AutoContrast": _auto_contrast(histogram),
+        "Equalize": _equalize(histogram),
+        "Invert": 255 - level,
+        "Posterize": level // bit * bit,
+        "Solarize": jnp.where(level < arg, level, 255 - level),
+        "SolarizeAdd": jnp.where(level < 128, jnp.minimum(level + arg, 255), level),
+        "Contrast": _blend(mean, level, arg),
+        "Brightness": _blend(0, level, arg),
+    }
+    picked = jnp.broadcast_to(level, histogram.shape)
+    for name, table in tables.items():
+        picked = jnp.where(kind == OPS.index(name), table.astype(jnp.int32), picked)
+    return picked
+
+
+def _auto_contrast(histogram):
+    """Stretches the levels that occur to the whole range (ImageOps.autocontrast)."""
+    level, present = jnp.arange(256), histogram > 0
+    low = jnp.argmax(present, axis=-1, keepdims=True)
+    high = 255 - jnp.argmax(present[:, ::-1], axis=-1, keepdims=True)
+    stretched = jnp.clip((level - low) * 255 // jnp.maximum(high - low, 1), 0, 255)
+    return jnp.where(high > low, stretched, level)
+
+
+def _equalize(histogram):
+    """Makes all levels about equally frequent (ImageOps.equalize)."""
+    high = 255 - jnp.argmax(histogram[:, ::-1] > 0, axis=-1, keepdims=True)
+    last = jnp.take_along_axis(histogram, high, axis=-1)
+    step = (histogram.sum(-1, keepdims=True) - last) // 255
+    below = jnp.cumsum(histogram, axis=-1) - histogram
+    table = (step // 2 + below) // jnp.maximum(step, 1)
+    return jnp.where(step > 0, jnp.minimum(table, 255), jnp.arange(256))
 
 
 def _blend(base, image, factor):
-    return jnp.clip(base + factor * (image - base), 0, 255)
+    """From `base` (factor 0) to `image` (factor 1) or beyond (Image.blend)."""
+    return jnp.clip(base + factor * (image.astype(jnp.float32) - base), 0, 255).astype(jnp.int32)
 
 
-def _factor(level, sign, increasing):
-    """Of the enhancing operations: 1 changes nothing."""
-    if increasing:
-        return jnp.maximum(0.1, 1 + 0.9 * level * sign)
-    return 1.8 * level + 0.1
+def _gray(image):
+    """Luma, int32 [H, W, 1] (Image.convert("L"))."""
+    luma = (image * jnp.asarray([19595, 38470, 7471])).sum(-1, keepdims=True)
+    return (luma + 2**15) >> 16
 
 
-def auto_contrast(image, level, sign, increasing):
-    """Stretches every channel to the whole range."""
-    low, high = image.min((0, 1)), image.max((0, 1))
-    stretched = (image - low) * 255 / jnp.maximum(high - low, 1)
-    return jnp.where(high > low, jnp.floor(jnp.clip(stretched, 0, 255)), image)
+def _smooth(image):
+    """Mean of 3 x 3 pixels, the middle one weighing 5; the border stays (ImageFilter.SMOOTH)."""
+    height, width, _ = image.shape
+    padded = jnp.pad(image.astype(jnp.int32), ((1, 1), (1, 1), (0, 0)))
+    windows = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    smooth = (2 * (sum(windows) + 4 * image) + 13) // 26
+    is_inner = jnp.pad(jnp.ones((height - 2, width - 2, 1), bool), ((1, 1), (1, 1), (0, 0)))
+    return jnp.where(is_inner, smooth, image)
 
 
-def equalize(image, level, sign, increasing):
-    """Flattens the histogram of every channel, as Pillow does."""
-
-    def channel(x):
-        x = _round(x).astype(jnp.int32)
-        histogram = jnp.zeros(256, jnp.int32).at[x.reshape(-1)].add(1)
-        last = histogram[255 - jnp.argmax(histogram[::-1] > 0)]
-        step = (histogram.sum() - last) // 255
-        table = (jnp.cumsum(histogram) - histogram + step // 2) // jnp.maximum(step, 1)
-        return jnp.where(step > 0, jnp.clip(table, 0, 255)[x], x).astype(jnp.float32)
-
-    return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
-
-
-def invert(image, level, sign, increasing):
-    """255 - pixel."""
-    return 255 - image
-
-
-def posterize(image, level, sign, increasing):
-    """Keeps the upper bits: from 0 to 4 with the level, increasing from 4 to 0."""
-    bits = 4 - jnp.floor(level * 4) if increasing else jnp.floor(level * 4)
-    unit = 2.0 ** (8 - bits)
-    return jnp.floor(_round(image) / unit) * unit
-
-
-def solarize(image, level, sign, increasing):
-    """Inverts pixels from a threshold on."""
-    threshold = jnp.floor(level * 256)
-    threshold = jnp.minimum(256 - threshold if increasing else threshold, 255.0)
-    return jnp.where(image < threshold, image, 255 - image)
-
-
-def solarize_add(image, level, sign, increasing):
-    """Adds up to 110 to pixels below 128."""
-    return jnp.where(image < 128, jnp.minimum(image + jnp.floor(level * 110), 255), image)
-
-
-def color(image, level, sign, increasing):
-    """Blends with gray."""
-    return _blend(_gray(image), image, _factor(level, sign, increasing))
-
-
-def contrast(image, level, sign, increasing):
-    """Blends with the mean gray."""
-    return _blend(jnp.floor(_gray(image).mean() + 0.5), image, _factor(level, sign, increasing))
-
-
-def brightness(image, level, sign, increasing):
-    """Blends with black."""
-    return _blend(jnp.zeros_like(image), image, _factor(level, sign, increasing))
-
-
-def sharpness(image, level, sign, increasing):
-    """Blends with a smoothed picture; its border stays."""
-    kernel = jnp.asarray([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    smooth = sum(
-        kernel[i, j] * image[i : image.shape[0] - 2 + i, j : image.shape[1] - 2 + j]
-        for i in range(3)
-        for j in range(3)
-    )
-    smooth = image.at[1:-1, 1:-1].set(_round(smooth))
-    return _blend(smooth, image, _factor(level, sign, increasing))
-
-
-def rotate(image, level, sign, increasing):
-    """By up to 30 degrees about the middle."""
-    angle = jnp.deg2rad(30 * level * sign)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    center = (jnp.asarray([image.shape[1], image.shape[0]])) / 2
-    matrix = jnp.asarray([[cos, sin], [-sin, cos]])
-    return _affine(image, matrix, center - matrix @ center)
-
-
-def shear_x(image, level, sign, increasing):
-    """By up to 0.3."""
-    return _affine(image, jnp.asarray([[1, 0.3 * level * sign], [0, 1]]), jnp.zeros(2))
-
-
-def shear_y(image, level, sign, increasing):
-    """By up to 0.3."""
-    return _affine(image, jnp.asarray([[1, 0], [0.3 * level * sign, 1]]), jnp.zeros(2))
-
-
-def translate_x(image, level, sign, increasing):
-    """By up to 45 % of the width."""
-    return _affine(image, jnp.eye(2), jnp.asarray([0.45 * level * sign * image.shape[1], 0]))
-
-
-def translate_y(image, level, sign, increasing):
-    """By up to 45 % of the height."""
-    return _affine(image, jnp.eye(2), jnp.asarray([0, 0.45 * level * sign * image.shape[0]]))
-
-
-def _affine(image, matrix, offset):
-    """Reads pixel (x, y) at `matrix (x, y) + offset`, bilinearly; outside is grey.
-
-    Coordinates are of pixel centres, as in Pillow's `Image.transform`.
-    """
-    height, width = image.shape[:2]
+def _warp(image, ops, fill, taps):
+    """Applies the geometric ones of `ops`, the last one first."""
+    height, width, _ = image.shape
     x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
-    x, y = (matrix[i, 0] * x + matrix[i, 1] * y + offset[i] for i in range(2))
-    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
-
-    def read(channel):
-        return jax.scipy.ndimage.map_coordinates(channel, [y - 0.5, x - 0.5], 1, mode="nearest")
-
-    warped = jax.vmap(read, in_axes=-1, out_axes=-1)(image)
-    return jnp.where(outside[..., None], _FILL, _round(warped))
+    inside = True
+    for kind, arg in ops:
+        x, y = _map_back(x, y, kind, arg, height, width)
+        inside &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return jnp.where(inside[..., None], _read(image, x - 0.5, y - 0.5, taps), fill)
 
 
-_OPS = {
-    "AutoContrast": auto_contrast,
-    "Equalize": equalize,
-    "Invert": invert,
-    "Rotate": rotate,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "SolarizeAdd": solarize_add,
-    "Color": color,
-    "Contrast": contrast,
-    "Brightness": brightness,
-    "Sharpness": sharpness,
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateXRel": translate_x,
-    "TranslateYRel": translate_y,
-}
+def _map_back(x, y, kind, arg, height, width):
+    """Where the pixel at (x, y) comes from."""
+
+    def given(name):
+        return jnp.where(kind == OPS.index(name), arg, 0.0)
+
+    angle = jnp.deg2rad(given("Rotate"))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    middle_x, middle_y = width / 2, height / 2
+    shift_x = width * given("TranslateXRel") + (1 - cos) * middle_x + sin * middle_y
+    shift_y = height * given("TranslateYRel") + (1 - cos) * middle_y - sin * middle_x
+    return (
+        cos * x + (given("ShearX") - sin) * y + shift_x,
+        cos * y + (given("ShearY") + sin) * x + shift_y,
+    )
+
+
+def _read(image, x, y, taps):
+    """Interpolates at (x, y), in pixels from the middle of the first; the border goes on."""
+    height, width, _ = image.shape
+    column, row = jnp.floor(x), jnp.floor(y)
+    value = 0.0
+    for i, row_weight in taps(y - row):
+        rows = jnp.clip(row.astype(jnp.int32) + i, 0, height - 1)
+        line = 0.0
+        for j, column_weight in taps(x - column):
+            columns = jnp.clip(column.astype(jnp.int32) + j, 0, width - 1)
+            line += column_weight[..., None] * image[rows, columns]
+        value += row_weight[..., None] * line
+    return jnp.clip(value, 0, 255).astype(jnp.uint8)
+
+
+def _bilinear_taps(d):
+    """Offsets and weights of the pixels around a point that is `d` in [0, 1) past a pixel."""
+    return (0, 1 - d), (1, d)
+
+
+def _bicubic_taps(d):
+    """Those of Pillow's `transform`, whose cubic has a = -1 (that of `resize` has -0.5)."""
+
+    def near(t):
+        return (t - 2) * t * t + 1
+
+    def far(t):
+        return ((5 - t) * t - 8) * t + 4
+
+    return (-1, far(d + 1)), (0, near(d)), (1, near(1 - d)), (2, far(2 - d))
+
+
+_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps}

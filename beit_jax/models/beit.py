@@ -23,6 +23,7 @@ from beit_jax.models.position import (
 )
 
 HEADS = ("classifier", "mim", "none")
+DTYPES = ("float32", "bfloat16")
 PRESETS = {
     "cifar": dict(
         hidden_size=192,
@@ -116,6 +117,9 @@ class BeitConfig:
         _expect(
             len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
+        )
+        _expect(
+            self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
         )
         attention.get(self.attention)
 
@@ -344,22 +348,21 @@ def layer_id(name: str, num_layers: int) -> int:
 def adapt_params(params: dict, old: BeitConfig, new: BeitConfig, method: str = "unilm") -> dict:
     """Fits the position tables of `params`, made for `old`, to `new`.
 
-    A table shared by all layers becomes one table per layer where `new` wants that; tables and
-    absolute positions are resized to the new patch grid by `method` (see `models/position.py`).
-    Other parameters stay as they are.
+    A table shared by all layers becomes, or is added to, one table per layer where `new` has only
+    those; tables and absolute positions are resized to the new patch grid by `method` (see
+    `models/position.py`). Other parameters stay as they are, and `params` too.
     """
     params = dict(params)
     if (
-        new.use_relative_position_bias
-        and not old.use_relative_position_bias
-        and old.use_shared_relative_position_bias
+        old.use_shared_relative_position_bias
+        and not new.use_shared_relative_position_bias
+        and new.use_relative_position_bias
     ):
-        table = params["relative_position_bias_table"]
-        if not new.use_shared_relative_position_bias:
-            del params["relative_position_bias_table"]
-        for index in range(new.num_hidden_layers):
+        shared = params.pop("relative_position_bias_table")
+        for index in range(old.num_hidden_layers):
             layer = params[f"layer_{index}"]
-            own = {"relative_position_bias_table": table}
+            own = layer["attention"].get("relative_position_bias_table", 0.0)
+            own = {"relative_position_bias_table": own + np.asarray(shared)}
             params[f"layer_{index}"] = {**layer, "attention": {**layer["attention"], **own}}
 
     def resize(tree):

@@ -91,8 +91,7 @@ def resize_relative_position_bias_table(
     Raises:
       ValueError: the method is unknown or the table does not belong to `old_grid`.
     """
-    if method not in METHODS:
-        raise ValueError(f"Unknown resize method {method!r}; available: {', '.join(METHODS)}.")
+    _check_method(method)
     table = np.asarray(table)
     if table.shape[0] != num_relative_positions(old_grid):
         raise ValueError(
@@ -110,6 +109,11 @@ def resize_relative_position_bias_table(
         resized = _geometric(image, old_shape, new_shape, degree)
     resized = resized.reshape(-1, table.shape[1]).astype(table.dtype)
     return np.concatenate([resized, table[-3:]])
+
+
+def _check_method(method):
+    if method not in METHODS:
+        raise ValueError(f"Unknown resize method {method!r}; available: {', '.join(METHODS)}.")
 
 
 def _geometric(image, old_shape, new_shape, degree):
@@ -151,10 +155,19 @@ def resize_position_embeddings(
     stays.
 
     All of unilm, timm and transformers resize bicubically; timm with antialiasing.
+
+    Raises:
+      ValueError: the method is unknown or the embeddings do not belong to `old_grid`.
     """
-    if tuple(old_grid) == tuple(new_grid):
-        return np.asarray(embeddings)
+    _check_method(method)
     embeddings = np.asarray(embeddings)
+    if embeddings.shape[1] != 1 + math.prod(old_grid):
+        raise ValueError(
+            f"Position embeddings of grid {old_grid} have {1 + math.prod(old_grid)} tokens, "
+            f"got {embeddings.shape[1]}."
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return embeddings
     patches = embeddings[0, 1:].reshape(*old_grid, -1).astype(np.float64)
     resized = _bicubic(patches, new_grid, antialias=method == "timm").reshape(
         -1, embeddings.shape[-1]

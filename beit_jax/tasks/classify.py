@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from beit_jax import losses, metrics, modules
 from beit_jax.checkpoint import ModelInfo
+from beit_jax.convert import preprocessor
 from beit_jax.data import augment
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.task import Task
 
-_HALF = (0.5, 0.5, 0.5)
 _RUNTIME = ("dtype", "attention", "remat")  # of config.model; the same weights run with any
 
 
@@ -169,8 +169,7 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
     architecture.update(overrides, head="classifier")
     architecture = dataclasses.asdict(family.Model(**architecture).config)
     architecture = {key: value for key, value in architecture.items() if key not in _RUNTIME}
-    image = {"mean": _HALF, "std": _HALF, "interpolation": "bicubic", "crop": "squash"}
-    image |= {"crop_pct": 1.0} | ((start.image if start else None) or {})
+    image = preprocessor.DEFAULT | ((start.image if start else None) or {})
     image |= {key: value for key, value in config.image.items() if value is not None}
     return ModelInfo(
         model_name=config.model_name,
