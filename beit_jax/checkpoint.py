@@ -2,16 +2,18 @@
 
 A step is a directory `checkpoints/<step>` with the items "params", "ema_params" (if there are
 any), "rest" (step, optimizer, ...) and "meta", JSON that holds shape, dtype and CRC32 of every
-array: orbax itself has no checksums. What cannot be read is moved to `checkpoints/_quarantine`.
+array, and its own CRC32: orbax itself has no checksums. What cannot be read is moved to
+`checkpoints/_quarantine`.
 """
 
 import json
 import logging
 import os
+import pathlib
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 _OWN_ITEMS = ("params", "ema_params")
 _FORMAT = 1
+_TRASH = "_trash"
 _Path = tuple[str, ...]
 
 
@@ -83,6 +86,17 @@ def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
     return info
 
 
+class _BestN(preservation_policy.PreservationPolicy):
+    """Keeps the `n` steps of the highest `scores`, which may change."""
+
+    def __init__(self, n: int, scores: Mapping[int, float | None]):
+        self._n, self._scores = n, scores
+
+    def should_preserve(self, checkpoints, *, context):
+        best = _best(self._scores, [x.step for x in checkpoints], self._n)
+        return [x.step in best for x in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores the state of a run in `workdir/checkpoints`; a context manager.
 
@@ -109,30 +123,31 @@ class Checkpointer:
     ):
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
         self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
-        self._max_failures, self._failures = max_failures, 0
+        self._max_failures, self._failures, self._error = max_failures, 0, None
+        self._is_saving = False
+        self._scores: dict[int, float | None] = {}
         policies = [preservation_policy.LatestN(max(keep_last, 1))]
         if keep_best:
-            policies.append(
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics["score"],
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            policies.append(_BestN(keep_best, self._scores))
         if keep_every:
             policies.append(preservation_policy.EveryNSteps(keep_every))
         self._policy = preservation_policy.AnyPreservationPolicy(policies)
-        self._manager = self._open()
+        self._open()
 
     def _open(self):
-        shutil.rmtree(os.path.join(self.directory, "_trash"), ignore_errors=True)
+        self._sweep()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
-            best_fn=lambda metrics: metrics["score"],
-            todelete_subdir="_trash",
-            cleanup_tmp_directories=True,
+            todelete_subdir=_TRASH,  # a rename: no kill leaves half a checkpoint
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._scores |= _read_scores(self._manager)
+
+    def _sweep(self):
+        """Removes old checkpoints, and what a killed or failed save has left."""
+        for path in pathlib.Path(self.directory).glob("*"):
+            if path.name == _TRASH or ocp.utils.TMP_DIR_SUFFIX in path.name:
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, state, *, metrics: Mapping[str, float] | None = None) -> None:
         """Starts to save; the buffers of `state` may be donated as soon as it returns.
@@ -142,31 +157,32 @@ class Checkpointer:
 
         Args:
           step: its number.
-          state: any pytree that flax can serialise.
+          state: any pytree of arrays that flax can serialise.
           metrics: of this state; without `best_metric`, or where that is not finite, it is no
             candidate for the best.
 
         Raises:
           CheckpointError: `max_failures` saves in a row have failed.
         """
-        self.wait()
-        if step in self._manager.all_steps():
+        if step in self.all_steps():
             return
-        shutil.rmtree(os.path.join(self.directory, "_trash"), ignore_errors=True)
+        self._sweep()
         arrays = _flatten(state)
         metric = float((metrics or {}).get(self._metric, np.nan))
-        score = self._sign * metric if np.isfinite(metric) else None
+        score = self._scores[step] = self._sign * metric if np.isfinite(metric) else None
         meta = {
             "score": score,
             "arrays": {"/".join(path): _describe(x) for path, x in arrays.items()},
         }
+        meta["crc32"] = _crc32_of_json(meta)
         items = {name: ocp.args.StandardSave(tree) for name, tree in _by_item(arrays).items()}
         items["meta"] = ocp.args.JsonSave(meta)
-        metrics = None if score is None else {"score": score}
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises whatever its threads met
             self._failed(error)
+        else:
+            self._is_saving = True
 
     def wait(self) -> None:
         """Waits for the save that is under way.
@@ -174,21 +190,26 @@ class Checkpointer:
         Raises:
           CheckpointError: `max_failures` saves in a row have failed.
         """
+        if not self._is_saving:
+            return
+        self._is_saving = False
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `save`
             self._failed(error)
         else:
-            self._failures = 0
+            self._failures, self._error = 0, None
 
     def _failed(self, error):
         self._failures += 1
         free = shutil.disk_usage(self.directory).free / 2**20
-        message = f"Saving to {self.directory} failed ({free:,.0f} MiB free): {error}"
-        logging.error("%s", message)
-        self._manager = self._open()  # forgets the step, and removes what is left of it
+        self._error = CheckpointError(
+            f"Saving to {self.directory} failed ({free:,.0f} MiB free): {_reason(error)}"
+        )
+        logging.error("%s", self._error)
+        self._open()  # forgets the step, and removes what is left of it
         if self._failures >= self._max_failures:
-            raise CheckpointError(message) from error
+            raise self._error from error
 
     def restore(self, target=None, step: int | None = None):
         """Restores the newest checkpoint that can be read, or that of `step`.
@@ -203,10 +224,13 @@ class Checkpointer:
 
         Raises:
           ValueError: the checkpoint is sound but does not fit `target`; lists the arrays.
+          FileNotFoundError: there is no checkpoint of `step`.
           CheckpointError: there are checkpoints and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
-        for candidate in steps:
+        steps = self.all_steps()
+        if step is not None:
+            steps = [_check_step(step, steps, self.directory)]
+        for candidate in reversed(steps):
             try:
                 arrays = _read(self._manager, candidate)
             except Exception as error:  # orbax raises many kinds for damaged files
@@ -222,30 +246,37 @@ class Checkpointer:
         return None
 
     def all_steps(self) -> list[int]:
-        """Steps that are saved, in order."""
+        """Steps that are saved, in order; waits for a save that is under way."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """The newest step, or None."""
-        return max(self._manager.all_steps(), default=None)
+        return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
         """The step with the best metric, or None where none was measured."""
-        return _best(self._manager)
+        return next(iter(_best(self._scores, self.all_steps())), None)
 
     def close(self) -> None:
         """Waits, and raises CheckpointError if the last save failed."""
         try:
-            self._max_failures = 1
             self.wait()
+            if self._error:
+                raise self._error
         finally:
+            self._sweep()
             self._manager.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
-        self.close()
+    def __exit__(self, kind, *exc_info):
+        try:
+            self.close()
+        except CheckpointError:  # is in the log; an earlier error is the one to show
+            if kind is None:
+                raise
 
 
 def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[str, Any]:
@@ -265,18 +296,16 @@ def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[st
     with ocp.CheckpointManager(directory) as manager:
         steps = manager.all_steps()
         if step == "best":
-            step = _best(manager)
+            step = next(iter(_best(_read_scores(manager), steps)), None)
         if step in ("latest", None):
             step = max(steps, default=None)
-        if step not in steps:
-            raise FileNotFoundError(
-                f"{directory} has no step {step}; available: {', '.join(map(str, sorted(steps)))}."
-            )
-        item = "ema_params" if os.path.isdir(f"{directory}/{step}/ema_params") else "params"
+        _check_step(step, steps, directory)
         try:
+            items = {name.split("/")[0] for name in _read_meta(manager, step)["arrays"]}
+            item = "ema_params" if "ema_params" in items else "params"
             arrays = _read(manager, step, items=(item,))
         except Exception as error:  # as in `Checkpointer.restore`
-            raise CheckpointError(f"{directory}/{step} is damaged: {error}") from error
+            raise CheckpointError(f"{directory}/{step} is damaged: {_reason(error)}") from error
     return traverse_util.unflatten_dict(arrays)[item]
 
 
@@ -284,6 +313,18 @@ def _flatten(state) -> dict[_Path, np.ndarray]:
     """Arrays by path, on the host."""
     tree = traverse_util.flatten_dict(serialization.to_state_dict(state))
     return jax.device_get({path: x for path, x in tree.items() if x is not None})
+
+
+def _check_step(step, steps, directory):
+    if step not in steps:
+        available = ", ".join(map(str, sorted(steps))) or "none"
+        raise FileNotFoundError(f"{directory} has no step {step}; available: {available}.")
+    return step
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence or so; tensorstore's errors go on with pages of JSON."""
+    return str(error).split(" [")[0][:500] or type(error).__name__
 
 
 def _item(path: _Path) -> str:
@@ -295,19 +336,32 @@ def _describe(x: np.ndarray) -> dict:
     return {"shape": list(x.shape), "dtype": x.dtype.name, "crc32": crc}
 
 
+def _crc32_of_json(content) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
 def _read_meta(manager, step) -> dict:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if meta.pop("crc32") != _crc32_of_json(meta):
+        raise ValueError("its description is damaged")
+    return meta
 
 
-def _best(manager) -> int | None:
+def _read_scores(manager) -> dict[int, float | None]:
+    """By step; None where the metric was not measured."""
     scores = {}
     for step in manager.all_steps():
         try:
             scores[step] = _read_meta(manager, step)["score"]
         except Exception as error:  # as in `Checkpointer.restore`
-            logging.warning("Checkpoint %s cannot be read: %s", step, error)
-    scores = {step: score for step, score in scores.items() if score is not None}
-    return max(scores, key=lambda step: (scores[step], step), default=None)
+            logging.warning("Checkpoint %s cannot be read: %s", step, _reason(error))
+    return scores
+
+
+def _best(scores: Mapping[int, float | None], steps: Iterable[int], n: int = 1) -> list[int]:
+    """The `n` of the steps with the highest scores; of equal ones, the later."""
+    measured = [step for step in steps if scores.get(step) is not None]
+    return sorted(measured, key=lambda step: (scores[step], step))[-n:]
 
 
 def _read(manager, step, items=None) -> dict[_Path, np.ndarray]:
@@ -373,6 +427,8 @@ def _spec(x) -> str:
 
 def _quarantine(directory, step, error):
     target = os.path.join(directory, "_quarantine", f"{step}-{time.strftime('%Y%m%d-%H%M%S')}")
-    logging.warning("Checkpoint %s cannot be read and is moved to %s: %s", step, target, error)
+    logging.warning(
+        "Checkpoint %s cannot be read and is moved to %s: %s", step, target, _reason(error)
+    )
     os.makedirs(os.path.dirname(target), exist_ok=True)
     os.replace(os.path.join(directory, str(step)), target)

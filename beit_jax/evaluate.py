@@ -1,13 +1,11 @@
 """Evaluation of any task: every example once, sums added up on the device."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import plots, sharding
-from beit_jax.data import images, inputs
+from beit_jax import sharding
+from beit_jax.data import inputs
 from beit_jax.state import take
 
 
@@ -51,22 +49,3 @@ def make_evaluator(task, config, mesh):
         return task.summarize(jax.device_get(total)), outputs
 
     return evaluate
-
-
-def draw(workdir, metrics, outputs, split, *, num_mistakes: int) -> None:
-    """Pictures of a classifier's test: confusion matrix, calibration, most confident mistakes."""
-    names = split.source.class_names
-    if metrics["confusion"] is not None:
-        plots.confusion_matrix(metrics["confusion"], names, f"{workdir}/confusion_matrix.png")
-    plots.reliability_diagram(metrics["calibration"], f"{workdir}/calibration.png")
-    wrong = np.flatnonzero(outputs["predicted"] != outputs["label"])
-    worst = wrong[np.argsort(-outputs["probability"][wrong], kind="stable")][:num_mistakes]
-    if len(worst):
-        pictures, captions = [], []
-        for i in worst:
-            index = int(outputs["index"][i])
-            thumbnail = functools.partial(images.squash, size=(96, 96))
-            pictures.append(split.source.decode(index, *split.source.fetch([index]), thumbnail)[0])
-            label, predicted = (names[int(outputs[key][i])] for key in ("label", "predicted"))
-            captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}")
-        plots.contact_sheet(pictures, captions, f"{workdir}/mistakes.png")

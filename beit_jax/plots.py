@@ -1,126 +1,246 @@
-"""Pictures of a run, each a function of plain numbers that writes a PNG."""
+"""Pictures of a run. Each function takes plain numbers, writes a PNG and returns its figure."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-_DPI = 150
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"  # Okabe-Ito: safe for colour-blind eyes
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Okabe-Ito
 _NUMBERS_UP_TO = 20  # classes
+_STYLE = {
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#444444",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
 
 
-def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: str) -> None:
-    """Draws counts [K, K], rows true and columns predicted, coloured by the share of the row."""
+@matplotlib.rc_context(_STYLE)
+def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: str) -> Figure:
+    """Draws counts [K, K], rows true and columns predicted, coloured by the share of the row.
+
+    The colours are stretched at the pale end, so that rare mistakes show.
+    """
     counts = np.asarray(counts)
-    number = len(class_names)
+    number, total = len(class_names), counts.sum()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(max(3.6, 1.6 + 0.5 * number), 12)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
-    stride = math.ceil(number / 50)
-    ticks = np.arange(0, number, stride)
-    size = 9 if number <= _NUMBERS_UP_TO else 6
+    side = float(np.clip(0.55 * number, 2.4, 11))  # inches
+    figure = Figure(figsize=(side, side), layout="none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    bar = figure.colorbar(
+        image,
+        cax=figure.add_axes((1 + 0.2 / side, 0, 0.2 / side, 1)),
+        format=PercentFormatter(1, 0),
+    )
+    bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1])
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
+    ticks = np.arange(0, number, math.ceil(number / 100))
     names = [_short(class_names[i]) for i in ticks]
-    axes.set_xticks(ticks, names, rotation=90 if number > 4 else 0, fontsize=size)
-    axes.set_yticks(ticks, names, fontsize=size)
+    size = 10 if number <= _NUMBERS_UP_TO else 8 if number <= 50 else 6.5
+    look = {"fontsize": size, "parse_math": False}
+    axes.set_yticks(ticks, names, **look)
+    if max(map(len, names)) * 0.1 > side / number:  # inches: the names do not fit side by side
+        look |= {"rotation": 45 if number <= 12 else 90, "rotation_mode": "anchor", "ha": "right"}
+        look["va"] = "center_baseline" if number <= 12 else "center"
+    axes.set_xticks(ticks, names, **look)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
+    axes.set_title(f"{np.trace(counts) / max(total, 1):.2%} of {total:,.0f} correct")
     if number <= _NUMBERS_UP_TO:
+        axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="minor", length=0)
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                color = "white" if share[row, column] > 0.5 else "black"
+                color = "white" if share[row, column] > 0.3 else "black"
                 text = f"{count:,.0f}"
-                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
-    _save(figure, path)
+                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    return _save(figure, path)
 
 
-def curves(metrics: Sequence[dict], path: str) -> None:
-    """Draws loss, accuracy and learning rate over the steps, as far as `metrics` has them.
+@matplotlib.rc_context(_STYLE)
+def curves(metrics: Sequence[dict], path: str) -> Figure:
+    """Draws loss, accuracy, gradient norm and learning rate over the steps, as far as there.
 
-    `metrics` are the lines of metrics.jsonl.
+    `metrics` are the lines of metrics.jsonl. Of noisy curves a running mean is drawn over the
+    values; a band is the 95 % interval of the accuracy.
     """
+    titles = ("loss", "accuracy", "gradient norm", "learning rate")
+    kinds = {"train": _BLUE, "val": _ORANGE, "test": _GREEN}
     panels = [
-        ("loss", ("train/loss", "val/loss")),
-        ("accuracy", ("train/accuracy", "val/accuracy")),
-        ("learning rate", ("train/learning_rate",)),
+        (title, drawn)
+        for title in titles
+        if (drawn := [kind for kind in kinds if _series(metrics, kind, title)[0].size])
     ]
-    panels = [(title, keys) for title, keys in panels if any(_series(metrics, k)[0] for k in keys)]
-    figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.4), layout="constrained")
-    for axes, (title, keys) in zip(
-        np.atleast_1d(figure.subplots(1, max(len(panels), 1))), panels, strict=True
-    ):
-        for key in keys:
-            steps, values = _series(metrics, key)
-            if steps:
-                color = _ORANGE if key.startswith("val") else _BLUE
-                marker = "o" if len(steps) <= 30 else None
-                label = {"t": "training", "v": "validation"}[key[0]]
-                axes.plot(steps, values, color=color, marker=marker, ms=3, lw=1.4, label=label)
+    columns = min(max(len(panels), 1), 2)
+    rows = max(math.ceil(len(panels) / columns), 1)
+    figure = Figure(figsize=(5.2 * columns, 3.1 * rows + 0.3))
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (title, drawn) in zip(figure.axes, panels, strict=False):
+        axes.axis("on")
+        for kind in drawn:
+            _curve(axes, kind, kinds[kind], metrics, title)
         axes.set_title(title)
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(keys) > 1:
-            axes.legend(frameon=False)
-    _save(figure, path)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if title == "learning rate":
+            axes.yaxis.set_major_formatter("{x:.3g}")
+            axes.set_ylim(bottom=0)
+        axes.grid()
+    lines = {
+        line.get_label(): line
+        for axes in figure.axes
+        for line in axes.get_legend_handles_labels()[0]
+    }
+    if len(lines) > 1:
+        figure.legend(lines.values(), lines, loc="outside upper right", ncols=len(lines))
+    if not panels:
+        figure.axes[0].text(0.5, 0.5, "nothing was logged", ha="center")
+    return _save(figure, path)
 
 
-def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], path: str) -> None:
+def _curve(axes, kind, color, metrics, title):
+    label = {"train": "training", "val": "validation", "test": "test"}[kind]
+    steps, values = _series(metrics, kind, title)
+    if kind == "test":
+        axes.plot(steps, values, "D", color=color, ms=6, label=label, zorder=3)
+        return
+    marker = {"marker": "o", "ms": 3.5} if len(steps) <= 40 else {}
+    if len(steps) > 100 and title != "learning rate":
+        axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
+        values = _running_mean(values, len(steps) // 25)
+    axes.plot(steps, values, color=color, label=label, **marker)
+    _, low = _series(metrics, kind, f"{title} low")
+    _, high = _series(metrics, kind, f"{title} high")
+    if len(low) == len(high) == len(steps):
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+
+
+@matplotlib.rc_context(_STYLE)
+def contact_sheet(
+    images: Sequence[np.ndarray], captions: Sequence[str], path: str, *, title: str = ""
+) -> Figure:
     """Draws pictures uint8 [H, W, 3] in rows, each over its caption."""
     columns = min(6, len(images))
     rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
+    captions = [_wrap(caption) for caption in captions]
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    figure = Figure(figsize=(1.8 * columns, (1.75 + 0.16 * lines) * rows + 0.3 * bool(title)))
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title("\n".join(map(_short, caption.split("\n"))), fontsize=8, y=-0.02, va="top")
-    _save(figure, path)
+        axes.set_xlabel(caption, fontsize=8, parse_math=False)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return _save(figure, path)
 
 
-def reliability_diagram(calibration: Sequence[dict], path: str) -> None:
+@matplotlib.rc_context(_STYLE)
+def reliability_diagram(calibration: Sequence[dict], path: str) -> Figure:
     """Draws accuracy over confidence for each bin, beside the diagonal of a calibrated model.
 
     `calibration` has "count", "confidence" and "accuracy" of each bin, as `metrics` makes it.
+    The bars are Wilson's 95 % intervals.
     """
     bins = [bin for bin in calibration if bin["count"]]
-    confidence = [bin["confidence"] for bin in bins]
-    total = sum(bin["count"] for bin in bins)
-    figure = Figure(figsize=(4.2, 4.4), layout="constrained")
+    count, confidence, accuracy = (
+        np.array([bin[key] for bin in bins]) for key in ("count", "confidence", "accuracy")
+    )
+    share = count / count.sum()
+    low, high = _wilson_interval(accuracy, count)
+    figure = Figure(figsize=(4.4, 5.2))
     axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     axes.plot([0, 1], [0, 1], color=_GREY, ls="--", lw=1, label="calibrated")
-    accuracy = [bin["accuracy"] for bin in bins]
-    axes.plot(confidence, accuracy, color=_BLUE, marker="o", ms=4, lw=1.4, label="model")
+    axes.vlines(confidence, low, high, color=_BLUE, alpha=0.3, lw=3)
+    axes.plot(confidence, accuracy, "o-", color=_BLUE, ms=5, label="model", clip_on=False)
     axes.set_ylabel("accuracy")
-    axes.legend(frameon=False, loc="upper left")
-    width = 0.9 / max(len(calibration), 1)
-    shares.bar(confidence, [bin["count"] / total for bin in bins], width=width, color=_BLUE)
+    axes.set_ylim(0, 1)
+    axes.legend(loc="upper left")
+    error = np.sum(share * np.abs(accuracy - confidence))
+    axes.set_title(f"Expected calibration error {error:.2%}")
+    shares.vlines(confidence, 0, share, color=_BLUE, lw=7)
     shares.set_xlabel("confidence")
-    shares.set_ylabel("share")
+    shares.set_ylabel("pictures")
+    shares.set_ylim(0, None)
+    shares.yaxis.set_major_locator(MaxNLocator(3))
     for each in (axes, shares):
         each.set_xlim(0, 1)
-        each.set_ylim(0, 1)
-        each.grid(alpha=0.3)
-        each.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+        each.xaxis.set_major_formatter(PercentFormatter(1))
+        each.yaxis.set_major_formatter(PercentFormatter(1))
+        each.grid()
+    return _save(figure, path)
 
 
-def _series(metrics, key):
-    points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
-    return tuple(zip(*points, strict=True)) or ((), ())
+def _series(metrics, kind, title):
+    """The steps and values of a metric; where it was not finite, NaN."""
+    key = f"{kind}/{title.replace(' ', '_')}"
+    points = [(line["step"], line[key]) for line in metrics if key in line]
+    return np.array(points, float).reshape(-1, 2).T
 
 
-def _short(name, most=18):
-    return name if len(name) <= most else name[: most - 1] + "…"
+def _running_mean(values, width):
+    """The mean of `width` values on each side, fewer near the ends; NaNs count nowhere."""
+    there = np.isfinite(values)
+    total = np.cumsum([0, *np.where(there, values, 0)])
+    count = np.cumsum([0, *there])
+    i = np.arange(len(values))
+    width = np.minimum(width, np.minimum(i, i[::-1]))
+    low, high = i - width, i + width + 1
+    with np.errstate(invalid="ignore"):
+        return (total[high] - total[low]) / (count[high] - count[low])
+
+
+def _wilson_interval(p, n, z=1.96):
+    """95 % interval of a share `p` of `n` trials."""
+    center = p + z**2 / (2 * n)
+    margin = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (center - margin) / (1 + z**2 / n), (center + margin) / (1 + z**2 / n)
+
+
+def _short(name, most=24):
+    """The name, without its middle if it is long: names often differ in their ends."""
+    name = " ".join(name.split())
+    half = most // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[len(name) - most + half + 1 :]}"
+
+
+def _wrap(caption, width=24):
+    """The caption in lines of at most `width` characters; a word leaves room for an arrow."""
+    lines = (
+        textwrap.fill(" ".join(_short(word, width - 2) for word in line.split()), width)
+        for line in caption.split("\n")
+    )
+    return "\n".join(lines)
 
 
 def _save(figure, path):
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+    return figure

@@ -6,29 +6,38 @@ It gets Python floats and never waits for the device.
 import collections
 import contextlib
 import json
+import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-_PARTS = ("compile", "input", "evaluate", "save")
+_DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating", "save": "saving"}
+_HEADLINES = ("loss", "accuracy", "top5_accuracy")  # of an evaluation, for the console
 
 
 class Report:
     """The log of one run; a context manager.
 
+    On a terminal a progress bar shows how far it is; elsewhere a line does, every now and then.
+
     Args:
       workdir: gets metrics.jsonl, parameters.txt and tensorboard/.
       total_steps, steps_per_epoch, batch_size: of the run.
-      start_step: where it goes on; later lines of an earlier start are removed.
+      start_step: where it goes on; what an earlier start logged after it is removed.
       tensorboard: whether to write events.
       console: of rich; None is stdout.
+      console_every: seconds between progress lines where there is no bar.
     """
 
     def __init__(
@@ -41,87 +50,123 @@ class Report:
         start_step: int = 0,
         tensorboard: bool = True,
         console: Console | None = None,
+        console_every: float = 10.0,
     ):
         self._workdir = workdir
         self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
-        self._console = console or Console(highlight=False, soft_wrap=True)
-        self._start = time.monotonic()
-        self._seconds = collections.Counter()
-        self._since = collections.defaultdict(list)
-        self._first = self._latest = start_step
-        self._clock_at_first = None
+        self._console = console or _stdout()
+        self._console_every, self._last_line = console_every, -math.inf
+        self._clock = _Clock()
+        self._first = self._written = self._latest = None  # the steps where speed is measured
+        self._sums, self._count = collections.Counter(), 0  # of scalars since the last write
         path = os.path.join(workdir, "metrics.jsonl")
-        _truncate(path, start_step)
+        self._lost = _truncate(path, start_step)
+        self._events = _open_events(workdir, start_step) if tensorboard else None
         self._file = open(path, "a")  # noqa: SIM115
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            folder = os.path.join(workdir, "tensorboard")
-            self._events = SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
-        self._bar = None
-        if self._console.is_terminal:
-            text = "{task.completed}/{task.total}  {task.fields[line]}"
-            self._bar = Progress(BarColumn(30), TextColumn(text), console=self._console)
-            self._task = self._bar.add_task("train", total=total_steps, line="")
-            self._bar.update(self._task, completed=start_step)
-            self._bar.start()
+        self._step, self._line = start_step, ""
+        if start_step:
+            self.info(f"Goes on at step {start_step} of {total_steps}.")
+        self._stack = contextlib.ExitStack()
+        if self._console.is_interactive:
+            self._stack.enter_context(_live(self._console, self._render))
 
     def train(self, step: int, scalars: Mapping[str, float], *, write: bool) -> None:
         """Takes the numbers of a training step; `write` logs their mean since the last time.
 
         Of "learning_rate" the last value is logged.
         """
-        if self._clock_at_first is None:  # the first step is not counted: it warms up
-            self._first, self._clock_at_first = step, self._clock()
-        self._latest = step
-        for key, value in scalars.items():
-            self._since[key].append(value)
-        if self._bar:
-            self._bar.update(self._task, completed=step, line=self._line(step, scalars))
-        if not write:
-            return
-        means = {key: sum(values) / len(values) for key, values in self._since.items()}
-        means["learning_rate"] = scalars["learning_rate"]
-        if self.images_per_second:
-            means["images_per_second"] = self.images_per_second
-        self._since.clear()
-        self.scalars(step, {f"train/{key}": value for key, value in means.items()})
-        if not self._bar:
-            self.info(f"step {step:>6}/{self._total}  {self._line(step, means)}")
+        self._step = step
+        self._clock.claim("step" if self._first else "other")
+        seconds = self._clock.read()
+        training = seconds["step"] + seconds["input"]
+        self._latest = _Mark(step, training, seconds.total() - seconds["compile"])
+        self._first = self._first or self._latest  # the first step is not counted: it warms up
+        self._sums.update(scalars)
+        self._count += 1
+        means = {key: value / self._count for key, value in self._sums.items()}
+        if "learning_rate" in scalars:
+            means["learning_rate"] = scalars["learning_rate"]
+        self._line = self._progress(means)
+        if write:
+            if speed := self._speed(self._written or self._first):
+                means["images_per_second"] = speed
+            self._write(step, {f"train/{key}": value for key, value in means.items()})
+            self._written = self._latest
+            self._sums.clear()
+            self._count = 0
+        if not self._console.is_interactive and self._line_is_due():
+            self.info(f"{self._place(step)}  {self._line}")
 
-    def _line(self, step, scalars):
-        parts = [f"epoch {step / self._per_epoch:.1f}", f"loss {scalars['loss']:.4f}"]
-        if "accuracy" in scalars:
-            parts.append(f"accuracy {scalars['accuracy']:.3f}")
-        parts.append(f"lr {scalars['learning_rate']:.2e}")
+    def _line_is_due(self):
+        now = time.monotonic()
+        due = now - self._last_line >= self._console_every or self._step == self._total
+        if due:
+            self._last_line = now
+        return due
+
+    def _place(self, step):
+        return f"step {step:>{len(str(self._total))}}/{self._total}"
+
+    def _progress(self, scalars):
+        """The progress line: where it is, the numbers, how fast, how long still."""
+        names = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "learning_rate": "lr {:.2e}"}
+        parts = [f"epoch {self._step / self._per_epoch:.1f}"]
+        parts += [form.format(scalars[key]) for key, form in names.items() if key in scalars]
         if speed := self.images_per_second:
-            left = (self._total - step) * self._batch / speed
-            parts += [f"{speed:,.0f} img/s", f"ETA {_duration(left)}"]
+            seconds = (self._latest.running - self._first.running) * (self._total - self._step)
+            left = _duration(seconds / (self._latest.step - self._first.step))
+            parts += [f"{speed:,.0f} img/s", f"ETA {left}"]
         return "  ".join(parts)
 
-    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends a line to metrics.jsonl, where numbers that are not finite are null."""
-        content = {"step": step, **scalars}
-        self._file.write(json.dumps(_jsonable(content)) + "\n")
+    def _render(self):
+        bar = Table.grid(expand=True, padding=(0, 2))
+        bar.add_column(min_width=10)
+        bar.add_column(ratio=1)
+        bar.add_row(
+            _DOING.get(self._clock.part, "training" if self._step < self._total else "done"),
+            ProgressBar(total=self._total, completed=self._step),
+            f"{self._step}/{self._total}",
+        )
+        return Group(bar, Text(self._line, no_wrap=True, overflow="ellipsis"))
+
+    def scalars(self, step: int, scalars: Mapping[str, float], *, show: bool = True) -> None:
+        """Logs numbers such as {"val/loss": 0.3}; `show` prints the most important ones.
+
+        metrics.jsonl gets a line {"step": ..., "time": seconds since 1970, "val/loss": ...}, in
+        which numbers that are not finite are null; TensorBoard and the console have them.
+        """
+        self._write(step, scalars)
+        if show:
+            chief = {k: v for k, v in scalars.items() if k.split("/")[-1] in _HEADLINES}
+            values = (f"{key} {_number(value)}" for key, value in (chief or scalars).items())
+            self.info("  ".join([self._place(step), *values]))
+
+    def _write(self, step, scalars):
+        now = time.time()
+        line = {"step": step, "time": round(now, 3), **scalars}
+        self._file.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
         self._file.flush()
         if self._events:
             for key, value in scalars.items():
-                self._events.add_scalar(key, value, step)
+                self._events.add_scalar(key, value, step, walltime=now)
+            self._events.flush()
 
     def info(self, text: str) -> None:
-        """Prints a line above the progress bar."""
-        self._console.print(text, markup=False)
+        """Prints a line, above the progress bar if there is one."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def metrics_table(self, title: str, metrics: Mapping[str, float]) -> None:
         """Prints names and values."""
-        if not self._console.is_terminal:
-            values = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-            return self.info(f"{title}: {values}")
-        table = Table("metric", "value", title=title)
-        for key, value in metrics.items():
-            table.add_row(key, f"{value:.4g}")
-        return self._console.print(table)
+        rows = {key: _number(value) for key, value in metrics.items()}
+        if self._console.is_interactive:
+            table = Table("metric", title=title, title_justify="left")
+            table.add_column("value", justify="right")
+            for row in rows.items():
+                table.add_row(*row)
+            self._console.print(table)
+        else:
+            width = max(map(len, rows), default=0)
+            self.info("\n".join([title, *(f"  {key:<{width}}  {rows[key]}" for key in rows)]))
 
     def parameters(self, params) -> None:
         """Writes the table of parameters to parameters.txt and prints their number."""
@@ -136,36 +181,41 @@ class Report:
 
     @contextlib.contextmanager
     def timer(self, part: str) -> Iterator[None]:
-        """Counts the time inside as "compile", "input", "evaluate" or "save"."""
-        if part not in _PARTS:
-            raise ValueError(f"Unknown part {part!r}; available: {', '.join(_PARTS)}.")
-        start = time.monotonic()
-        try:
+        """Counts the time inside as "compile", "input", "evaluate" or "save".
+
+        A timer inside another one counts for the inner part alone.
+        """
+        if part not in _DOING:
+            raise ValueError(f"Unknown part {part!r}; available: {', '.join(_DOING)}.")
+        before = self._clock.read()[part]
+        with self._clock.timer(part):
             yield
-        finally:
-            self._seconds[part] += time.monotonic() - start
+        if part == "compile":
+            self.info(f"Compiled in {self._clock.read()[part] - before:.1f} s.")
 
     def times(self) -> dict[str, float]:
-        """Seconds in each part, in all, and in the steps themselves, which are the rest."""
-        total = time.monotonic() - self._start
-        parts = {part: self._seconds[part] for part in _PARTS}
-        return {**parts, "step": total - sum(parts.values()), "total": total}
+        """Seconds in each part, in the steps, in what is "other", and "total", which is their sum.
 
-    def _clock(self):
-        """Seconds of steps and of waiting for input."""
-        apart = sum(self._seconds[part] for part in ("compile", "evaluate", "save"))
-        return time.monotonic() - self._start - apart
+        "lost" is the time of the steps that an earlier start did after its last checkpoint, as far
+        as they were logged; it is not part of the total.
+        """
+        seconds = self._clock.read()
+        parts = {part: seconds[part] for part in (*_DOING, "step")}
+        other = seconds.total() - sum(parts.values())
+        return {**parts, "other": other, "total": seconds.total(), "lost": self._lost}
 
     @property
     def images_per_second(self) -> float | None:
         """Training pictures a second, without compilation, evaluation and saving; None at first."""
-        steps = self._latest - self._first
-        return steps * self._batch / (self._clock() - self._clock_at_first) if steps else None
+        return self._speed(self._first) if self._first else None
+
+    def _speed(self, since):
+        seconds = self._latest.training - since.training
+        return (self._latest.step - since.step) * self._batch / seconds if seconds else None
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
-        if self._bar:
-            self._bar.stop()
+        self._stack.close()
         if self._events:
             self._events.close()
         self._file.close()
@@ -173,52 +223,148 @@ class Report:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, kind, *exc_info):
         self.close()
+        if kind is None:
+            times = self.times()
+            total, parts = times["total"], ("step", *_DOING, "other")
+            shares = [f"{part} {times[part] / total:.0%}" for part in parts if times[part]]
+            self.info(f"Took {_duration(total)}: {', '.join(shares)}.")
+
+
+class _Mark(NamedTuple):
+    """A moment after a step: seconds of training, and seconds without compilation."""
+
+    step: int
+    training: float
+    running: float
+
+
+class _Clock:
+    """Seconds by part. At any moment one part runs: the innermost timer, or "" outside of them."""
+
+    def __init__(self):
+        self.part, self._seconds = "", collections.Counter()
+        self._since = time.monotonic()
+
+    def read(self):
+        """The seconds of each part until now."""
+        self._switch(self.part)
+        return self._seconds
+
+    def claim(self, part):
+        """Counts the time outside of timers until now as that of `part`."""
+        self.read()[part] += self._seconds.pop("")
+
+    @contextlib.contextmanager
+    def timer(self, part):
+        outer = self._switch(part)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def _switch(self, part):
+        now = time.monotonic()
+        self._seconds[self.part] += now - self._since
+        self._since, self.part, old = now, part, self.part
+        return old
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """The lines of metrics.jsonl; a half-written last one is left out."""
-    with open(os.path.join(workdir, "metrics.jsonl")) as file:
+    with open(os.path.join(workdir, "metrics.jsonl"), errors="replace") as file:
         return [line for line in map(_parse, file) if line]
 
 
 def write_json(path: str | os.PathLike, content) -> None:
     """Writes JSON whole or not at all; arrays become lists, numbers that are not finite null."""
+    text = json.dumps(_jsonable(content), indent=2, allow_nan=False)
     with open(f"{path}.part", "w") as file:
-        json.dump(_jsonable(content), file, indent=2)
+        file.write(text)
     os.replace(f"{path}.part", path)
 
 
-def _parse(line):
+def _stdout():
+    """The console of rich, in which a pipe stays a pipe also where FORCE_COLOR is set."""
+    return Console(force_interactive=None if sys.stdout.isatty() else False)
+
+
+@contextlib.contextmanager
+def _live(console, render):
+    """Keeps `render()` at the bottom of the terminal; what is printed or logged goes above it."""
+    terminal = sys.stderr.isatty()
+    with Live(console=console, get_renderable=render, redirect_stderr=terminal):
+        console.show_cursor(True)  # nothing could show it again after kill -9
+        with _redirect_logging(sys.stderr) if terminal else contextlib.nullcontext():
+            yield
+
+
+@contextlib.contextmanager
+def _redirect_logging(stream):
+    """Lets the handlers of logging that write to a terminal write to `stream`."""
+    handlers = [h for h in logging.root.handlers if isinstance(h, logging.StreamHandler)]
+    terminals = [(handler, handler.stream) for handler in handlers if handler.stream.isatty()]
+    for handler, _ in terminals:
+        handler.setStream(stream)
     try:
-        return json.loads(line)
+        yield
+    finally:
+        for handler, terminal in terminals:
+            handler.setStream(terminal)
+
+
+def _open_events(workdir, start_step):
+    from tensorboardX import SummaryWriter
+
+    folder = os.path.join(workdir, "tensorboard")
+    again = os.path.exists(folder)
+    return SummaryWriter(folder, purge_step=start_step + 1 if again else None)
+
+
+def _parse(line):
+    """The content of a line; None if it is not whole."""
+    try:
+        return json.loads(line) if line.endswith("}\n") else None
     except json.JSONDecodeError:
         return None
 
 
 def _truncate(path, step):
-    """Removes the lines after `step`, which a resumed run writes again."""
+    """Removes what a run resumed at `step` writes again; returns the seconds of work in it."""
     if not os.path.exists(path):
-        return
-    with open(path) as file:
-        lines = [line for line in file if (_parse(line) or {"step": math.inf})["step"] <= step]
+        return 0.0
+    with open(path, errors="replace") as file:
+        lines = [(text, line) for text in file if (line := _parse(text))]
     with open(f"{path}.part", "w") as file:
-        file.writelines(lines)
+        file.writelines(text for text, line in lines if line["step"] <= step and not _is_test(line))
     os.replace(f"{path}.part", path)
+    times = [line["time"] for _, line in lines if line["step"] > step]
+    return max(times) - min(times) if times else 0.0
+
+
+def _is_test(line):
+    """Whether it is of the test that ends a run, under the step of the best checkpoint."""
+    return any(key.startswith("test/") for key in line)
 
 
 def _jsonable(x):
     if isinstance(x, Mapping):
         return {str(key): _jsonable(value) for key, value in x.items()}
-    if isinstance(x, np.ndarray | np.generic):
-        x = x.tolist()
+    if isinstance(x, np.ndarray | np.generic | jax.Array):
+        x = np.asarray(x).tolist()
     if isinstance(x, list | tuple):
         return [_jsonable(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def _duration(seconds: float) -> str:
+def _number(x):
+    return f"{x:,.0f}" if x >= 1000 and x == int(x) else f"{x:.4g}"
+
+
+def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -101,7 +101,7 @@ def _run(config, workdir, mesh, stack):
             batch = next(stream)
         if train_step is None:
             with log.timer("compile"):
-                train_step = compile_step(config, task, tx, state, train.resident, batch)
+                train_step = compile_step(config, task, tx, mesh, state, train.resident, batch)
         state, scalars = train_step(state, task.frozen, train.resident, batch)
         step += 1
         queue.append((step, scalars))
@@ -240,7 +240,7 @@ def make_state(config, task, tx, saver, mesh):
     return state
 
 
-def compile_step(config, task, tx, state, resident, batch):
+def compile_step(config, task, tx, mesh, state, resident, batch):
     """The training step, compiled for these shapes; the state's buffers are reused."""
     step = states.make_train_step(
         task,
@@ -250,8 +250,8 @@ def compile_step(config, task, tx, state, resident, batch):
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
     )
-    arguments = state, task.frozen, resident, batch
-    return jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    step = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    return step.lower(state, task.frozen, resident, batch).compile()
 
 
 def finish(config, workdir, task, state, splits, evaluator, saver, log) -> dict:
@@ -273,7 +273,7 @@ def finish(config, workdir, task, state, splits, evaluator, saver, log) -> dict:
                 metrics, outputs = evaluator(splits[name], params, state.model_state)
             results[name] = metrics
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
-            evaluate.draw(workdir, metrics, outputs, splits[name], num_mistakes=config.mistakes)
+            task.draw(workdir, metrics, outputs, splits[name])
     if "test" in results:
         log.scalars(step, {f"test/{k}": v for k, v in scalars_of(results["test"]).items()})
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))

@@ -13,6 +13,8 @@ from beit_jax.models import beit, position
 
 GRIDS = [(3, 3), (2, 5), (4, 1), (1, 1)]
 HEADS = 3
+# small programs compile far longer than they run
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def unilm_relative_position_index(grid):
@@ -100,7 +102,7 @@ def test_bias_and_its_gradient_are_those_of_a_gather(grid, dtype):
     # multiples of 1/8, whose sums bfloat16 and float32 hold exactly in whatever order
     gradient = np.random.default_rng(1).integers(-4, 5, (HEADS, *index.shape)) / 8
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jit, static_argnums=0)
     def bias_and_gradient(function, table):
         bias, backward = jax.vjp(function, table)
         return bias, *backward(jnp.asarray(gradient, dtype))
@@ -120,8 +122,8 @@ def test_gradient_with_other_numbers():
     def loss(bias):
         return (jnp.sin(bias) * weights).sum()
 
-    actual = jax.jit(jax.grad(lambda t: loss(position.relative_position_bias(t, grid))))(table)
-    expected = jax.jit(jax.grad(lambda t: loss(t[index].transpose(2, 0, 1))))(table)
+    actual = jit(jax.grad(lambda t: loss(position.relative_position_bias(t, grid))))(table)
+    expected = jit(jax.grad(lambda t: loss(t[index].transpose(2, 0, 1))))(table)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -307,9 +309,9 @@ def test_adapt_params_shared_to_per_layer_computes_the_same():
     old, params = random_model(**BOTH)
     new, _ = random_model(**PER_LAYER)
     image = np.random.default_rng(1).standard_normal((2, 16, 20, 3), np.float32)
-    expected = jax.jit(beit.Beit(old).apply)({"params": params}, image)
+    expected = jit(beit.Beit(old).apply)({"params": params}, image)
     params = beit.adapt_params(params, old, new)
-    actual = jax.jit(beit.Beit(new).apply)({"params": params}, image)
+    actual = jit(beit.Beit(new).apply)({"params": params}, image)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 

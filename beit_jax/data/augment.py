@@ -1,24 +1,25 @@
 """Augmentation on the device, inside the jitted step; every picture draws its own numbers.
 
-B batch, h x w picture as stored, H x W as the network sees it, C channels, K classes. Pixels are
-in [0, 1] up to the normalisation.
+B batch, h x w picture as stored, H x W as the network sees it, C channels, K classes.
+Stored pixels are uint8; resized ones are not rounded to whole levels again, but for RandAugment.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax.data.randaugment import rand_augment
-from beit_jax.data.resize import crop_and_resize, resize
+from beit_jax.data.randaugment import rand_augment, trivial_augment
+from beit_jax.data.resize import Size, center_crop, crop_and_resize, resize
 
-CROPS = ("none", "squash", "pad", "rrc")
+TRAIN_CROPS = ("rrc", "pad", "squash", "none")
+EVAL_CROPS = ("squash", "center")
 
 
 def train_view(
     rng: jax.Array,
     image: jax.Array,
     *,
-    image_size: tuple[int, int],
+    image_size: Size,
     crop: str = "rrc",
     pad: int = 4,
     scale: tuple[float, float] = (0.08, 1.0),
@@ -32,23 +33,24 @@ def train_view(
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.5,),
 ) -> jax.Array:
-    """What training sees of stored pictures. What is 0 or "" costs nothing.
+    """What training sees of stored pictures, in timm's order. What is 0 or "" costs nothing.
 
     Args:
-      rng: decides everything.
+      rng: decides everything; each kind of change draws its own numbers from it.
       image: uint8 [B, h, w, C].
       image_size: H and W.
       crop: "rrc" random resized crop; "pad" a random shift by up to `pad` stored pixels, over
         black; "squash" the whole picture; "none" for pictures that have the size.
+      pad: of crop "pad".
       scale, ratio: of the random resized crop: share of the area, width / height.
       interpolation: "bicubic", "bilinear" or "lanczos".
       flip: probability.
-      noise_std: of Gaussian noise.
+      noise_std: of Gaussian noise; pixels are in [0, 1].
       color_jitter: strength of brightness, contrast and saturation changes; replaced by
         `randaugment` where that is set, as in timm.
-      randaugment: such as "rand-m9-mstd0.5-inc1".
+      randaugment: such as "rand-m9-mstd0.5-inc1", or "trivial" for TrivialAugment.
       erasing: probability of a rectangle of noise.
-      mean, std: of the normalisation, per channel.
+      mean, std: of the normalisation, per channel or one for all; pixels are in [0, 1].
 
     Returns:
       float32 [B, H, W, C], normalised.
@@ -56,168 +58,190 @@ def train_view(
     Raises:
       ValueError: an argument is unknown or out of range.
     """
-    if crop not in CROPS:
-        raise ValueError(f"Unknown crop {crop!r}; available: {', '.join(CROPS)}.")
-    for name, value in {"flip": flip, "erasing": erasing}.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is a probability, got {value}.")
-    if noise_std < 0 or color_jitter < 0 or pad < 0:
-        raise ValueError(
-            f"noise_std, color_jitter and pad must not be negative: {noise_std}, {color_jitter}, "
-            f"{pad}."
-        )
-    rngs = jax.random.split(rng, 6)
-    batch, height, width, _ = image.shape
-    if crop == "rrc":
-        box = random_resized_crop_boxes(rngs[0], batch, height, width, scale, ratio)
-        image = crop_and_resize(image, box, image_size, interpolation)
-    elif crop == "none":
-        if image.shape[1:3] != tuple(image_size):
-            raise ValueError(f'crop "none" needs pictures of {image_size}, got {(height, width)}.')
-        image = image.astype(jnp.float32)
-    else:
-        if crop == "pad" and pad:
-            image = pad_crop(rngs[0], image, pad)
-        image = resize(image, image_size, interpolation)
+    if crop not in TRAIN_CROPS:
+        raise ValueError(f"Unknown crop {crop!r}; available: {', '.join(TRAIN_CROPS)}.")
+    _check_probabilities(flip=flip, erasing=erasing)
+    _check_not_negative(noise_std=noise_std, color_jitter=color_jitter, pad=pad)
+    crop_rng, flip_rng, color_rng, noise_rng, erasing_rng = jax.random.split(rng, 5)
     if flip:
-        image = random_flip(rngs[1], image, flip)
+        image = random_flip(flip_rng, image, flip)
+    if crop == "rrc":
+        box = random_resized_crop_boxes(crop_rng, *image.shape[:3], scale, ratio)
+        image = crop_and_resize(image, box, image_size, interpolation)
+    else:
+        if crop == "none" and image.shape[1:3] != tuple(image_size):
+            raise ValueError(
+                f'crop "none" needs pictures of {tuple(image_size)}, got {image.shape[1:3]}.'
+            )
+        if crop == "pad":
+            image = pad_crop(crop_rng, image, pad)
+        image = resize(image, image_size, interpolation)
+    image = jnp.clip(image, 0, 255)
     if randaugment:
-        image = rand_augment(rngs[2], image, randaugment)
-    image = jnp.clip(image / 255, 0, 1)
+        image = _rand_augment(color_rng, image, randaugment, interpolation, mean)
+    image = image / 255
     if color_jitter and not randaugment:
-        image = jitter_colors(rngs[2], image, color_jitter)
+        image = jitter_colors(color_rng, image, color_jitter, color_jitter, color_jitter)
     if noise_std:
-        image += noise_std * jax.random.normal(rngs[3], image.shape)
+        image += noise_std * jax.random.normal(noise_rng, image.shape)
     image = normalize(image, mean, std)
-    return random_erasing(rngs[4], image, erasing) if erasing else image
+    return random_erasing(erasing_rng, image, erasing) if erasing else image
 
 
 def eval_view(
     image: jax.Array,
     *,
-    image_size: tuple[int, int],
+    image_size: Size,
     crop: str = "squash",
     crop_pct: float = 1.0,
     interpolation: str = "bicubic",
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.5,),
 ) -> jax.Array:
-    """What evaluation sees of stored pictures uint8 [B, h, w, C]: float32 [B, H, W, C].
+    """What evaluation sees of stored pictures.
 
-    `crop` "squash" takes the whole picture; "center" the middle, after the shorter side was
-    resized to `image_size / crop_pct`.
+    Args:
+      image: uint8 [B, h, w, C].
+      image_size: H and W.
+      crop: "squash" the whole picture; "center" the middle, after a resize that just covers
+        `image_size / crop_pct`.
+      crop_pct: of crop "center", in (0, 1].
+      interpolation: "bicubic", "bilinear" or "lanczos".
+      mean, std: of the normalisation, per channel or one for all; pixels are in [0, 1].
+
+    Returns:
+      float32 [B, H, W, C], normalised.
+
+    Raises:
+      ValueError: an argument is unknown or out of range.
     """
+    if crop not in EVAL_CROPS:
+        raise ValueError(f"Unknown crop {crop!r}; available: {', '.join(EVAL_CROPS)}.")
     if crop == "center":
-        image = _center(image, image_size, crop_pct)
-    elif crop != "squash":
-        raise ValueError(f"Unknown crop {crop!r}; available: squash, center.")
-    image = resize(image, image_size, interpolation)
-    return normalize(jnp.clip(image / 255, 0, 1), mean, std)
-
-
-def _center(image, image_size, crop_pct):
-    """The part of the stored picture that the resized and cropped one shows."""
-    height, width = image.shape[1:3]
-    factor = crop_pct * min(height / image_size[0], width / image_size[1])
-    rows, columns = (max(1, round(n * factor)) for n in image_size)
-    top, left = (height - rows) // 2, (width - columns) // 2
-    return image[:, top : top + rows, left : left + columns]
+        image = center_crop(image, image_size, crop_pct, interpolation)
+    else:
+        image = resize(image, image_size, interpolation)
+    return normalize(jnp.clip(image, 0, 255) / 255, mean, std)
 
 
 def normalize(image: jax.Array, mean, std) -> jax.Array:
-    """(image - mean) / std, per channel."""
+    """(image - mean) / std, per channel or one for all."""
+    for name, value in {"mean": mean, "std": std}.items():
+        if len(value) not in (1, image.shape[-1]):
+            raise ValueError(f"{name} {value} does not fit {image.shape[-1]} channels.")
     return (image - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def random_resized_crop_boxes(rng, batch: int, height: int, width: int, scale, ratio) -> jax.Array:
+def random_flip(rng: jax.Array, image: jax.Array, probability: float = 0.5) -> jax.Array:
+    """Mirrors left and right."""
+    is_mirrored = jax.random.bernoulli(rng, probability, (image.shape[0], 1, 1, 1))
+    return jnp.where(is_mirrored, image[:, :, ::-1], image)
+
+
+def pad_crop(rng: jax.Array, image: jax.Array, pad: int, mode: str = "constant") -> jax.Array:
+    """Shifts each picture by up to `pad` pixels each way.
+
+    What comes in is black, or mirrored for `mode` "reflect" (another mode of jnp.pad).
+    """
+    if not pad:
+        return image
+    batch, *shape = image.shape
+    padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode)
+    corner = jax.random.randint(rng, (batch, 2), 0, 2 * pad + 1)
+    return jax.vmap(lambda x, at: jax.lax.dynamic_slice(x, (*at, 0), shape))(padded, corner)
+
+
+def random_resized_crop_boxes(
+    rng: jax.Array,
+    batch: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> jax.Array:
     """Boxes (top, left, height, width), float32 [B, 4], by torchvision's RandomResizedCrop.
 
     Ten attempts at an area and an aspect ratio; where none fits, the middle at the nearest ratio.
+
+    Raises:
+      ValueError: `scale` or `ratio` is no range of positive numbers.
     """
-    if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"scale and ratio must be 0 < low <= high, got {scale} and {ratio}.")
-    area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 4)
-    shape = (batch, 10)
-    area = height * width * jax.random.uniform(area_rng, shape, minval=scale[0], maxval=scale[1])
-    low, high = np.log(ratio)
-    aspect = jnp.exp(jax.random.uniform(ratio_rng, shape, minval=low, maxval=high))
-    w, h = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = jnp.argmax(fits, axis=1)[:, None]
-    w, h = (jnp.take_along_axis(x, first, axis=1)[:, 0] for x in (w, h))
-    middle_w = min(width, round(height * ratio[1]))
-    middle_h = min(height, round(width / ratio[0]))
-    found = fits.any(axis=1)
-    w, h = jnp.where(found, w, middle_w), jnp.where(found, h, middle_h)
-    top = jnp.floor(jax.random.uniform(top_rng, (batch,)) * (height - h + 1))
-    left = jnp.floor(jax.random.uniform(left_rng, (batch,)) * (width - w + 1))
-    top = jnp.where(found, top, (height - h) // 2)
-    left = jnp.where(found, left, (width - w) // 2)
-    return jnp.stack([top, left, h, w], axis=1)
+    box, fits = _random_boxes(rng, batch, (height, width), scale, ratio, (height, width))
+    tall = max(1, min(height, round(width / ratio[0])))
+    wide = max(1, min(width, round(height * ratio[1])))
+    middle = jnp.asarray([(height - tall) // 2, (width - wide) // 2, tall, wide], jnp.float32)
+    return jnp.where(fits[:, None], box, middle)
 
 
-def pad_crop(rng, image: jax.Array, pad: int) -> jax.Array:
-    """Shifts each picture by up to `pad` pixels each way, over black."""
-    batch, *shape = image.shape
-    padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    start = jax.random.randint(rng, (batch, 2), 0, 2 * pad + 1)
-    return jax.vmap(lambda x, s: jax.lax.dynamic_slice(x, (s[0], s[1], 0), shape))(padded, start)
+def jitter_colors(
+    rng: jax.Array,
+    image: jax.Array,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> jax.Array:
+    """torchvision's ColorJitter, for pictures [B, H, W, 3] in [0, 1].
 
+    Factors are drawn from [max(0, 1 - strength), 1 + strength], and a turn of the hue from
+    [-hue, hue]; so is the order of the changes.
 
-def random_flip(rng, image: jax.Array, probability: float) -> jax.Array:
-    """Mirrors left and right."""
-    mirrored = jax.random.bernoulli(rng, probability, (image.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, image[:, :, ::-1], image)
-
-
-def jitter_colors(rng, image: jax.Array, strength: float) -> jax.Array:
-    """Brightness, contrast, saturation by factors from [1 - strength, 1 + strength], in that order.
-
-    torchvision's ColorJitter with the same three strengths, which draws the order too.
+    Raises:
+      ValueError: a strength is negative, `hue` above 0.5, or the pictures are not RGB.
     """
-    shape = (3, image.shape[0], 1, 1, 1)
-    low = max(0.0, 1 - strength)
-    brightness, contrast, saturation = jax.random.uniform(
-        rng, shape, minval=low, maxval=1 + strength
-    )
-    image = jnp.clip(image * brightness, 0, 1)
-    mean = _gray(image).mean((1, 2), keepdims=True)
-    image = jnp.clip(mean + (image - mean) * contrast, 0, 1)
-    gray = _gray(image)
-    return jnp.clip(gray + (image - gray) * saturation, 0, 1)
+    _check_not_negative(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    if hue > 0.5 or image.shape[-1] != 3:
+        raise ValueError(f"Expected hue up to 0.5 and 3 channels, got {hue}, {image.shape[-1]}.")
+    strengths = {_brightness: brightness, _contrast: contrast, _saturation: saturation}
+    changes = {op: (max(0.0, 1 - s), 1 + s) for op, s in strengths.items() if s}
+    if hue:
+        changes[_hue] = (-hue, hue)
+    order_rng, *rngs = jax.random.split(rng, 1 + len(changes))
+    batch = image.shape[0]
+    factors = [
+        jax.random.uniform(rng, (batch, 1, 1, 1), minval=low, maxval=high)
+        for rng, (low, high) in zip(rngs, changes.values(), strict=True)
+    ]
+    order = jnp.argsort(jax.random.uniform(order_rng, (len(changes), batch, 1, 1, 1)), axis=0)
+    for turn in order:
+        changed = [op(image, factor) for op, factor in zip(changes, factors, strict=True)]
+        image = jnp.select([turn == i for i in range(len(changes))], changed)
+    return image
 
 
-def _gray(image):
-    return (image * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+def random_erasing(
+    rng: jax.Array,
+    image: jax.Array,
+    probability: float,
+    *,
+    mode: str = "pixel",
+    area: tuple[float, float] = (0.02, 1 / 3),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> jax.Array:
+    """Replaces a rectangle of normalised pictures (arXiv:1708.04896), as timm does.
 
+    Args:
+      rng: decides.
+      image: float [B, H, W, C].
+      probability: of each picture.
+      mode: "pixel" standard normal noise; "const" zero, the mean colour.
+      area: range of the rectangle's share of the picture.
+      ratio: range of its width / height.
 
-def random_erasing(rng, image: jax.Array, probability: float) -> jax.Array:
-    """Replaces a rectangle by Gaussian noise (arXiv:1708.04896, timm's mode "pixel").
-
-    Its area is 2 % to 33 % of the picture's, its height / width from 0.3 to 1 / 0.3.
+    Raises:
+      ValueError: an argument is unknown or out of range.
     """
+    if mode not in ("pixel", "const"):
+        raise ValueError(f"Unknown mode {mode!r}; available: pixel, const.")
+    _check_probabilities(probability=probability)
+    choice_rng, box_rng, noise_rng = jax.random.split(rng, 3)
     batch, height, width, _ = image.shape
-    choice, area_rng, ratio_rng, top_rng, left_rng, noise_rng = jax.random.split(rng, 6)
-    chosen = jax.random.bernoulli(choice, probability, (batch,))
-    shape = (batch, 10)
-    area = height * width * jax.random.uniform(area_rng, shape, minval=0.02, maxval=1 / 3)
-    low, high = np.log(0.3), np.log(1 / 0.3)
-    aspect = jnp.exp(jax.random.uniform(ratio_rng, shape, minval=low, maxval=high))
-    h, w = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
-    fits = (h < height) & (w < width)
-    first = jnp.argmax(fits, axis=1)[:, None]
-    h, w = (jnp.take_along_axis(x, first, axis=1)[:, 0] for x in (h, w))
-    top = jnp.floor(jax.random.uniform(top_rng, (batch,)) * (height - h + 1))
-    left = jnp.floor(jax.random.uniform(left_rng, (batch,)) * (width - w + 1))
-    inside = _between(height, top, h)[:, :, None] & _between(width, left, w)[:, None, :]
-    inside &= (chosen & fits.any(axis=1))[:, None, None]
-    return jnp.where(inside[..., None], jax.random.normal(noise_rng, image.shape), image)
-
-
-def _between(size, start, length):
-    """Which pixels of an axis lie in [start, start + length), bool [B, size]."""
-    pixel = jnp.arange(size)
-    return (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    largest = (height - 1, width - 1)
+    box, fits = _random_boxes(box_rng, batch, (height, width), area, ratio, largest)
+    is_erased = fits & jax.random.bernoulli(choice_rng, probability, (batch,))
+    is_erased = _inside(box, height, width) & is_erased[:, None, None, None]
+    content = jax.random.normal(noise_rng, image.shape, image.dtype) if mode == "pixel" else 0
+    return jnp.where(is_erased, content, image)
 
 
 def one_hot(label: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
@@ -226,7 +250,7 @@ def one_hot(label: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.A
 
 
 def mixup_cutmix(
-    rng,
+    rng: jax.Array,
     image: jax.Array,
     target: jax.Array,
     *,
@@ -237,41 +261,130 @@ def mixup_cutmix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes each picture and target with those of the reversed batch (timm, mode "batch").
 
-    One share lambda ~ Beta(alpha, alpha) for the batch: mixup (arXiv:1710.09412) blends, cutmix
-    (arXiv:1905.04899) pastes a rectangle and corrects lambda to its area.
+    One share ~ Beta(alpha, alpha) for the batch: mixup (arXiv:1710.09412) blends, cutmix
+    (arXiv:1905.04899) pastes a rectangle, and the targets follow its area.
 
     Args:
       rng: decides.
-      image: [B, H, W, C].
+      image: float [B, H, W, C].
       target: [B, K].
       mixup_alpha, cutmix_alpha: 0 is off.
       prob: of mixing the batch at all.
       switch_prob: of cutmix, where both are on.
+
+    Raises:
+      ValueError: an alpha is negative, or a probability none.
     """
-    if not mixup_alpha and not cutmix_alpha:
+    _check_not_negative(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
+    _check_probabilities(prob=prob, switch_prob=switch_prob)
+    if not (mixup_alpha or cutmix_alpha) or not prob:
         return image, target
-    apply_rng, switch_rng, beta_rng, place_rng = jax.random.split(rng, 4)
-    if mixup_alpha and cutmix_alpha:
-        cut = jax.random.bernoulli(switch_rng, switch_prob)
-    else:
-        cut = jnp.asarray(bool(cutmix_alpha))
-    alpha = jnp.where(cut, cutmix_alpha or 1.0, mixup_alpha or 1.0)
-    share = jax.random.beta(beta_rng, alpha, alpha)
-    share = jnp.where(jax.random.bernoulli(apply_rng, prob), share, 1.0)
+    mix_rng, switch_rng, share_rng, place_rng = jax.random.split(rng, 4)
+    switch_prob = switch_prob if mixup_alpha and cutmix_alpha else float(bool(cutmix_alpha))
+    is_cutmix = jax.random.bernoulli(switch_rng, switch_prob)
+    alpha = jnp.where(is_cutmix, cutmix_alpha or mixup_alpha, mixup_alpha or cutmix_alpha)
+    share = jax.random.beta(share_rng, alpha, alpha)  # of the picture itself
+    share = jnp.where(jax.random.bernoulli(mix_rng, prob), share, 1.0)
 
     height, width = image.shape[1:3]
-    center = jax.random.uniform(place_rng, (2,)) * jnp.asarray([height, width])
-    center = jnp.floor(center)
-    half = jnp.floor(jnp.sqrt(1 - share) * jnp.asarray([height, width])) // 2
-    low = jnp.maximum(center - half, 0)
-    high = jnp.minimum(center + half, jnp.asarray([height, width]))
-    inside = (
-        _between(height, low[:1], high[:1] - low[:1])[0][:, None]
-        & _between(width, low[1:], high[1:] - low[1:])[0][None, :]
+    is_other = _inside(_cutmix_box(place_rng, share, height, width), height, width)
+    share = jnp.where(is_cutmix, 1 - is_other.mean(), share)
+    mask = jnp.where(is_cutmix, 1.0 - is_other, share).astype(image.dtype)
+    mixed = mask * image + (1 - mask) * image[::-1]
+    return mixed, share * target + (1 - share) * target[::-1]
+
+
+def _rand_augment(rng, image, text, interpolation, mean):
+    """timm fills with the mean colour; Pillow, which it uses here, cannot do lanczos."""
+    image = jnp.round(image).astype(jnp.uint8)
+    fill = tuple(min(255, round(255 * x)) for x in mean)
+    interpolation = "bicubic" if interpolation == "lanczos" else interpolation
+    if text == "trivial":
+        return trivial_augment(rng, image, fill=fill, interpolation=interpolation)
+    return rand_augment(rng, image, text, fill=fill, interpolation=interpolation)
+
+
+def _random_boxes(rng, batch, size, area, ratio, largest):
+    """Boxes (top, left, height, width) [B, 4] in pictures of a size.
+
+    Area is a share of the picture, ratio width / height with a uniform logarithm. The first of ten
+    that is not above `largest` is taken; bool [B] tells whether there is one.
+    """
+    for name, (low, high) in {"area or scale": area, "ratio": ratio}.items():
+        if not 0 < low <= high:
+            raise ValueError(f"{name} must be 0 < low <= high, got {(low, high)}.")
+    area_rng, ratio_rng, place_rng = jax.random.split(rng, 3)
+    attempts = (10, batch)
+    area = jax.random.uniform(area_rng, attempts, minval=area[0], maxval=area[1])
+    area *= size[0] * size[1]
+    low, high = np.log(ratio)
+    aspect = jnp.exp(jax.random.uniform(ratio_rng, attempts, minval=low, maxval=high))
+    tall, wide = jnp.round(jnp.sqrt(area / aspect)), jnp.round(jnp.sqrt(area * aspect))
+    fits = (tall > 0) & (tall <= largest[0]) & (wide > 0) & (wide <= largest[1])
+    first = jnp.argmax(fits, axis=0)[None]
+    sides = jnp.concatenate([jnp.take_along_axis(side, first, axis=0) for side in (tall, wide)])
+    room = jnp.maximum(jnp.asarray(size)[:, None] - sides, 0) + 1
+    corner = jnp.floor(jax.random.uniform(place_rng, sides.shape) * room)
+    return jnp.concatenate([corner, sides]).T, fits.any(axis=0)
+
+
+def _cutmix_box(rng, share, height, width):
+    """A box [1, 4] of about `1 - share` of the picture, cut at its border."""
+    size = jnp.asarray([height, width])
+    half = jnp.floor(jnp.sqrt(1 - share) * size) // 2
+    center = jnp.floor(jax.random.uniform(rng, (2,)) * size)
+    return jnp.concatenate([center - half, 2 * half])[None]
+
+
+def _inside(box, height, width):
+    """Which pixels lie in boxes (top, left, height, width) [B, 4]; bool [B, H, W, 1]."""
+    top, left, tall, wide = (side[:, None] for side in box.T)
+    row, column = jnp.arange(height), jnp.arange(width)
+    in_rows = (row >= top) & (row < top + tall)  # [B, H]
+    in_columns = (column >= left) & (column < left + wide)  # [B, W]
+    return (in_rows[:, :, None] & in_columns[:, None, :])[..., None]
+
+
+def _brightness(image, factor):
+    return jnp.clip(factor * image, 0, 1)
+
+
+def _contrast(image, factor):
+    mean = _gray(image).mean((1, 2, 3), keepdims=True)
+    return jnp.clip(mean + factor * (image - mean), 0, 1)
+
+
+def _saturation(image, factor):
+    gray = _gray(image)
+    return jnp.clip(gray + factor * (image - gray), 0, 1)
+
+
+def _hue(image, turn):
+    """Adds a turn to the hue of HSV."""
+    red, green, blue = jnp.moveaxis(image, -1, 0)
+    value = image.max(-1)
+    chroma = value - image.min(-1)
+    divisor = jnp.where(chroma > 0, chroma, 1)
+    sixth = jnp.select(
+        [value == red, value == green],
+        [(green - blue) / divisor, 2 + (blue - red) / divisor],
+        4 + (red - green) / divisor,
     )
-    other = image[::-1]
-    pasted = jnp.where(inside[..., None], other, image)
-    blended = share * image + (1 - share) * other
-    area = (high - low).prod() / (height * width)
-    share = jnp.where(cut, 1 - area, share)
-    return jnp.where(cut, pasted, blended), share * target + (1 - share) * target[::-1]
+    sixth = (jnp.asarray([5.0, 3.0, 1.0]) + sixth[..., None] + 6 * turn) % 6
+    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(sixth, 4 - sixth), 0, 1)
+
+
+def _gray(image):
+    return (image * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+
+
+def _check_probabilities(**values):
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is a probability, from 0 to 1; got {value}.")
+
+
+def _check_not_negative(**values):
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}.")

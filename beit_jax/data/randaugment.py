@@ -176,18 +176,32 @@ def apply_ops(
     if interpolation not in _TAPS:
         raise ValueError(f"Unknown interpolation {interpolation!r}; available: {', '.join(_TAPS)}.")
     fill = jnp.asarray(fill, jnp.uint8)
-    computed = jax.lax.optimization_barrier  # once, not again for every pixel that reads it
+    kind, arg = _settle(kind), _settle(arg)
 
     def one(image, kind, arg):
         ops = list(zip(kind, arg, strict=True))
         for first, second in itertools.zip_longest(ops[::2], ops[1::2]):
-            image = computed(_recolor(image, *first))
+            image = _settle(_recolor(image, *first))
             ops_backwards = (second, first) if second else (first,)
-            image = computed(_warp(image, ops_backwards, fill, _TAPS[interpolation]))
-            image = computed(_recolor(image, *second)) if second else image
+            image = _settle(_warp(image, ops_backwards, fill, _TAPS[interpolation]))
+            image = _settle(_recolor(image, *second)) if second else image
         return image
 
     return jax.vmap(one)(image, kind, arg)
+
+
+def _settle(x):
+    """Has XLA compute `x` once, instead of again in everything that reads it.
+
+    The CPU backend drops optimization barriers, but not a product with the identity.
+    """
+
+    def product(x):
+        identity = jnp.eye(x.shape[-1])
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.matmul(x.astype(jnp.float32), identity, precision=highest).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, cpu=product, default=jax.lax.optimization_barrier)
 
 
 def _by_kind(kind, **values):
@@ -229,7 +243,7 @@ def _table(image, gray, kind, arg):
     picked = jnp.broadcast_to(level, histogram.shape)
     for name, table in tables.items():
         picked = jnp.where(kind == OPS.index(name), table.astype(jnp.int32), picked)
-    return picked
+    return _settle(picked.astype(jnp.uint8).T).T
 
 
 def _auto_contrast(histogram):
@@ -265,7 +279,8 @@ def _gray(image):
 def _smooth(image):
     """Mean of 3 x 3 pixels, the middle one weighing 5; the border stays (ImageFilter.SMOOTH)."""
     height, width, _ = image.shape
-    padded = jnp.pad(image.astype(jnp.int32), ((1, 1), (1, 1), (0, 0)))
+    image = image.astype(jnp.int32)
+    padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)))
     windows = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
     smooth = (2 * (sum(windows) + 4 * image) + 13) // 26
     is_inner = jnp.pad(jnp.ones((height - 2, width - 2, 1), bool), ((1, 1), (1, 1), (0, 0)))

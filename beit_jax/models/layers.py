@@ -19,7 +19,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     On CPU the result of a bfloat16 product is float32, which XLA computes twice as fast there; the
     gradient of the kernel is float32 and contracts the leading axes without flattening them.
     """
-    return _dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,), _product_dtype(x.dtype))
+    return _matmul_forward(x, kernel)[0]
 
 
 def _dot(a, b, contract_a, contract_b, dtype):
@@ -31,8 +31,9 @@ def _product_dtype(dtype):
     return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
-def _matmul_forward(x, kernel):
-    return matmul(x, kernel), (x, kernel)
+def _matmul_forward(x, kernel):  # a bare product, which remat "dots" can see and save
+    y = _dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,), _product_dtype(x.dtype))
+    return y, (x, kernel)
 
 
 def _matmul_backward(residuals, gradient):

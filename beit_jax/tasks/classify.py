@@ -4,14 +4,17 @@ B batch, H x W picture as stored, S side as the network sees it, C channels, K c
 """
 
 import dataclasses
+import functools
+import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from beit_jax import losses, metrics, modules
+from beit_jax import losses, metrics, modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
-from beit_jax.data import augment
+from beit_jax.data import augment, images
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.task import Task
 
@@ -113,6 +116,7 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
         loss=loss,
         evaluate=evaluate,
         summarize=lambda sums: metrics.summarize_classification(sums, class_names),
+        draw=functools.partial(draw, num_mistakes=config.mistakes),
         layer_id=lambda name: family.layer_id(name, model.config.num_hidden_layers),
         num_layers=model.config.num_hidden_layers,
         image_size=size,
@@ -143,6 +147,26 @@ def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Arr
         std=tuple(info.image["std"]),
     )
     return model.apply({"params": params}, view)
+
+
+def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
+    """Pictures of a classifier's test: confusion matrix, calibration, most confident mistakes."""
+    names = split.source.class_names
+    if results["confusion"] is not None:
+        path = os.path.join(workdir, "confusion_matrix.png")
+        plots.confusion_matrix(results["confusion"], names, path)
+    plots.reliability_diagram(results["calibration"], os.path.join(workdir, "calibration.png"))
+    wrong = np.flatnonzero(outputs["predicted"] != outputs["label"])
+    worst = wrong[np.argsort(-outputs["probability"][wrong], kind="stable")][:num_mistakes]
+    if len(worst):
+        pictures, captions = [], []
+        for i in worst:
+            index = int(outputs["index"][i])
+            thumbnail = functools.partial(images.squash, size=(96, 96))
+            pictures.append(split.source.decode(index, *split.source.fetch([index]), thumbnail)[0])
+            label, predicted = (names[int(outputs[key][i])] for key in ("label", "predicted"))
+            captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}")
+        plots.contact_sheet(pictures, captions, os.path.join(workdir, "mistakes.png"))
 
 
 def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:

@@ -1,0 +1,215 @@
+"""Every implementation of attention against the definition, and the program that cuDNN gets."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax.models import attention, beit
+
+BATCH, TOKENS, HEADS, WIDTH = 3, 10, 2, 8
+# small programs compile far longer than they run
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def inputs(dtype="float32", tokens=TOKENS, with_bias=True, batch=BATCH):
+    """query, key, value [B, T, H, K] and bias [H, T, T]."""
+    rng = np.random.default_rng(0)
+    shape = (batch, tokens, HEADS, WIDTH)
+    query, key, value = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(3))
+    bias = jnp.asarray(rng.standard_normal((HEADS, tokens, tokens)), jnp.float32)
+    return query, key, value, bias if with_bias else None
+
+
+def reference(query, key, value, bias):
+    """Attention in float64, pair by pair."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.empty(query.shape)
+    for b, h in np.ndindex(query.shape[0], query.shape[2]):
+        logits = query[b, :, h] @ key[b, :, h].T / np.sqrt(query.shape[-1])
+        if bias is not None:
+            logits += np.asarray(bias[h], np.float64)
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        out[b, :, h] = weights / weights.sum(1, keepdims=True) @ value[b, :, h]
+    return out
+
+
+@functools.partial(jit, static_argnums=0)
+def output_and_gradients(attend, arrays):
+    """The output, and the gradients of a sum of it with unequal weights, each in float32."""
+
+    def loss(arrays):
+        out = attend(*arrays).astype(jnp.float32)
+        weights = np.random.default_rng(1).standard_normal(out.shape).astype(np.float32)
+        return (out * weights).sum(), out
+
+    gradients, out = jax.grad(loss, has_aux=True)(arrays)
+    return out, [g.astype(jnp.float32) for g in gradients if g is not None]
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+with_and_without_bias = pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "none"])
+
+
+@pytest.mark.parametrize("name", ["plain", "xla"])
+@with_and_without_bias
+def test_definition(name, with_bias):
+    arrays = inputs(with_bias=with_bias)
+    np.testing.assert_allclose(attention.get(name)(*arrays), reference(*arrays), atol=1e-6)
+
+
+@with_and_without_bias
+def test_xla_equals_plain(with_bias):
+    arrays = inputs(with_bias=with_bias)
+    expected = output_and_gradients(attention.plain, arrays)
+    assert len(expected[1]) == 3 + with_bias
+    assert_same(output_and_gradients(attention.xla, arrays), expected)
+
+
+@pytest.mark.parametrize("name", ["plain", "xla"])
+def test_bfloat16(name):
+    """Against the same rounded inputs in float32.
+
+    bfloat16 rounds by at most 2^-9 of a number, here the weights, whose sum is one, and the output:
+    2^-8 of the largest value in all. A gradient passes two such products more, so its error is
+    bounded as a whole, by 2^-6 of its norm.
+    """
+    arrays = inputs("bfloat16")
+    out, gradients = output_and_gradients(attention.get(name), arrays)
+    exact = tuple(x.astype(jnp.float32) for x in arrays)
+    exact_out, exact_gradients = output_and_gradients(attention.plain, exact)
+    assert jax.eval_shape(attention.get(name), *arrays).dtype == jnp.bfloat16
+    assert np.abs(out - exact_out).max() <= 2**-8 * np.abs(exact[2]).max()
+    for a, b in zip(gradients, exact_gradients, strict=True):
+        assert np.linalg.norm(a - b) < 2**-6 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtypes_of_the_gradients(dtype):
+    arrays = (*inputs("bfloat16")[:3], inputs()[3].astype(dtype))
+    shapes = jax.eval_shape(jax.grad(lambda a: attention.xla(*a).astype(jnp.float32).sum()), arrays)
+    assert [x.dtype for x in shapes] == [x.dtype for x in arrays]
+
+
+def test_gradient_of_the_bias_is_summed_over_the_batch():
+    query, key, value, bias = inputs()
+
+    @jit
+    def gradient(*arrays):
+        return jax.grad(lambda b: (attention.xla(*arrays, b) ** 2).sum())(bias)
+
+    single = sum(gradient(*(x[i : i + 1] for x in (query, key, value))) for i in range(BATCH))
+    np.testing.assert_allclose(gradient(query, key, value), single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "xla"])
+def test_large_logits_stay_finite(name):
+    query, key, value, bias = inputs()
+    arrays = (query, key, value, jnp.where(bias > 1, 1e4, bias) - 2e4)
+    out, gradients = output_and_gradients(attention.get(name), arrays)
+    # float32 holds logits of 20,000 to 2^-10
+    np.testing.assert_allclose(out, reference(*arrays), atol=2**-9)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_plain_drops_probabilities():
+    query, key, value, bias = inputs()
+    seen = []
+
+    def dropout(probabilities):
+        seen.append(probabilities)
+        return 2 * probabilities
+
+    out = attention.plain(query, key, value, bias, dropout=dropout)
+    assert seen[0].shape == (BATCH, HEADS, TOKENS, TOKENS)
+    np.testing.assert_allclose(seen[0].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(out, 2 * attention.plain(query, key, value, bias), rtol=1e-5)
+
+
+def test_names():
+    assert attention.get("auto") in attention.IMPLEMENTATIONS.values()
+    assert attention.get("plain") is attention.plain
+    with pytest.raises(ValueError, match="'flash'; available: auto, plain, xla, cudnn"):
+        attention.get("flash")
+    with pytest.raises(ValueError, match="'flash'; available: auto, plain, xla, cudnn"):
+        beit.Model(attention="flash")
+
+
+@pytest.fixture
+def kernel_on_cpu(monkeypatch):
+    """jax's own mathematics for cuDNN's kernel, as strict about its operands as the kernel is."""
+    attend, calls = jax.nn.dot_product_attention, []
+
+    def kernel(query, key, value, *, bias, scale, implementation):
+        _, tokens, heads, _ = query.shape
+        assert implementation == "cudnn"
+        assert tokens % 2 == 0 and query.shape == key.shape == value.shape
+        assert bias.shape == (1, heads, tokens, tokens) and bias.dtype == jnp.float32
+        calls.append(tokens)
+        return attend(query, key, value, bias=bias, scale=scale, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    return calls
+
+
+@pytest.mark.parametrize("tokens, padded, with_bias", [(5, 8, True), (8, 8, False), (10, 16, True)])
+def test_cudnn_pads_and_masks(kernel_on_cpu, tokens, padded, with_bias):
+    arrays = inputs(tokens=tokens, with_bias=with_bias)
+    actual = output_and_gradients(lambda *a: attention.cudnn(*a), arrays)
+    assert kernel_on_cpu == [padded]
+    assert_same(actual, output_and_gradients(attention.plain, arrays))
+
+
+@pytest.fixture
+def cudnn_found(monkeypatch):
+    """Lets jax trace for cuDNN on a machine that has none."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    for name, answer in {
+        "check_cudnn_version": lambda: 91900,
+        "check_compute_capability": lambda capability: True,
+        "is_cuda_compute_capability_equal": lambda capability: False,
+    }.items():
+        if not hasattr(fused, name):
+            pytest.skip(f"jax {jax.__version__} has no {fused.__name__}.{name} to stand in for")
+        monkeypatch.setattr(fused, name, answer)
+
+
+@pytest.mark.parametrize("image_size, patch_size", [(224, 16), (384, 16), (32, 4)])
+def test_cudnn_is_called_forward_and_backward(cudnn_found, image_size, patch_size):
+    """A training step at 197, 577 and 65 tokens, compiled for CUDA as far as a CPU can."""
+    layers = 2
+    model = beit.Model(
+        hidden_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=image_size,
+        patch_size=patch_size,
+        num_labels=10,
+        dtype="bfloat16",
+        attention="cudnn",
+    )
+    image = jax.ShapeDtypeStruct((4, image_size, image_size, 3), "float32")
+    params = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def step(params, image, rng):
+        def loss(params):
+            return model.apply(params, image, deterministic=False, rngs={"dropout": rng}).sum()
+
+        return jax.tree.map(lambda p, g: p - g, params, jax.grad(loss)(params))
+
+    traced = jax.jit(step).trace(params, image, jax.eval_shape(lambda: jax.random.key(0)))
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"__cudnn\$fmha\w+", program)
+    assert sorted(calls) == sorted(
+        layers * ["__cudnn$fmhaScaleBiasSoftmax"]
+        + layers * ["__cudnn$fmhaScaleBiasSoftmaxBackward"]
+    )
