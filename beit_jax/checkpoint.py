@@ -78,12 +78,11 @@ def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
         with open(path) as file:
             content = json.load(file)
         version = content.pop("format")
-        info = ModelInfo(**content)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        if version == _FORMAT:
+            return ModelInfo(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    if version != _FORMAT:
-        raise ValueError(f"{path} has format {version}; this version reads {_FORMAT}.")
-    return info
+    raise ValueError(f"{path} has format {version}; this version reads {_FORMAT}.")
 
 
 class _BestN(preservation_policy.PreservationPolicy):

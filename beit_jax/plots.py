@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Okabe-Ito
+_KINDS = {"train": ("training", _BLUE), "val": ("validation", _ORANGE), "test": ("test", _GREEN)}
 _NUMBERS_UP_TO = 20  # classes
 _STYLE = {
     "figure.constrained_layout.use": True,
@@ -40,103 +41,110 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: str) 
     The colours are stretched at the pale end, so that rare mistakes show.
     """
     counts = np.asarray(counts)
-    number, total = len(class_names), counts.sum()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = float(np.clip(0.55 * number, 2.4, 11))  # inches
+    side = float(np.clip(0.55 * len(counts), 2.4, 11))  # inches
     figure = Figure(figsize=(side, side), layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-    bar = figure.colorbar(
-        image,
-        cax=figure.add_axes((1 + 0.2 / side, 0, 0.2 / side, 1)),
-        format=PercentFormatter(1, 0),
-    )
+    beside = figure.add_axes((1 + 0.2 / side, 0, 0.2 / side, 1))
+    bar = figure.colorbar(image, cax=beside, format=PercentFormatter(1, 0))
     bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1])
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
+    _name_classes(axes, class_names, side / len(counts))
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    accuracy = np.trace(counts) / max(counts.sum(), 1)
+    axes.set_title(f"{accuracy:.2%} of {counts.sum():,.0f} correct")
+    if len(counts) <= _NUMBERS_UP_TO:
+        _write_counts(axes, counts, share)
+    return _save(figure, path)
+
+
+def _name_classes(axes, class_names, width):
+    """Writes the names, at most 100, beside columns of `width` inches and rows."""
+    number = len(class_names)
     ticks = np.arange(0, number, math.ceil(number / 100))
     names = [_short(class_names[i]) for i in ticks]
     size = 10 if number <= _NUMBERS_UP_TO else 8 if number <= 50 else 6.5
     look = {"fontsize": size, "parse_math": False}
     axes.set_yticks(ticks, names, **look)
-    if max(map(len, names)) * 0.1 > side / number:  # inches: the names do not fit side by side
+    if max(map(len, names)) * 0.1 > width:  # they do not fit side by side
         look |= {"rotation": 45 if number <= 12 else 90, "rotation_mode": "anchor", "ha": "right"}
         look["va"] = "center_baseline" if number <= 12 else "center"
     axes.set_xticks(ticks, names, **look)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(f"{np.trace(counts) / max(total, 1):.2%} of {total:,.0f} correct")
-    if number <= _NUMBERS_UP_TO:
-        axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
-        axes.tick_params(which="minor", length=0)
-        for (row, column), count in np.ndenumerate(counts):
-            if count:
-                color = "white" if share[row, column] > 0.3 else "black"
-                text = f"{count:,.0f}"
-                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    return _save(figure, path)
+
+
+def _write_counts(axes, counts, share):
+    edges = np.arange(len(counts) + 1) - 0.5
+    axes.set_xticks(edges, minor=True)
+    axes.set_yticks(edges, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            color = "white" if share[row, column] > 0.3 else "black"
+            look = {"ha": "center", "va": "center", "color": color, "fontsize": 8}
+            axes.text(column, row, f"{count:,.0f}", **look)
 
 
 @matplotlib.rc_context(_STYLE)
 def curves(metrics: Sequence[dict], path: str) -> Figure:
     """Draws loss, accuracy, gradient norm and learning rate over the steps, as far as there.
 
-    `metrics` are the lines of metrics.jsonl. Of noisy curves a running mean is drawn over the
-    values; a band is the 95 % interval of the accuracy.
+    `metrics` are the lines of metrics.jsonl. Where there are many, their running mean is drawn
+    over them; a band is the 95 % interval of the accuracy.
     """
-    titles = ("loss", "accuracy", "gradient norm", "learning rate")
-    kinds = {"train": _BLUE, "val": _ORANGE, "test": _GREEN}
+    keys = {key for line in metrics for key in line}
     panels = [
-        (title, drawn)
-        for title in titles
-        if (drawn := [kind for kind in kinds if _series(metrics, kind, title)[0].size])
+        (title, kinds)
+        for title in ("loss", "accuracy", "gradient norm", "learning rate")
+        if (kinds := [kind for kind in _KINDS if _key(kind, title) in keys])
     ]
     columns = min(max(len(panels), 1), 2)
     rows = max(math.ceil(len(panels) / columns), 1)
     figure = Figure(figsize=(5.2 * columns, 3.1 * rows + 0.3))
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, (title, drawn) in zip(figure.axes, panels, strict=False):
-        axes.axis("on")
-        for kind in drawn:
-            _curve(axes, kind, kinds[kind], metrics, title)
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if title == "learning rate":
-            axes.yaxis.set_major_formatter("{x:.3g}")
-            axes.set_ylim(bottom=0)
-        axes.grid()
-    lines = {
-        line.get_label(): line
-        for axes in figure.axes
-        for line in axes.get_legend_handles_labels()[0]
-    }
-    if len(lines) > 1:
-        figure.legend(lines.values(), lines, loc="outside upper right", ncols=len(lines))
+    for axes, (title, kinds) in zip(figure.axes, panels, strict=False):
+        _panel(axes, title, kinds, metrics)
+    labelled = (line for axes in figure.axes for line in axes.get_legend_handles_labels()[0])
+    legend = {line.get_label(): line for line in labelled}
+    if len(legend) > 1:
+        figure.legend(legend.values(), legend, loc="outside upper right", ncols=len(legend))
     if not panels:
         figure.axes[0].text(0.5, 0.5, "nothing was logged", ha="center")
     return _save(figure, path)
 
 
-def _curve(axes, kind, color, metrics, title):
-    label = {"train": "training", "val": "validation", "test": "test"}[kind]
-    steps, values = _series(metrics, kind, title)
+def _panel(axes, title, kinds, metrics):
+    axes.axis("on")
+    for kind in kinds:
+        _curve(axes, kind, title, metrics)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if title == "learning rate":
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.set_ylim(bottom=0)
+    axes.grid()
+
+
+def _curve(axes, kind, title, metrics):
+    label, color = _KINDS[kind]
+    steps, values = _series(metrics, _key(kind, title))
     if kind == "test":
         axes.plot(steps, values, "D", color=color, ms=6, label=label, zorder=3)
         return
-    marker = {"marker": "o", "ms": 3.5} if len(steps) <= 40 else {}
     if len(steps) > 100 and title != "learning rate":
         axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
         values = _running_mean(values, len(steps) // 25)
+    marker = {"marker": "o", "ms": 3.5} if len(steps) <= 40 else {}
     axes.plot(steps, values, color=color, label=label, **marker)
-    _, low = _series(metrics, kind, f"{title} low")
-    _, high = _series(metrics, kind, f"{title} high")
+    _, low = _series(metrics, _key(kind, f"{title} low"))
+    _, high = _series(metrics, _key(kind, f"{title} high"))
     if len(low) == len(high) == len(steps):
         axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
 
@@ -198,9 +206,12 @@ def reliability_diagram(calibration: Sequence[dict], path: str) -> Figure:
     return _save(figure, path)
 
 
-def _series(metrics, kind, title):
+def _key(kind, title):
+    return f"{kind}/{title.replace(' ', '_')}"
+
+
+def _series(metrics, key):
     """The steps and values of a metric; where it was not finite, NaN."""
-    key = f"{kind}/{title.replace(' ', '_')}"
     points = [(line["step"], line[key]) for line in metrics if key in line]
     return np.array(points, float).reshape(-1, 2).T
 
@@ -211,8 +222,8 @@ def _running_mean(values, width):
     total = np.cumsum([0, *np.where(there, values, 0)])
     count = np.cumsum([0, *there])
     i = np.arange(len(values))
-    width = np.minimum(width, np.minimum(i, i[::-1]))
-    low, high = i - width, i + width + 1
+    width = np.clip(np.minimum(i, i[::-1]), width // 3, width)
+    low, high = np.maximum(i - width, 0), np.minimum(i + width + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (total[high] - total[low]) / (count[high] - count[low])
 

@@ -61,13 +61,15 @@ class Report:
         self._sums, self._count = collections.Counter(), 0  # of scalars since the last write
         path = os.path.join(workdir, "metrics.jsonl")
         self._lost = _truncate(path, start_step)
-        self._events = _open_events(workdir, start_step) if tensorboard else None
-        self._file = open(path, "a")  # noqa: SIM115
-        self._step, self._line = start_step, ""
-        if start_step:
-            self.info(f"Goes on at step {start_step} of {total_steps}.")
         self._stack = contextlib.ExitStack()
-        if self._console.is_interactive:
+        self._file = self._stack.enter_context(open(path, "a"))
+        self._events = _Events(workdir, start_step) if tensorboard else None
+        if tensorboard:
+            self._stack.callback(self._events.close)
+        self._step, self._line = start_step, ""
+        if 0 < start_step < total_steps:
+            self.info(f"Resumes at step {start_step} of {total_steps}.")
+        if self._console.is_interactive and start_step < total_steps:
             self._stack.enter_context(_live(self._console, self._render))
 
     def train(self, step: int, scalars: Mapping[str, float], *, write: bool) -> None:
@@ -147,9 +149,7 @@ class Report:
         self._file.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
         self._file.flush()
         if self._events:
-            for key, value in scalars.items():
-                self._events.add_scalar(key, value, step, walltime=now)
-            self._events.flush()
+            self._events.write(step, scalars, now)
 
     def info(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
@@ -216,9 +216,6 @@ class Report:
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
         self._stack.close()
-        if self._events:
-            self._events.close()
-        self._file.close()
 
     def __enter__(self):
         return self
@@ -271,6 +268,33 @@ class _Clock:
         return old
 
 
+class _Events:
+    """Scalars for TensorBoard, in workdir/tensorboard, whole on the disk after each write."""
+
+    def __init__(self, workdir, start_step):
+        _import_tensorboardx()
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder = os.path.join(workdir, "tensorboard")
+        os.makedirs(folder, exist_ok=True)
+        self._writer = EventsWriter(os.path.join(folder, "events"))
+        hide = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # what is there from a step
+        self._add(start_step + 1, time.time(), session_log=hide)
+
+    def write(self, step, scalars, now):
+        values = (self._summary.Value(tag=k, simple_value=v) for k, v in scalars.items())
+        self._add(step, now, summary=self._summary(value=values))
+
+    def _add(self, step, now, **content):
+        self._writer.write_event(self._event(step=step, wall_time=now, **content))
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()
+
+
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """The lines of metrics.jsonl; a half-written last one is left out."""
     with open(os.path.join(workdir, "metrics.jsonl"), errors="replace") as file:
@@ -304,7 +328,7 @@ def _live(console, render):
 def _redirect_logging(stream):
     """Lets the handlers of logging that write to a terminal write to `stream`."""
     handlers = [h for h in logging.root.handlers if isinstance(h, logging.StreamHandler)]
-    terminals = [(handler, handler.stream) for handler in handlers if handler.stream.isatty()]
+    terminals = [(handler, handler.stream) for handler in handlers if _is_terminal(handler.stream)]
     for handler, _ in terminals:
         handler.setStream(stream)
     try:
@@ -314,12 +338,20 @@ def _redirect_logging(stream):
             handler.setStream(terminal)
 
 
-def _open_events(workdir, start_step):
-    from tensorboardX import SummaryWriter
+def _is_terminal(stream):
+    return stream is not None and stream.isatty()
 
-    folder = os.path.join(workdir, "tensorboard")
-    again = os.path.exists(folder)
-    return SummaryWriter(folder, purge_step=start_step + 1 if again else None)
+
+def _import_tensorboardx():
+    """Imports tensorboardX without torch, which takes seconds and brings its own CUDA along."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    try:
+        import tensorboardX  # noqa: F401
+    finally:
+        if hide:
+            del sys.modules["torch"]
 
 
 def _parse(line):
@@ -359,7 +391,7 @@ def _jsonable(x):
 
 
 def _number(x):
-    return f"{x:,.0f}" if x >= 1000 and x == int(x) else f"{x:.4g}"
+    return f"{x:,.0f}" if x >= 1000 and x % 1 == 0 else f"{x:.4g}"
 
 
 def _duration(seconds):

@@ -53,16 +53,19 @@ def run(config, workdir: str) -> dict | None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.open_workdir(workdir, config.to_dict(), allow_change=HARMLESS))
-        return _run(config, workdir, mesh, stack)
+        start = _evaluate_only if config.eval_only else _train
+        return start(config, workdir, mesh, stack)
 
 
-def _run(config, workdir, mesh, stack):
+def _train(config, workdir, mesh, stack):
     splits = inputs.open_splits(config.data, mesh)
+    if "train" not in splits:
+        raise ValueError("config.data.train is empty; to evaluate only, set config.eval_only.")
     train = splits["train"]
-    task = make_task(config, splits, workdir)
     plan = make_plan(config, train.num_examples)
+    saver = stack.enter_context(make_checkpointer(config, workdir, plan.keep_every))
+    task = make_task(config, splits, workdir, mesh, saver.latest_step())
     tx, schedule = make_optimizer(config, task, plan)
-    saver = stack.enter_context(make_checkpointer(config, workdir, plan))
     state = make_state(config, task, tx, saver, mesh)
     checkpoint.write_model_info(workdir, task.info)
     step = start_step = int(state.step)
@@ -77,7 +80,6 @@ def _run(config, workdir, mesh, stack):
         )
     )
     log.parameters(state.params)
-    task = task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
     evaluator = evaluate.make_evaluator(task, config, mesh)
     stopped = stack.enter_context(catch_signals())
     stream = inputs.train_stream(
@@ -121,11 +123,51 @@ def _run(config, workdir, mesh, stack):
         saver.wait()
         log.info(f"Saved step {step}; the same command goes on from there.")
         return None
-    return finish(config, workdir, task, state, splits, evaluator, saver, log)
+    saver.wait()
+    params, best = state.eval_params, saver.best_step()
+    if best not in (None, step):
+        log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
+        step, params = best, checkpoint.load_params(workdir, best)
+    return finish(config, workdir, task, step, params, state.model_state, splits, evaluator, log)
 
 
-def make_task(config, splits, workdir):
-    """The task of the config: of the model in the workdir, if there is one, else of a new one.
+def _evaluate_only(config, workdir, mesh, stack):
+    splits = inputs.open_splits(config.data, mesh, names=("val", "test"))
+    if not splits:
+        raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
+    saver = stack.enter_context(make_checkpointer(config, workdir))
+    last = saver.latest_step()
+    step = saver.best_step() or last
+    if step is None and not config.pretrained:
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."
+        )
+    config = config.copy_and_resolve_references()
+    config.pretrained_reset = ()  # nothing may stay untrained
+    task = make_task(config, splits, workdir, mesh, step)
+    if step is None:
+        params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
+        params = task.start(params)
+    else:
+        state = saver.restore(step=step)
+        params, model_state = state.get("ema_params", state["params"]), state.get("model_state", {})
+    log = stack.enter_context(
+        report.Report(
+            workdir,
+            total_steps=last or 0,
+            batch_size=config.eval_batch_size,
+            steps_per_epoch=1,
+            start_step=last or 0,
+            tensorboard=config.tensorboard,
+        )
+    )
+    log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
+    evaluator = evaluate.make_evaluator(task, config, mesh)
+    return finish(config, workdir, task, step or 0, params, model_state, splits, evaluator, log)
+
+
+def make_task(config, splits, workdir, mesh, step: int | None):
+    """The task of the config: of the model in the workdir, if it has a step, else of a new one.
 
     Raises:
       ValueError: task, data, architecture and weights do not fit each other.
@@ -139,13 +181,14 @@ def make_task(config, splits, workdir):
                 f"expected {class_names}."
             )
     info, start = None, None
-    if os.path.exists(os.path.join(workdir, "model.json")):
+    if step is not None:
         info = checkpoint.read_model_info(workdir)
     elif config.pretrained:
         start = pretrained.load(config.pretrained, config.pretrained_revision)
     resized = any(split.resident is None for split in splits.values())
     module = modules.load("tasks", config.task_name)
-    return module.make_task(config, class_names, resized=resized, start=start, info=info)
+    task = module.make_task(config, class_names, resized=resized, start=start, info=info)
+    return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
 
 
 def make_plan(config, num_examples: int) -> Plan:
@@ -209,13 +252,13 @@ def _shapes(task, config):
     return jax.eval_shape(task.init, jax.random.key(config.seed))
 
 
-def make_checkpointer(config, workdir, plan) -> checkpoint.Checkpointer:
+def make_checkpointer(config, workdir, keep_every: int = 0) -> checkpoint.Checkpointer:
     """The checkpoints of the workdir."""
     return checkpoint.Checkpointer(
         workdir,
         keep_last=config.keep_last,
         keep_best=config.keep_best,
-        keep_every=plan.keep_every or None,
+        keep_every=keep_every or None,
         best_metric=config.best_metric,
     )
 
@@ -254,23 +297,17 @@ def compile_step(config, task, tx, mesh, state, resident, batch):
     return step.lower(state, task.frozen, resident, batch).compile()
 
 
-def finish(config, workdir, task, state, splits, evaluator, saver, log) -> dict:
-    """Evaluates the best checkpoint on the test split and writes results.json and pictures."""
-    saver.wait()
-    params, step = state.eval_params, int(state.step)
-    best = saver.best_step()
-    if best not in (None, step):
-        log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
-        step, params = best, checkpoint.load_params(workdir, best)
+def finish(config, workdir, task, step, params, model_state, splits, evaluator, log) -> dict:
+    """Evaluates parameters on val and test; writes results.json and pictures."""
     results = {
         "step": step,
-        "num_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
         "images_per_second": log.images_per_second,
     }
     for name in ("val", "test"):
         if name in splits:
             with log.timer("evaluate"):
-                metrics, outputs = evaluator(splits[name], params, state.model_state)
+                metrics, outputs = evaluator(splits[name], params, model_state)
             results[name] = metrics
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
             task.draw(workdir, metrics, outputs, splits[name])

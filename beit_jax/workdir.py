@@ -62,10 +62,10 @@ def _check_config(workdir, config, allow_change):
     if os.path.exists(path):
         try:
             with open(path) as file:
-                stored = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
-        _compare(workdir, _flatten(stored), _flatten(config), allow_change)
+                stored = _flatten(json.load(file))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}. Use another workdir.") from error
+        _compare(workdir, stored, _flatten(config), allow_change)
     elif others := [name for name in ("model.json", "checkpoints") if _exists(workdir, name)]:
         raise ValueError(
             f"{workdir} holds {' and '.join(others)} but no config.json: it was not made by a run. "

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -186,29 +187,33 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from beit_jax import checkpoint
 
-mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-state = {"params": {"kernel": np.arange(12, dtype=np.float32).reshape(4, 3)}, "step": np.int32(1)}
-shardings = {"params": {"kernel": split}, "step": replicated}
-state = jax.device_put(state, shardings)
-target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-with checkpoint.Checkpointer(sys.argv[1]) as saver:
-    restored = saver.restore(target)
-    if restored is not None:
-        for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state)):
-            assert x.sharding == y.sharding, x.sharding
-            assert len(x.addressable_shards) == jax.device_count()
-            np.testing.assert_array_equal(x, y)
-    saver.save(int(sys.argv[2]), state)
-print(jax.device_count(), "devices,", "nothing" if restored is None else "restored")
+def place(devices):
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices], axis_types=auto)
+    specs = {"params": {"kernel": PartitionSpec("data")}, "step": PartitionSpec()}
+    kernel = np.arange(12, dtype=np.float32).reshape(4, 3)
+    state = {"params": {"kernel": kernel}, "step": np.int32(1)}
+    return jax.device_put(state, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+
+def shape(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+assert jax.device_count() == 2
+for saved, restored in ((1, 2), (2, 1), (2, 2)):
+    with checkpoint.Checkpointer(f"{sys.argv[1]}/{saved}{restored}") as saver:
+        saver.save(1, place(saved))
+        expected = place(restored)
+        actual = saver.restore(jax.tree.map(shape, expected))
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.sharding == y.sharding and len(x.addressable_shards) == restored
+        np.testing.assert_array_equal(x, y)
+    print(saved, restored)
 """
 
 
 def test_restore_onto_two_devices_and_back(tmp_path):
-    for step, (devices, found) in enumerate([(1, "nothing"), (2, "restored"), (1, "restored")]):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        result = run_python(SHARDING, tmp_path, step, XLA_FLAGS=flags)
-        assert result.stdout == f"{devices} devices, {found}\n", result.stderr
+    result = run_python(SHARDING, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert result.stdout == "1 2\n2 1\n2 2\n", result.stderr
 
 
 # ---------------------------------------------------------------------------- what is kept
@@ -500,7 +505,8 @@ def limit(size):  # of every file that is written
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 def state(i):
-    return {"params": {"kernel": np.full(100_000, i) + np.random.rand(100_000)}, "step": np.int32(i)}
+    kernel = np.full(100_000, i) + np.random.rand(100_000)
+    return {"params": {"kernel": kernel}, "step": np.int32(i)}
 
 with Checkpointer(sys.argv[1]) as saver:
     saver.save(1, state(1))
@@ -612,8 +618,9 @@ from beit_jax.checkpoint import Checkpointer
 for line in sys.stdin:  # one child each: what takes seconds here are the imports
     if child := os.fork():
         os.waitpid(child, 0)
+        print("gone", flush=True)
         continue
-    print(os.getpid(), flush=True)
+    print("child", os.getpid(), flush=True)
     with Checkpointer(sys.argv[1], keep_last=2) as saver:
         state = saver.restore()
         start = 0 if state is None else int(state["step"])
@@ -637,17 +644,19 @@ def kill_often(workdir, kills):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        bufsize=1,
+        start_new_session=True,
     ) as parent:
-        for _ in range(kills):
-            parent.stdin.write("again\n")
-            child = int(parent.stdout.readline())
-            for _ in range(rng.randrange(2, 6)):
-                reached = int(parent.stdout.readline())
-            time.sleep(rng.uniform(0, 0.1))
-            os.kill(child, signal.SIGKILL)
-            check_after_kill(workdir, reached)
-        parent.stdin.close()
+        try:
+            for _ in range(kills):
+                print("again", file=parent.stdin, flush=True)
+                child = next(line for line in parent.stdout if line.startswith("child"))
+                reached = [int(next(parent.stdout)) for _ in range(rng.randrange(2, 6))][-1]
+                time.sleep(rng.uniform(0, 0.1))
+                os.kill(int(child.split()[1]), signal.SIGKILL)
+                assert "gone\n" in parent.stdout
+                check_after_kill(workdir, reached)
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)
 
 
 def check_after_kill(workdir, reached):
@@ -681,20 +690,13 @@ def test_what_a_kill_left_is_removed(tmp_path):
     assert listing(tmp_path) == ["5", "_quarantine"]
 
 
-OPEN_AND_LEAVE = """
-import os, sys
-from beit_jax.checkpoint import Checkpointer
-for _ in range(5):
-    for i in range(20):
-        os.makedirs(f"{sys.argv[1]}/checkpoints/{i}.orbax-checkpoint-tmp/params")
-    with Checkpointer(sys.argv[1]):
-        pass
-"""
-
-
 def test_nothing_runs_on_after_close(tmp_path):
-    result = run_python(OPEN_AND_LEAVE, tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
+    before = set(threading.enumerate())
+    for i in range(200):
+        (tmp_path / f"checkpoints/{i}.orbax-checkpoint-tmp/params").mkdir(parents=True)
+    with Checkpointer(tmp_path) as saver:
+        assert saver.restore() is None
+    assert set(threading.enumerate()) <= before
     assert listing(tmp_path) == []
 
 

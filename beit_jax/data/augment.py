@@ -20,37 +20,39 @@ def train_view(
     image: jax.Array,
     *,
     image_size: Size,
+    flip: float = 0.5,
     crop: str = "rrc",
     pad: int = 4,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
-    flip: float = 0.5,
-    noise_std: float = 0.0,
-    color_jitter: float = 0.0,
     randaugment: str = "",
+    color_jitter: float = 0.0,
+    noise_std: float = 0.0,
     erasing: float = 0.0,
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.5,),
 ) -> jax.Array:
-    """What training sees of stored pictures, in timm's order. What is 0 or "" costs nothing.
+    """What training sees of stored pictures. What is 0 or "" costs nothing.
+
+    In timm's order, but flips come first, where pictures are small.
 
     Args:
       rng: decides everything; each kind of change draws its own numbers from it.
       image: uint8 [B, h, w, C].
       image_size: H and W.
+      flip: probability.
       crop: "rrc" random resized crop; "pad" a random shift by up to `pad` stored pixels, over
         black; "squash" the whole picture; "none" for pictures that have the size.
       pad: of crop "pad".
       scale, ratio: of the random resized crop: share of the area, width / height.
       interpolation: "bicubic", "bilinear" or "lanczos".
-      flip: probability.
-      noise_std: of Gaussian noise; pixels are in [0, 1].
-      color_jitter: strength of brightness, contrast and saturation changes; replaced by
-        `randaugment` where that is set, as in timm.
       randaugment: such as "rand-m9-mstd0.5-inc1", or "trivial" for TrivialAugment.
-      erasing: probability of a rectangle of noise.
+      color_jitter: strength of brightness, contrast and saturation changes, where there is no
+        `randaugment`.
+      noise_std: of Gaussian noise; pixels are in [0, 1].
       mean, std: of the normalisation, per channel or one for all; pixels are in [0, 1].
+      erasing: probability of a rectangle of noise, of normalised pixels.
 
     Returns:
       float32 [B, H, W, C], normalised.
@@ -65,17 +67,7 @@ def train_view(
     crop_rng, flip_rng, color_rng, noise_rng, erasing_rng = jax.random.split(rng, 5)
     if flip:
         image = random_flip(flip_rng, image, flip)
-    if crop == "rrc":
-        box = random_resized_crop_boxes(crop_rng, *image.shape[:3], scale, ratio)
-        image = crop_and_resize(image, box, image_size, interpolation)
-    else:
-        if crop == "none" and image.shape[1:3] != tuple(image_size):
-            raise ValueError(
-                f'crop "none" needs pictures of {tuple(image_size)}, got {image.shape[1:3]}.'
-            )
-        if crop == "pad":
-            image = pad_crop(crop_rng, image, pad)
-        image = resize(image, image_size, interpolation)
+    image = _crop(crop_rng, image, crop, image_size, pad, scale, ratio, interpolation)
     image = jnp.clip(image, 0, 255)
     if randaugment:
         image = _rand_augment(color_rng, image, randaugment, interpolation, mean)
@@ -141,8 +133,10 @@ def random_flip(rng: jax.Array, image: jax.Array, probability: float = 0.5) -> j
 def pad_crop(rng: jax.Array, image: jax.Array, pad: int, mode: str = "constant") -> jax.Array:
     """Shifts each picture by up to `pad` pixels each way.
 
-    What comes in is black, or mirrored for `mode` "reflect" (another mode of jnp.pad).
+    What comes in is black (mode "constant") or mirrored ("reflect").
     """
+    if mode not in ("constant", "reflect"):
+        raise ValueError(f"Unknown mode {mode!r}; available: constant, reflect.")
     if not pad:
         return image
     batch, *shape = image.shape
@@ -292,6 +286,21 @@ def mixup_cutmix(
     mask = jnp.where(is_cutmix, 1.0 - is_other, share).astype(image.dtype)
     mixed = mask * image + (1 - mask) * image[::-1]
     return mixed, share * target + (1 - share) * target[::-1]
+
+
+def _crop(rng, image, crop, size, pad, scale, ratio, interpolation):
+    old = image.shape[1:3]
+    if crop == "rrc":
+        box = random_resized_crop_boxes(rng, image.shape[0], *old, scale, ratio)
+        return crop_and_resize(image, box, size, interpolation)
+    if crop == "none" and tuple(old) != tuple(size):
+        raise ValueError(
+            f'The crop "none" needs pictures of {size[0]} x {size[1]}, got {old[0]} x {old[1]}; '
+            '"squash" resizes them.'
+        )
+    if crop == "pad":
+        image = pad_crop(rng, image, pad)
+    return resize(image, size, interpolation)
 
 
 def _rand_augment(rng, image, text, interpolation, mean):

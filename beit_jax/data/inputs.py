@@ -31,30 +31,29 @@ class Split(NamedTuple):
 def open_splits(config, mesh: Mesh, names=("train", "val", "test")) -> dict[str, Split]:
     """Opens the splits that the config names, `config` being its part `data`.
 
-    A split whose pictures have one size and need at most `resident_bytes` goes to the device.
+    Where each split has pictures of one size that need at most `resident_bytes`, all splits go to
+    the device.
 
     Raises:
       FileNotFoundError, ValueError: there is no such data set, split or picture.
     """
-    splits = {}
-    for name in names:
-        if not config[name]:
-            continue
-        source = sources.get_source(
+    found = {
+        name: sources.get_source(
             config.name,
             config[name],
             data_dir=config.data_dir or None,
             on_bad_image=config.on_bad_image,
         )
-        splits[name] = _open(source, config, mesh)
-    return splits
+        for name in names
+        if config[name]
+    }
+    if not all(pipeline.fits(source, config.resident_bytes) for source in found.values()):
+        return {name: Split(source, None, len(source), None) for name, source in found.items()}
+    return {name: _resident(source, config, mesh) for name, source in found.items()}
 
 
-def _open(source, config, mesh):
-    if not pipeline.fits(source, config.resident_bytes):
-        return Split(source, None, len(source), None)
-    threads = config.threads or sources.THREADS
-    examples = pipeline.load_all(source, threads=threads)
+def _resident(source, config, mesh):
+    examples = pipeline.load_all(source, threads=config.threads or sources.THREADS)
     ids = examples.pop("index")
     resident = sharding.put(examples, sharding.replicated(mesh))
     return Split(source, resident, len(ids), ids)

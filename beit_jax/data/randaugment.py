@@ -48,14 +48,15 @@ def parse(text: str) -> Policy:
     if name != "rand" or not all(matches):
         raise ValueError(_malformed(text))
     given = {match[1]: float(match[2]) for match in matches}
+    num_ops = given.get("n", 2.0)
     policy = Policy(
         magnitude=given.get("m", _MAX),
         std=given.get("mstd", 0.0),
-        num_ops=int(given.get("n", 2)),
+        num_ops=int(num_ops),
         increasing=bool(given.get("inc", 0)),
         probability=given.get("p", 0.5),
     )
-    if policy.magnitude > _MAX or policy.num_ops < 1 or policy.probability > 1:
+    if policy.magnitude > _MAX or num_ops < 1 or num_ops % 1 or policy.probability > 1:
         raise ValueError(_malformed(text))
     return policy
 

@@ -1,0 +1,675 @@
+"""Augmentation against torch, Pillow, colorsys, scipy and timm's formulas."""
+
+import colorsys
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image, ImageEnhance, ImageOps
+from scipy.ndimage import gaussian_filter
+
+from beit_jax.data import augment, images, randaugment
+from beit_jax.data.resize import center_crop, crop_and_resize, resize
+
+B, H, W = 6, 20, 24
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (B, H, W, 3), np.uint8)
+SMOOTH = gaussian_filter(RNG.uniform(-400, 655, (B, H, W, 3)), (0, 2, 2, 0))
+SMOOTH = SMOOTH.clip(30, 225).astype(np.uint8)  # away from 0 and 255, where uint8 filters clip
+KEY = jax.random.key(0)
+KEYS = jax.random.split(KEY, 400)
+OFF = dict(image_size=(H, W), crop="none", flip=0.0)
+
+resize = jax.jit(resize, static_argnums=(1, 2))
+crop_and_resize = jax.jit(crop_and_resize, static_argnums=(2, 3))
+apply_ops = jax.jit(randaugment.apply_ops, static_argnames=("fill", "interpolation"))
+
+
+def torch_resize(image, size, method):
+    torch = pytest.importorskip("torch")
+    x = torch.tensor(np.asarray(image, np.float32)).movedim(-1, 1)
+    y = torch.nn.functional.interpolate(x, size, mode=method, antialias=True, align_corners=False)
+    return y.movedim(1, -1).numpy()
+
+
+def pillow_resize(image, size, method):
+    """Of one channel as float, which Pillow does not round."""
+    method = Image.Resampling[method.upper()]
+    channels = [Image.fromarray(np.float32(image[..., c])) for c in range(3)]
+    return np.stack([np.asarray(c.resize(size[::-1], method)) for c in channels], -1)
+
+
+# Resizing
+
+
+@pytest.mark.parametrize("size", [(45, 37), (7, 9), (9, 41)], ids=["up", "down", "both"])
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+def test_resize_equals_torch(size, method):
+    ours = resize(NOISE, size, method)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, torch_resize(NOISE, size, method), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(45, 37), (7, 9)], ids=["up", "down"])
+@pytest.mark.parametrize("method", ["lanczos", "bicubic", "bilinear"])
+def test_resize_equals_pillow_on_floats(size, method):
+    expected = pillow_resize(NOISE[0], size, method)
+    np.testing.assert_allclose(resize(NOISE, size, method)[0], expected, atol=2e-3)
+
+
+def test_resize_is_within_two_roundings_of_pillow_on_uint8():
+    pillow = Image.fromarray(SMOOTH[0]).resize((37, 45), Image.Resampling.BICUBIC)
+    assert np.abs(resize(SMOOTH, (45, 37), "bicubic")[0] - np.asarray(pillow)).max() < 1.2
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    np.testing.assert_array_equal(resize(NOISE, (H, W), "lanczos"), NOISE)
+
+
+@pytest.mark.parametrize("size", [(33, 31), (5, 6)], ids=["up", "down"])
+@pytest.mark.parametrize("method", ["bicubic", "lanczos"])
+def test_crop_and_resize_equals_resizing_a_slice(size, method):
+    boxes = [(0, 0, H, W), (3, 5, 11, 13), (H - 4, W - 7, 4, 7), (2, 0, 1, W), (9, 9, 1, 1)]
+    boxes += [(0, 20, 20, 4)]
+    ours = crop_and_resize(NOISE, jnp.asarray(boxes), size, method)
+    for image, (top, left, height, width), result in zip(NOISE, boxes, ours, strict=True):
+        part = image[top : top + height, left : left + width]
+        np.testing.assert_allclose(result, pillow_resize(part, size, method), atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(H, W), (W, H)], ids=["landscape", "portrait"])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+def test_center_crop_is_resize_and_slice_as_on_the_host(shape, crop_pct):
+    image = SMOOTH[:, : shape[0], : shape[1]] if shape == (H, W) else SMOOTH.swapaxes(1, 2)
+    ours = center_crop(image, (14, 14), crop_pct)
+    side = int(14 / crop_pct)
+    tall, wide = (side * n // H for n in shape)
+    top, left = round((tall - 14) / 2), round((wide - 14) / 2)
+    whole = torch_resize(image, (tall, wide), "bicubic")
+    np.testing.assert_allclose(ours, whole[:, top : top + 14, left : left + 14], atol=1e-3)
+    host = images.center_crop(Image.fromarray(image[0]), (14, 14), crop_pct)
+    assert np.abs(ours[0] - host).max() < 1.2
+
+
+def test_center_crop_without_resizing_is_a_slice():
+    np.testing.assert_array_equal(center_crop(NOISE, (H, 10)), NOISE[:, :, 7:17])
+
+
+# Crops and flips
+
+
+def test_random_resized_crop_boxes_are_distributed_as_torchvisions():
+    count, shape = 4000, (40, 56)
+    ours = np.asarray(augment.random_resized_crop_boxes(KEY, count, *shape))
+    host_rng = np.random.default_rng(1)
+    host = np.asarray([images.sample_crop(shape, host_rng) for _ in range(count)])
+    np.testing.assert_array_equal(ours, ours.round())
+    assert (ours >= [0, 0, 1, 1]).all()
+    assert (ours[:, :2] + ours[:, 2:] <= shape).all()
+    assert ((ours[:, :2] + ours[:, 2:]).max(0) == shape).all()
+    for column in range(4):
+        assert scipy.stats.ks_2samp(ours[:, column], host[:, column]).pvalue > 1e-3
+    area, aspect = ours[:, 2] * ours[:, 3], ours[:, 3] / ours[:, 2]
+    host_area, host_aspect = host[:, 2] * host[:, 3], host[:, 3] / host[:, 2]
+    assert scipy.stats.ks_2samp(area, host_area).pvalue > 1e-3
+    assert scipy.stats.ks_2samp(aspect, host_aspect).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"), [((4, 200), (0, 97, 4, 5)), ((200, 4), (97, 0, 5, 4)), ((1, 1), (0, 0, 1, 1))]
+)
+def test_random_resized_crop_of_extreme_pictures_is_the_middle(shape, box):
+    boxes = augment.random_resized_crop_boxes(KEY, 3, *shape, scale=(0.5, 1.0))
+    np.testing.assert_array_equal(boxes, [box] * 3)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_pad_crop_equals_slices_of_the_padded_picture(mode):
+    image = np.repeat(NOISE[:1], 100, axis=0)
+    padded = np.pad(NOISE[0], ((2, 2), (2, 2), (0, 0)), mode)
+    windows = np.stack([padded[i : i + H, j : j + W] for i in range(5) for j in range(5)])
+    cropped = np.asarray(augment.pad_crop(KEY, image, 2, mode))
+    assert cropped.dtype == np.uint8
+    matches = (cropped[:, None] == windows).all((2, 3, 4))
+    assert (matches.sum(1) == 1).all()
+    assert len(set(matches.argmax(1))) > 20  # of 25; 100 draws miss 0.4 on average
+
+
+def test_random_flip_mirrors_its_share():
+    image = np.repeat(NOISE[:1], 2000, axis=0)[:, :2, :3]
+    flipped = np.asarray(augment.random_flip(KEY, image, 0.3))
+    is_flipped = (flipped == image[:, :, ::-1]).all((1, 2, 3))
+    assert (is_flipped | (flipped == image).all((1, 2, 3))).all()
+    assert abs(is_flipped.mean() - 0.3) < 0.05
+    np.testing.assert_array_equal(augment.random_flip(KEY, image, 1.0), image[:, :, ::-1])
+
+
+# Colours
+
+
+jitter = jax.jit(augment.jitter_colors, static_argnames=("brightness", "contrast", "saturation"))
+GENTLE = (0.45 + 0.1 * SMOOTH / 255).astype(np.float32)  # that no change clips
+GRAY = np.asarray([0.299, 0.587, 0.114], np.float32)
+
+
+def slope(y, x, axis=(1, 2, 3)):
+    """Of y against x, per picture, both with the mean removed."""
+    x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
+    return (x * y).sum(axis, keepdims=True) / (x * x).sum(axis, keepdims=True)
+
+
+def brighten(image, factor):
+    return (image * factor).clip(0, 1)
+
+
+def contrast(image, factor):
+    mean = (image @ GRAY).mean((1, 2))[:, None, None, None]
+    return (mean + factor * (image - mean)).clip(0, 1)
+
+
+def saturate(image, factor):
+    gray = (image @ GRAY)[..., None]
+    return (gray + factor * (image - gray)).clip(0, 1)
+
+
+@pytest.mark.parametrize("change", [brighten, contrast, saturate])
+def test_jitter_follows_torchvisions_formula_with_a_factor_in_range(change):
+    name = {brighten: "brightness", contrast: "contrast", saturate: "saturation"}[change]
+    gray = (GENTLE @ GRAY)[..., None] if change is saturate else 0
+    result = np.asarray(jitter(KEY, GENTLE, **{name: 0.4}))
+    factor = slope(result - gray, GENTLE - gray)
+    assert ((factor > 0.6) & (factor < 1.4)).all()
+    assert np.ptp(factor) > 0.2
+    np.testing.assert_allclose(result, change(GENTLE, factor), atol=1e-5)
+    strong = (NOISE / 255).astype(np.float32)  # the same factors, now clipping
+    np.testing.assert_allclose(
+        jitter(KEY, strong, **{name: 0.4}), change(strong, factor), atol=1e-4
+    )
+
+
+def test_jitter_draws_the_order():
+    both = dict(brightness=0.6, contrast=0.6)
+    results = np.asarray(jitter(KEY, GENTLE, **both))
+    brightness = results.mean((1, 2, 3), keepdims=True) @ np.ones((1, 1))
+    product = slope(results, GENTLE)
+    means = (GENTLE @ GRAY).mean((1, 2))[:, None, None, None]
+    brightness = (results @ GRAY).mean((1, 2))[:, None, None, None] / means
+    factors = brightness, product / brightness
+    strong = (NOISE / 255).astype(np.float32)
+    results = np.asarray(jitter(KEY, strong, **both))
+    orders = [
+        contrast(brighten(strong, factors[0]), factors[1]),
+        brighten(contrast(strong, factors[1]), factors[0]),
+    ]
+    errors = np.stack([np.abs(results - order).max((1, 2, 3)) for order in orders])
+    assert (errors.min(0) < 1e-3).all()
+    assert len(set(errors.argmin(0))) == 2
+
+
+def test_hue_turns_as_colorsys():
+    image = (NOISE[:, :4, :5] / 255).astype(np.float32)
+    image[0] = 0.5  # grey has no hue
+    result = np.asarray(augment.jitter_colors(KEY, image, hue=0.3))
+    np.testing.assert_allclose(result[0], 0.5, atol=1e-6)
+    turns = []
+    for before, after in zip(image[1:], result[1:], strict=True):
+        pixels, expected = before.reshape(-1, 3), []
+        most_colourful = np.ptp(pixels, axis=1).argmax()
+        hue, hue_after = (
+            colorsys.rgb_to_hsv(*x.reshape(-1, 3)[most_colourful])[0] for x in (before, after)
+        )
+        turns.append((hue_after - hue + 0.5) % 1 - 0.5)
+        for pixel in pixels:
+            h, s, v = colorsys.rgb_to_hsv(*pixel)
+            expected.append(colorsys.hsv_to_rgb((h + turns[-1]) % 1, s, v))
+        np.testing.assert_allclose(after.reshape(-1, 3), expected, atol=1e-4)
+    assert np.abs(turns).max() <= 0.3 and np.ptp(turns) > 0.1
+
+
+# RandAugment
+
+
+def pillow(image, name, arg, interpolation="bicubic", fill=(10, 20, 30)):
+    """The operation as timm does it with Pillow."""
+    image = Image.fromarray(np.asarray(image))
+    width, height = image.size
+    how = dict(resample=Image.Resampling[interpolation.upper()], fillcolor=fill)
+    added = [min(255, i + int(arg)) if i < 128 else i for i in range(256)]
+
+    def affine(*matrix):
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, **how)
+
+    ops = {
+        "AutoContrast": lambda: ImageOps.autocontrast(image),
+        "Equalize": lambda: ImageOps.equalize(image),
+        "Invert": lambda: ImageOps.invert(image),
+        "Rotate": lambda: image.rotate(arg, **how),
+        "Posterize": lambda: ImageOps.posterize(image, int(arg)),
+        "Solarize": lambda: ImageOps.solarize(image, arg),
+        "SolarizeAdd": lambda: image.point(3 * added),
+        "Color": lambda: ImageEnhance.Color(image).enhance(arg),
+        "Contrast": lambda: ImageEnhance.Contrast(image).enhance(arg),
+        "Brightness": lambda: ImageEnhance.Brightness(image).enhance(arg),
+        "Sharpness": lambda: ImageEnhance.Sharpness(image).enhance(arg),
+        "ShearX": lambda: affine(1, arg, 0, 0, 1, 0),
+        "ShearY": lambda: affine(1, 0, 0, arg, 1, 0),
+        "TranslateXRel": lambda: affine(1, 0, arg * width, 0, 1, 0),
+        "TranslateYRel": lambda: affine(1, 0, 0, 0, 1, arg * height),
+    }
+    return np.asarray(ops[name]())
+
+
+def ours(image, *ops, interpolation="bicubic"):
+    """The operations, pairs of name and argument, on every picture."""
+    kind = np.tile([randaugment.OPS.index(name) for name, _ in ops], (B, 1))
+    arg = np.tile(np.float32([arg for _, arg in ops]), (B, 1))
+    return np.asarray(apply_ops(image, kind, arg, fill=(10, 20, 30), interpolation=interpolation))
+
+
+ARGS = {
+    "Rotate": (-27.0, 13.0),
+    "Posterize": (1, 3),
+    "Solarize": (26, 256),
+    "SolarizeAdd": (99, 1),
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), (0.19, 1.0, 1.81)),
+    **dict.fromkeys(("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"), (-0.27, 0.123)),
+}
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+FLAT = np.full((1, H, W, 3), 77, np.uint8)
+TWO_TONE = np.where(np.arange(W)[:, None] < 9, np.uint8(40), np.uint8(90))
+PICTURES = np.concatenate(
+    [NOISE[:2], SMOOTH[:2], FLAT, np.broadcast_to(TWO_TONE, (1, H, W, 3))]  # of B in all
+)
+
+
+@pytest.mark.parametrize("name", randaugment.OPS)
+def test_operation_equals_pillow(name):
+    interpolations = ("bilinear", "bicubic") if name in GEOMETRIC else ("bicubic",)
+    for arg in ARGS.get(name, (0.0,)):
+        for interpolation in interpolations:
+            result = ours(PICTURES, (name, arg), interpolation=interpolation).astype(int)
+            expected = [pillow(image, name, arg, interpolation) for image in PICTURES]
+            difference = np.abs(result - expected)
+            # A level off where the float that Pillow truncates is next to a whole number.
+            assert difference.max() <= 1
+            assert (difference > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        (("Contrast", 1.81), ("Rotate", 20.0)),
+        (("ShearX", 0.2), ("Invert", 0.0)),
+        (("TranslateXRel", 0.3), ("Equalize", 0.0)),
+        (("Equalize", 0.0), ("Sharpness", 1.81)),
+    ],
+    ids=lambda ops: "-".join(name for name, _ in ops),
+)
+def test_two_operations_equal_pillow_one_after_the_other(ops):
+    result = ours(PICTURES, *ops).astype(int)
+    expected = np.asarray([pillow(pillow(image, *ops[0]), *ops[1]) for image in PICTURES])
+    difference = np.abs(result - expected)
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.02
+
+
+def test_two_geometric_operations_are_interpolated_once():
+    ops = ("Rotate", 20.0), ("TranslateXRel", 0.3)
+    result = ours(SMOOTH, *ops).astype(int)
+    expected = np.asarray([pillow(pillow(image, *ops[0]), *ops[1]) for image in SMOOTH])
+    is_filled = (expected == (10, 20, 30)).all(-1)
+    assert 0.3 < is_filled.mean() < 0.7
+    np.testing.assert_array_equal((result == (10, 20, 30)).all(-1), is_filled)
+    difference = np.abs(result - expected)
+    assert difference.mean() < 1  # of about 5 levels between neighbours
+    unlike = np.asarray([pillow(pillow(image, *ops[1]), *ops[0]) for image in SMOOTH])
+    assert np.abs(result - unlike).mean() > 10
+
+
+def test_three_operations_equal_one_at_a_time():
+    ops = ("Rotate", 20.0), ("Solarize", 90), ("ShearY", 0.2)
+    expected = PICTURES
+    for op in ops:
+        expected = ours(expected, op)
+    np.testing.assert_array_equal(ours(PICTURES, *ops), expected)
+
+
+def test_no_operation_changes_nothing():
+    kind, arg = jnp.full((B, 2), randaugment.NO_OP), jnp.full((B, 2), 0.7)
+    np.testing.assert_array_equal(
+        apply_ops(PICTURES, kind, arg, fill=(10, 20, 30), interpolation="bicubic"), PICTURES
+    )
+
+
+def test_arguments_are_timms():
+    inc = dict(Posterize=1, Solarize=26, Color=1.81, Contrast=1.81, Brightness=1.81, Sharpness=1.81)
+    plain = dict(Posterize=3, Solarize=230, Color=1.72, Contrast=1.72, Brightness=1.72)
+    plain |= dict(Sharpness=1.72)
+    both = dict(Rotate=27, SolarizeAdd=99, ShearX=0.27, ShearY=0.27)
+    both |= dict(TranslateXRel=0.405, TranslateYRel=0.405)
+    kind = jnp.arange(len(randaugment.OPS))
+    for increasing, expected in ((True, inc | both), (False, plain | both)):
+        args = randaugment.arguments(kind, 9.0, 1.0, increasing)
+        expected = [expected.get(name, 0) for name in randaugment.OPS]
+        np.testing.assert_allclose(args, expected, rtol=1e-6)
+    opposite = dict(zip(randaugment.OPS, randaugment.arguments(kind, 9.0, -1.0, True), strict=True))
+    np.testing.assert_allclose(opposite["Color"], 0.19, rtol=1e-5)
+    np.testing.assert_allclose(opposite["Rotate"], -27, rtol=1e-6)
+    assert randaugment.arguments(jnp.asarray(9), 10.0, -1.0, True) == pytest.approx(0.1)
+
+
+def test_parse_reads_timms_notation():
+    policy = randaugment.parse("rand-m9-mstd0.5-inc1")
+    assert policy == (9.0, 0.5, 2, True, 0.5)
+    assert randaugment.parse("rand") == (10.0, 0.0, 2, False, 0.5)
+    assert randaugment.parse("rand-n3-p0.7-mstd101-m7-inc0") == (7.0, 101.0, 3, False, 0.7)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "augmix-m3", "rand-m", "rand-x3", "rand-m11", "rand-p1.5", "rand-n0", "rand-n1.5"]
+    + ["rand-m9,mstd0.5", "rand--m9", "rand-m-1", "rand-w0"],
+)
+def test_parse_rejects(text):
+    with pytest.raises(ValueError, match="rand-m9-mstd0.5-inc1"):
+        randaugment.parse(text)
+
+
+def rand_augment(policy):
+    return jax.jit(functools.partial(randaugment.rand_augment, policy=policy))
+
+
+def test_rand_augment_draws_for_every_picture():
+    image = np.repeat(NOISE[:1], 200, axis=0)
+    change = rand_augment("rand-m9-mstd0.5-inc1")
+    result = np.asarray(change(KEY, image))
+    assert (result.shape, result.dtype) == (image.shape, np.uint8)
+    np.testing.assert_array_equal(change(KEY, image), result)
+    assert (change(KEYS[1], image) != result).any()
+    assert len(np.unique(result.reshape(200, -1), axis=0)) > 90
+    # Nothing is applied with probability 1/4, or what is changes nothing: such as AutoContrast.
+    is_same = (result == image).all((1, 2, 3)).mean()
+    assert 0.2 < is_same < 0.42
+
+
+def test_rand_augment_without_probability_changes_nothing():
+    np.testing.assert_array_equal(rand_augment("rand-p0")(KEY, NOISE), NOISE)
+
+
+def test_trivial_augment_draws_for_every_picture():
+    image = np.repeat(NOISE[:1], 200, axis=0)
+    change = jax.jit(randaugment.trivial_augment)
+    result = np.asarray(change(KEY, image))
+    assert (result.shape, result.dtype) == (image.shape, np.uint8)
+    np.testing.assert_array_equal(change(KEY, image), result)
+    assert len(np.unique(result.reshape(200, -1), axis=0)) > 90
+
+
+# Erasing
+
+
+def test_random_erasing_has_timms_statistics():
+    count, side = 3000, 32
+    ones = jnp.ones((count, side, side, 1))
+    erase = jax.jit(augment.random_erasing, static_argnames=("probability", "mode", "area"))
+    is_erased = np.asarray(erase(KEY, ones, probability=0.25, mode="const"))[..., 0] == 0
+    rows, columns = is_erased.any(2), is_erased.any(1)
+    np.testing.assert_array_equal(is_erased, rows[:, :, None] & columns[:, None, :])
+    used = is_erased.any((1, 2))
+    assert abs(used.mean() - 0.25) < 0.03
+    height, width = rows[used].sum(1), columns[used].sum(1)
+    area = height * width / side**2
+    assert 0.01 < area.min() and area.max() < 0.36  # sides are rounded
+    assert abs(area.mean() - 0.165) < 0.02  # rejected boxes are large
+    ratio = np.log(height / width)
+    assert abs(ratio.mean()) < 0.1 and np.exp(np.abs(ratio)).max() < 4.5
+    top, left = rows[used].argmax(1), columns[used].argmax(1)
+    assert top.min() == left.min() == 0
+    assert (top + height).max() == (left + width).max() == side
+
+
+def test_random_erasing_fills_with_noise():
+    image = jnp.full((200, 16, 16, 3), 9.0)
+    result = np.asarray(augment.random_erasing(KEY, image, 1.0))
+    noise = result[result != 9]
+    assert noise.size > 200 * 16 * 16 * 3 * 0.1
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    np.testing.assert_array_equal(augment.random_erasing(KEY, image, 0.0), image)
+
+
+# Mixing
+
+
+def test_one_hot_smooths_as_timm():
+    label = jnp.asarray([0, 3])
+    off, on = 0.1 / 5, 1 - 0.1 + 0.1 / 5
+    expected = np.full((2, 5), off)
+    expected[[0, 1], [0, 3]] = on
+    np.testing.assert_allclose(augment.one_hot(label, 5, 0.1), expected, rtol=1e-6)
+    np.testing.assert_array_equal(augment.one_hot(label, 5), np.eye(5)[[0, 3]])
+
+
+IMAGE = RNG.normal(size=(B, 12, 10, 2)).astype(np.float32)
+TARGET = np.eye(B, dtype=np.float32)
+
+
+@functools.cache
+def mix(**options):
+    """Of IMAGE, by each of KEYS."""
+    mixed = jax.jit(
+        jax.vmap(lambda key: augment.mixup_cutmix(key, IMAGE, jnp.asarray(TARGET), **options))
+    )(KEYS)
+    return map(np.asarray, mixed)
+
+
+def check_targets(target):
+    """One share for the whole batch, and the rest for the reversed one; returns the share."""
+    share = target[:, 0, 0, None, None]
+    np.testing.assert_allclose(target, share * TARGET + (1 - share) * TARGET[::-1], atol=1e-6)
+    return share[:, 0, 0]
+
+
+def rectangles(image):
+    """Which pixels [keys, H, W] come from the reversed batch; every one is from either."""
+    is_own, is_other = (image == IMAGE).all((1, 4)), (image == IMAGE[::-1]).all((1, 4))
+    assert (is_own | is_other).all()
+    rows, columns = is_other.any(2), is_other.any(1)
+    np.testing.assert_array_equal(is_other, rows[:, :, None] & columns[:, None, :])
+    return is_other
+
+
+def test_mixup_blends_with_a_share_from_beta():
+    image, target = mix(mixup_alpha=0.8)
+    share = check_targets(target)
+    x = share[:, None, None, None, None]
+    np.testing.assert_allclose(image, x * IMAGE + (1 - x) * IMAGE[::-1], atol=1e-5)
+    assert scipy.stats.kstest(share, scipy.stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
+
+
+def timm_cutmix_area(rng, height, width):
+    """Pasted share of the picture, by timm's `rand_bbox` with its alpha 1."""
+    ratio = math.sqrt(1 - rng.beta(1, 1))
+    area = 1
+    for side in (height, width):
+        half, center = int(side * ratio) // 2, rng.integers(0, side)
+        area *= min(center + half, side) - max(center - half, 0)
+    return area / (height * width)
+
+
+def test_cutmix_pastes_a_rectangle_and_targets_follow_its_area():
+    image, target = mix(cutmix_alpha=1.0)
+    is_other = rectangles(image)
+    np.testing.assert_allclose(check_targets(target), 1 - is_other.mean((1, 2)), atol=1e-6)
+    rng = np.random.default_rng(0)
+    expected = [timm_cutmix_area(rng, 12, 10) for _ in range(4000)]
+    assert scipy.stats.ks_2samp(is_other.mean((1, 2)), expected).pvalue > 1e-3
+
+
+def test_mixing_switches_and_skips_with_its_probabilities():
+    image, target = mix(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.6, switch_prob=0.3)
+    check_targets(target)
+    is_pasted = ((image == IMAGE) | (image == IMAGE[::-1])).all((1, 2, 3, 4))
+    is_same = (image == IMAGE).all((1, 2, 3, 4))
+    # Cutmix boxes under two pixels are empty: 0.04 of all.
+    assert abs(is_same.mean() - (0.4 + 0.6 * 0.3 * 0.04)) < 0.08
+    assert abs((is_pasted & ~is_same).mean() - 0.6 * 0.3 * 0.96) < 0.07
+
+
+def test_mixing_that_is_off_returns_what_it_got():
+    for options in ({}, dict(mixup_alpha=1.0, prob=0.0)):
+        image, target = augment.mixup_cutmix(KEY, IMAGE, TARGET, **options)
+        assert image is IMAGE and target is TARGET
+
+
+# Views
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@functools.cache
+def train_view(**options):
+    return jax.jit(functools.partial(augment.train_view, **(OFF | options)))
+
+
+def test_train_view_with_everything_off_only_normalizes():
+    view = train_view(mean=MEAN, std=STD)(KEY, NOISE)
+    assert (view.shape, view.dtype) == (NOISE.shape, jnp.float32)
+    np.testing.assert_allclose(view, (NOISE / 255 - MEAN) / STD, atol=1e-6)
+
+
+def test_what_is_off_is_not_in_the_program():
+    options = dict(noise_std=0.0, color_jitter=0.0, randaugment="", erasing=0.0)
+    program = train_view(**options).lower(KEY, NOISE).compile().as_text()
+    assert "xor" not in program  # no random number is drawn
+    assert "xor" in train_view(noise_std=0.1).lower(KEY, NOISE).compile().as_text()
+
+
+OPTIONS = {
+    "flip": dict(flip=0.5),
+    "pad": dict(crop="pad", pad=3),
+    "rrc": dict(crop="rrc"),
+    "noise": dict(noise_std=0.1),
+    "jitter": dict(color_jitter=0.4),
+    "erasing": dict(erasing=0.9),
+    "randaugment": dict(randaugment="rand-m9-mstd0.5-inc1"),
+    "trivial": dict(randaugment="trivial"),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_train_view_is_a_function_of_the_key_and_differs_between_pictures(options):
+    image = np.repeat(NOISE[:1], 16, axis=0)
+    view = train_view(**options)
+    result = np.asarray(view(KEY, image))
+    assert (result.shape, result.dtype) == (image.shape, np.float32)
+    assert np.isfinite(result).all()
+    np.testing.assert_array_equal(view(KEY, image), result)
+    assert (view(KEYS[1], image) != result).any()
+    assert len(np.unique(result.reshape(16, -1), axis=0)) >= 2
+    other = image.copy()
+    other[1] = NOISE[1]  # does not change what happens to its neighbours
+    is_same = (np.asarray(view(KEY, other)) == result).all((1, 2, 3))
+    np.testing.assert_array_equal(is_same, np.arange(16) != 1)
+
+
+def test_train_view_with_everything_on_compiles_once():
+    traced = []
+
+    @jax.jit
+    def view(rng, image):
+        traced.append(1)
+        return augment.train_view(
+            rng, image, image_size=(12, 16), randaugment="rand-m5-n1", noise_std=0.1, erasing=0.5
+        )
+
+    results = [view(key, image) for key in KEYS[:2] for image in (NOISE, SMOOTH)]
+    assert len(traced) == 1
+    assert results[0].shape == (B, 12, 16, 3)
+
+
+def test_train_view_noise_has_its_deviation():
+    noise = train_view(noise_std=0.1)(KEY, NOISE) - train_view()(KEY, NOISE)
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 0.1 / 0.5) < 0.01
+
+
+def test_train_view_randaugment_fills_with_the_mean():
+    white = np.full((40, H, W, 3), 255, np.uint8)
+    view = train_view(randaugment="rand-m10-n1-p1", mean=MEAN, std=STD)(KEY, white)
+    levels = (np.asarray(view) * STD + MEAN) * 255
+    corner = np.unique(levels[:, 0, 0].round(3), axis=0).tolist()
+    assert [124.0, 116.0, 104.0] in corner
+
+
+def test_train_view_resizes_the_whole_picture():
+    view = train_view(crop="squash", image_size=(30, 31))(KEY, NOISE)
+    expected = torch_resize(NOISE, (30, 31), "bicubic").clip(0, 255) / 127.5 - 1
+    np.testing.assert_allclose(view, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("crop", ["squash", "center"])
+def test_eval_view_resizes_and_normalizes(crop):
+    view = augment.eval_view(
+        NOISE, image_size=(14, 14), crop=crop, crop_pct=0.875, mean=MEAN, std=STD
+    )
+    assert (view.shape, view.dtype) == ((B, 14, 14, 3), jnp.float32)
+    if crop == "squash":
+        pixels = torch_resize(NOISE, (14, 14), "bicubic")
+    else:
+        pixels = torch_resize(NOISE, (16, 19), "bicubic")[:, 1:15, 2:16]
+    np.testing.assert_allclose(view, (pixels.clip(0, 255) / 255 - MEAN) / STD, atol=2e-5)
+
+
+def test_views_of_grey_pictures():
+    view = augment.eval_view(NOISE[..., :1], image_size=(H, W))
+    assert view.shape == (B, H, W, 1)
+    with pytest.raises(ValueError, match="channels"):
+        augment.train_view(KEY, NOISE[..., :1], **OFF, color_jitter=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(crop="random"), "rrc, pad, squash, none"),
+        (dict(image_size=(8, 8)), "8 x 8, got 20 x 24"),
+        (dict(crop="squash", image_size=(8, 8), interpolation="cubic"), "bicubic, bilinear"),
+        (dict(crop="rrc", scale=(0.0, 1.0)), "scale"),
+        (dict(crop="rrc", scale=(0.5, 0.1)), "scale"),
+        (dict(crop="rrc", ratio=(-1.0, 1.0)), "ratio"),
+        (dict(flip=1.5), "flip is a probability"),
+        (dict(erasing=-0.1), "erasing is a probability"),
+        (dict(noise_std=-1.0), "noise_std"),
+        (dict(color_jitter=-1.0), "color_jitter"),
+        (dict(pad=-1), "pad"),
+        (dict(randaugment="rnd-m9"), "rand-m9-mstd0.5-inc1"),
+        (dict(mean=(0.5, 0.5)), "3 channels"),
+    ],
+)
+def test_train_view_rejects(options, message):
+    with pytest.raises(ValueError, match=message):
+        augment.train_view(KEY, NOISE, **(OFF | options))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: augment.eval_view(NOISE, image_size=(8, 8), crop="rrc"), "squash, center"),
+        (lambda: center_crop(NOISE, (8, 8), 0.0), "crop_pct"),
+        (lambda: augment.pad_crop(KEY, NOISE, 2, "edge"), "constant, reflect"),
+        (lambda: augment.random_erasing(KEY, NOISE, 0.5, mode="rand"), "pixel, const"),
+        (lambda: augment.random_erasing(KEY, NOISE, 2.0), "probability"),
+        (lambda: augment.jitter_colors(KEY, NOISE / 255, hue=0.6), "hue"),
+        (lambda: augment.mixup_cutmix(KEY, IMAGE, TARGET, mixup_alpha=-1.0), "mixup_alpha"),
+        (lambda: augment.mixup_cutmix(KEY, IMAGE, TARGET, prob=1.1), "prob is a probability"),
+        (lambda: randaugment.rand_augment(KEY, NOISE / 255, "rand-m9"), "uint8"),
+        (lambda: randaugment.trivial_augment(KEY, NOISE, interpolation="nearest"), "bicubic"),
+    ],
+)
+def test_functions_reject(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,303 @@
+"""Whole runs: what they leave, and that a kill, a signal or another device changes nothing."""
+
+import json
+import os
+import random
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from beit_jax import checkpoint, report
+from beit_jax.data import sources
+from beit_jax.tasks import classify
+
+ALL = {"data.val": "train[400:500]", "data.test": "test[:100]", "mistakes": 4, "tensorboard": True}
+LONG = {"total_steps": 60, "save_every": "2", "keep_last": 2, "ema_decay": 0.9}
+DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
+def losses(workdir):
+    """{step: training loss}, as far as they are logged."""
+    if not os.path.exists(workdir / "metrics.jsonl"):
+        return {}
+    lines = report.read_metrics(workdir)
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, err_msg=name, strict=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, train):
+    """A run with all splits that is not to be changed, and what it returned."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train(workdir, ALL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, start, flags, state_of):
+    """State and losses of the run that the interrupted ones have to equal."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    assert start("main.py", *flags(workdir, LONG)).wait().status == 0
+    return state_of(workdir), losses(workdir)
+
+
+def test_files_of_a_run(finished):
+    workdir, results = finished
+    expected = {
+        "calibration.png",
+        "checkpoints",
+        "config.json",
+        "confusion_matrix.png",
+        "curves.png",
+        "metrics.jsonl",
+        "mistakes.png",
+        "model.json",
+        "parameters.txt",
+        "results.json",
+        "tensorboard",
+    }
+    names = {path.name for path in workdir.iterdir() if not path.name.startswith(".")}
+    assert names == expected
+    assert json.loads((workdir / "config.json").read_text())["optim"]["name"] == "adamw"
+    assert len(json.loads((workdir / "model.json").read_text())["class_names"]) == 10
+    stored = json.loads((workdir / "results.json").read_text())
+    assert stored["num_parameters"] == results["num_parameters"] > 0
+    assert stored["images_per_second"] > 0
+    for split in ("val", "test"):
+        assert {"accuracy", "precision", "recall", "f1", "loss"} <= stored[split].keys()
+
+
+def test_metrics_of_a_run(finished):
+    workdir, results = finished
+    lines = report.read_metrics(workdir)
+    assert len(lines) == sum(1 for _ in open(workdir / "metrics.jsonl"))
+    assert all(isinstance(value, float | int) for line in lines for value in line.values())
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "val/loss" in line] == [10, 20]
+    (test,) = (line for line in lines if "test/accuracy" in line)
+    assert test["test/accuracy"] == results["test"]["accuracy"]
+    assert {key.split("/")[0] for line in lines for key in line} == {
+        *("step", "time", "train", "val", "test")
+    }
+
+
+def test_tensorboard_has_the_metrics(finished):
+    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401  the format's writer
+    from tensorboardX.proto.event_pb2 import Event
+
+    workdir, _ = finished
+    (path,) = (workdir / "tensorboard").iterdir()
+    content, events = path.read_bytes(), []
+    while content:  # length, its checksum, event, its checksum
+        size = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    values = [(v.tag, e.step, v.simple_value) for e in events for v in e.summary.value]
+    found = {step: value for tag, step, value in values if tag == "train/loss"}
+    assert found == pytest.approx(losses(workdir))
+
+
+def test_loss_falls(tmp_path, train):
+    train(tmp_path, {"total_steps": 150, "save_every": "0", "optim.learning_rate": 1e-2})
+    found = losses(tmp_path)
+    assert np.mean([found[step] for step in range(141, 151)]) < 0.5 * found[1]
+
+
+def test_same_seed_same_bits(tmp_path, train, state_of, finished):
+    train(tmp_path, ALL)
+    assert_same_state(state_of(tmp_path), state_of(finished[0]))
+    assert losses(tmp_path) == losses(finished[0])
+
+
+def test_other_seed_other_start(tmp_path, train, finished):
+    train(tmp_path, {"seed": 1, "total_steps": 2})
+    assert losses(tmp_path)[1] != losses(finished[0])[1]
+
+
+def wait_for_steps(program, workdir):
+    """Waits until a program that has been started has done steps of its own."""
+    before = len(losses(workdir))
+    while program.is_alive() and len(losses(workdir)) in (0, before):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_changes_nothing(tmp_path, start, flags, state_of, uninterrupted, kills):
+    rng, arguments = random.Random(kills), flags(tmp_path, LONG)
+    for _ in range(kills):
+        program = start("main.py", *arguments)
+        wait_for_steps(program, tmp_path)
+        time.sleep(rng.uniform(0, 0.6))
+        program.kill()
+        program.wait()
+    end = start("main.py", *arguments).wait()
+    assert end.status == 0, end.output
+    assert_same_state(state_of(tmp_path), uninterrupted[0])
+    assert losses(tmp_path) == uninterrupted[1]
+
+
+def test_sigterm_saves_and_changes_nothing(tmp_path, start, flags, state_of, uninterrupted):
+    program = start("main.py", *flags(tmp_path, LONG))
+    wait_for_steps(program, tmp_path)
+    program.terminate()
+    status, output = program.wait(10)
+    steps = losses(tmp_path)
+    assert status == 0
+    assert f"Saved step {max(steps)}; the same command goes on from there." in output
+    assert 0 < len(steps) < 60
+    end = start("main.py", *flags(tmp_path, LONG)).wait()
+    assert f"Goes on at step {max(steps)} of 60." in end.output
+    assert_same_state(state_of(tmp_path), uninterrupted[0])
+    assert losses(tmp_path) == uninterrupted[1]
+
+
+def test_devices_agree(tmp_path, start, flags, uninterrupted):
+    """Each number of devices restores what the other saved, and the losses are the same."""
+    for environment in (DEVICES, {}):
+        program = start("main.py", *flags(tmp_path, LONG), **environment)
+        wait_for_steps(program, tmp_path)
+        program.terminate()
+        assert program.wait().status == 0, program.output
+    end = start("main.py", *flags(tmp_path, LONG), **DEVICES).wait()
+    assert "Goes on" in end.output
+    assert end.status == 0
+    assert losses(tmp_path) == pytest.approx(uninterrupted[1], rel=1e-5)
+
+
+def test_batch_size_of_devices(tmp_path, start, flags):
+    status, output = start("main.py", *flags(tmp_path, {"batch_size": 33}), **DEVICES).wait()
+    assert status == 1
+    assert "config.batch_size is 33; with 2 devices" in output
+    assert "must be a multiple of 2, such as 32" in output
+
+
+def test_workdir_in_use(tmp_path, start, flags):
+    program = start("main.py", *flags(tmp_path, LONG))
+    wait_for_steps(program, tmp_path)
+    os.kill(program.pid, 19)  # SIGSTOP: it holds the lock as long as it takes
+    try:
+        status, output = start("main.py", *flags(tmp_path, LONG)).wait()
+    finally:
+        program.kill()
+    assert status == 1
+    assert f"is in use by process {program.pid}" in output
+
+
+def test_other_config_is_refused(tmp_path, train):
+    train(tmp_path, {"total_steps": 1})
+    with pytest.raises(ValueError, match="belongs to a run with another config") as error:
+        train(tmp_path, {"total_steps": 1, "model.hidden_size": 32, "seed": 1, "log_every": "2"})
+    assert "  model.hidden_size: 16 -> 32\n  seed: 0 -> 1\n" in str(error.value)
+    assert "log_every" not in str(error.value)
+
+
+def test_finished_run_only_evaluates(tmp_path, train, finished, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "again")
+    results = train(workdir, ALL)
+    assert "Compiled" not in capsys.readouterr().out
+    assert results["test"]["loss"] == finished[1]["test"]["loss"]
+    assert report.read_metrics(workdir)[:-1] == report.read_metrics(finished[0])[:-1]
+
+
+@pytest.mark.parametrize("log_every", ["1", "7"])
+def test_loss_that_is_not_finite(tmp_path, start, flags, state_of, log_every):
+    changes = {"optim.learning_rate": 1e38, "save_every": "1", "log_every": log_every}
+    status, output = start("main.py", *flags(tmp_path, changes)).wait()
+    assert status == 1
+    assert "Traceback" not in output
+    assert "at step 2, with learning rate" in output
+    assert "The last good checkpoint is of step 1" in output
+    for name, array in state_of(tmp_path).items():
+        assert np.isfinite(array).all(), name
+
+
+def test_accumulated_gradients(tmp_path, train):
+    changes = {"augment.crop": "squash", "optim.name": "sgd", "optim.learning_rate": 0.1}
+    for steps in (1, 2):
+        train(tmp_path / f"{steps}", changes | {"accumulate_steps": steps, "total_steps": 8})
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory, train):
+    """A run that averages its parameters and in which layer 0 does not learn."""
+    workdir = tmp_path_factory.mktemp("averaged")
+    changes = {
+        "ema_decay": 0.5,
+        "optim.freeze": ("embeddings/.*", "layer_0/.*"),
+        "total_steps": 3,
+        "keep_every": "1",
+        "save_every": "1",
+        "eval_every": "0",
+        "data.test": "test[:100]",
+    }
+    return workdir, train(workdir, changes)
+
+
+def test_averaged_parameters(averaged, state_of):
+    workdir, results = averaged
+    before, after = state_of(workdir, 2), state_of(workdir, 3)
+    for name, array in after.items():
+        if name.startswith("params/"):
+            expected = (before[f"ema_{name}"] + array) / 2
+            np.testing.assert_allclose(after[f"ema_{name}"], expected, rtol=1e-5, atol=1e-7)
+    params = checkpoint.load_params(workdir, 3)
+    for name, array in traverse_util.flatten_dict(params, sep="/").items():
+        np.testing.assert_array_equal(array, after[f"ema_params/{name}"])
+
+
+def test_evaluation_is_of_averaged_parameters(averaged):
+    """Accuracy and loss of the test split, computed without the evaluator."""
+    workdir, results = averaged
+    info = checkpoint.read_model_info(workdir)
+    examples = list(sources.get_source("digits", "test[:100]"))
+    image = np.stack([example["image"] for example in examples])
+    label = np.array([example["label"] for example in examples])
+    params = checkpoint.load_params(workdir)
+    logits = classify.classify(classify.make_model(info), info, params, image, resized=False)
+    log_probability = jax.nn.log_softmax(logits)[np.arange(100), label]
+    assert results["test"]["loss"] == pytest.approx(-log_probability.mean(), rel=1e-5)
+    assert results["test"]["accuracy"] == pytest.approx((logits.argmax(-1) == label).mean())
+
+
+def test_frozen_parameters(averaged, state_of):
+    before, after = (state_of(averaged[0], step) for step in (1, 3))
+    for name in before:
+        if name.startswith("params/"):
+            is_frozen = name.startswith(("params/embeddings/", "params/layer_0/"))
+            assert np.array_equal(before[name], after[name]) == is_frozen, name
+
+
+def test_evaluates_only(tmp_path, train, finished):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    os.remove(workdir / "results.json")
+    steps = sorted(os.listdir(workdir / "checkpoints"))
+    results = train(workdir, ALL | {"eval_only": True})
+    stored = json.loads((workdir / "results.json").read_text())
+    for split in ("val", "test"):
+        assert results[split]["loss"] == stored[split]["loss"] == finished[1][split]["loss"]
+    assert sorted(os.listdir(workdir / "checkpoints")) == steps
+    assert losses(workdir) == losses(finished[0])
+    train(workdir, ALL)  # and it is still the run that it was
+
+
+def test_evaluates_pretrained_only(tmp_path, train, finished):
+    changes = ALL | {"eval_only": True, "pretrained": str(finished[0])}
+    results = train(tmp_path, changes)
+    assert results["test"]["loss"] == pytest.approx(finished[1]["test"]["loss"])
+    assert not losses(tmp_path)
+
+
+def test_nothing_to_evaluate(tmp_path, train):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
+        train(tmp_path, {"eval_only": True, "data.test": "test[:100]"})
+    with pytest.raises(ValueError, match="data.val and config.data.test are empty"):
+        train(tmp_path, {"eval_only": True, "data.test": ""})
