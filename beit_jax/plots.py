@@ -15,8 +15,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Ok
 _KINDS = {"train": ("training", _BLUE), "val": ("validation", _ORANGE), "test": ("test", _GREEN)}
 _NUMBERS_UP_TO = 20  # classes
 _STYLE = {
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 150,
+    "figure.dpi": 150,
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -43,7 +42,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: str) 
     counts = np.asarray(counts)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = float(np.clip(0.55 * len(counts), 2.4, 11))  # inches
-    figure = Figure(figsize=(side, side), layout="none")
+    figure = Figure(figsize=(side, side))
     axes = figure.add_axes((0, 0, 1, 1))
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     beside = figure.add_axes((1 + 0.2 / side, 0, 0.2 / side, 1))
@@ -104,7 +103,7 @@ def curves(metrics: Sequence[dict], path: str) -> Figure:
     ]
     columns = min(max(len(panels), 1), 2)
     rows = max(math.ceil(len(panels) / columns), 1)
-    figure = Figure(figsize=(5.2 * columns, 3.1 * rows + 0.3))
+    figure = Figure(figsize=(5.2 * columns, 3.1 * rows + 0.3), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, (title, kinds) in zip(figure.axes, panels, strict=False):
@@ -124,6 +123,7 @@ def _panel(axes, title, kinds, metrics):
         _curve(axes, kind, title, metrics)
     axes.set_title(title)
     axes.set_xlabel("step")
+    axes.set_xlim(0, 1.03 * max(1, *(line["step"] for line in metrics)))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if title == "learning rate":
@@ -136,7 +136,7 @@ def _curve(axes, kind, title, metrics):
     label, color = _KINDS[kind]
     steps, values = _series(metrics, _key(kind, title))
     if kind == "test":
-        axes.plot(steps, values, "D", color=color, ms=6, label=label, zorder=3)
+        axes.plot(steps, values, "D", color=color, ms=6, label=label, zorder=3, clip_on=False)
         return
     if len(steps) > 100 and title != "learning rate":
         axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
@@ -158,7 +158,8 @@ def contact_sheet(
     rows = math.ceil(len(images) / columns)
     captions = [_wrap(caption) for caption in captions]
     lines = max(caption.count("\n") + 1 for caption in captions)
-    figure = Figure(figsize=(1.8 * columns, (1.75 + 0.16 * lines) * rows + 0.3 * bool(title)))
+    height = (1.75 + 0.16 * lines) * rows + 0.3 * bool(title)
+    figure = Figure(figsize=(1.8 * columns, height), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -183,7 +184,7 @@ def reliability_diagram(calibration: Sequence[dict], path: str) -> Figure:
     )
     share = count / count.sum()
     low, high = _wilson_interval(accuracy, count)
-    figure = Figure(figsize=(4.4, 5.2))
+    figure = Figure(figsize=(4.4, 5.2), layout="constrained")
     axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     axes.plot([0, 1], [0, 1], color=_GREY, ls="--", lw=1, label="calibrated")
     axes.vlines(confidence, low, high, color=_BLUE, alpha=0.3, lw=3)

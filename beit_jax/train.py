@@ -96,7 +96,11 @@ def _train(config, workdir, mesh, stack):
             if not scalars.pop("finite"):
                 raise FloatingPointError(not_finite(done, scalars, schedule, saver))
             scalars["learning_rate"] = float(schedule(done - 1))
-            log.train(done, scalars, write=is_time(done, plan.log_every, plan.total_steps))
+            write = (
+                is_time(done, every, plan.total_steps)
+                for every in (plan.log_every, plan.save_every)
+            )
+            log.train(done, scalars, write=any(write))
 
     while step < plan.total_steps and not stopped:
         with log.timer("input"):
@@ -123,7 +127,8 @@ def _train(config, workdir, mesh, stack):
         saver.wait()
         log.info(f"Saved step {step}; the same command goes on from there.")
         return None
-    saver.wait()
+    with log.timer("save"):
+        saver.wait()
     params, best = state.eval_params, saver.best_step()
     if best not in (None, step):
         log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
@@ -312,7 +317,8 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
             task.draw(workdir, metrics, outputs, splits[name])
     if "test" in results:
-        log.scalars(step, {f"test/{k}": v for k, v in scalars_of(results["test"]).items()})
+        scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
+        log.scalars(step, scalars, show=False)
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
     results["seconds"] = log.times()
     report.write_json(os.path.join(workdir, "results.json"), results)

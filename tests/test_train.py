@@ -6,17 +6,24 @@ import random
 import shutil
 import time
 
-import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from scipy import special
 
 from beit_jax import checkpoint, report
 from beit_jax.data import sources
 from beit_jax.tasks import classify
 
 ALL = {"data.val": "train[400:500]", "data.test": "test[:100]", "mistakes": 4, "tensorboard": True}
-LONG = {"total_steps": 60, "save_every": "2", "keep_last": 2, "ema_decay": 0.9}
+LONG = {  # the random numbers of augmentation and dropout, and all parts of a state
+    "total_steps": 60,
+    "save_every": "3",
+    "ema_decay": 0.9,
+    "optim.learning_rate": 1e-2,
+    "model.drop_path_rate": 0.1,
+    "model.hidden_dropout_prob": 0.1,
+}
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 
@@ -105,10 +112,9 @@ def test_tensorboard_has_the_metrics(finished):
     assert found == pytest.approx(losses(workdir))
 
 
-def test_loss_falls(tmp_path, train):
-    train(tmp_path, {"total_steps": 150, "save_every": "0", "optim.learning_rate": 1e-2})
-    found = losses(tmp_path)
-    assert np.mean([found[step] for step in range(141, 151)]) < 0.5 * found[1]
+def test_loss_falls(uninterrupted):
+    _, found = uninterrupted
+    assert np.mean([found[step] for step in range(51, 61)]) < 0.8 * found[1]
 
 
 def test_same_seed_same_bits(tmp_path, train, state_of, finished):
@@ -154,7 +160,7 @@ def test_sigterm_saves_and_changes_nothing(tmp_path, start, flags, state_of, uni
     assert f"Saved step {max(steps)}; the same command goes on from there." in output
     assert 0 < len(steps) < 60
     end = start("main.py", *flags(tmp_path, LONG)).wait()
-    assert f"Goes on at step {max(steps)} of 60." in end.output
+    assert f"at step {max(steps)} of 60" in end.output
     assert_same_state(state_of(tmp_path), uninterrupted[0])
     assert losses(tmp_path) == uninterrupted[1]
 
@@ -167,7 +173,7 @@ def test_devices_agree(tmp_path, start, flags, uninterrupted):
         program.terminate()
         assert program.wait().status == 0, program.output
     end = start("main.py", *flags(tmp_path, LONG), **DEVICES).wait()
-    assert "Goes on" in end.output
+    assert "of 60." in end.output.splitlines()[0]
     assert end.status == 0
     assert losses(tmp_path) == pytest.approx(uninterrupted[1], rel=1e-5)
 
@@ -207,9 +213,8 @@ def test_finished_run_only_evaluates(tmp_path, train, finished, capsys):
     assert report.read_metrics(workdir)[:-1] == report.read_metrics(finished[0])[:-1]
 
 
-@pytest.mark.parametrize("log_every", ["1", "7"])
-def test_loss_that_is_not_finite(tmp_path, start, flags, state_of, log_every):
-    changes = {"optim.learning_rate": 1e38, "save_every": "1", "log_every": log_every}
+def test_loss_that_is_not_finite(tmp_path, start, flags, state_of):
+    changes = {"optim.learning_rate": 1e38, "save_every": "1", "log_every": "7"}
     status, output = start("main.py", *flags(tmp_path, changes)).wait()
     assert status == 1
     assert "Traceback" not in output
@@ -262,8 +267,9 @@ def test_evaluation_is_of_averaged_parameters(averaged):
     image = np.stack([example["image"] for example in examples])
     label = np.array([example["label"] for example in examples])
     params = checkpoint.load_params(workdir)
-    logits = classify.classify(classify.make_model(info), info, params, image, resized=False)
-    log_probability = jax.nn.log_softmax(logits)[np.arange(100), label]
+    model = classify.make_model(info)
+    logits = np.asarray(classify.classify(model, info, params, image, resized=False), np.float64)
+    log_probability = special.log_softmax(logits, -1)[np.arange(100), label]
     assert results["test"]["loss"] == pytest.approx(-log_probability.mean(), rel=1e-5)
     assert results["test"]["accuracy"] == pytest.approx((logits.argmax(-1) == label).mean())
 
@@ -298,6 +304,6 @@ def test_evaluates_pretrained_only(tmp_path, train, finished):
 
 def test_nothing_to_evaluate(tmp_path, train):
     with pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
-        train(tmp_path, {"eval_only": True, "data.test": "test[:100]"})
+        train(tmp_path / "empty", {"eval_only": True, "data.test": "test[:100]"})
     with pytest.raises(ValueError, match="data.val and config.data.test are empty"):
-        train(tmp_path, {"eval_only": True, "data.test": ""})
+        train(tmp_path / "other", {"eval_only": True})

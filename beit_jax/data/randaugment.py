@@ -174,8 +174,10 @@ def apply_ops(
     """
     if image.dtype != jnp.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"Expected uint8 [B, H, W, 3], got {image.dtype} {list(image.shape)}.")
-    if interpolation not in _TAPS:
-        raise ValueError(f"Unknown interpolation {interpolation!r}; available: {', '.join(_TAPS)}.")
+    if interpolation not in _INTERPOLATIONS:
+        available = ", ".join(_INTERPOLATIONS)
+        raise ValueError(f"Unknown interpolation {interpolation!r}; available: {available}.")
+    interpolate = _INTERPOLATIONS[interpolation]
     fill = jnp.asarray(fill, jnp.uint8)
     kind, arg = _settle(kind), _settle(arg)
 
@@ -184,7 +186,7 @@ def apply_ops(
         for first, second in itertools.zip_longest(ops[::2], ops[1::2]):
             image = _settle(_recolor(image, *first))
             ops_backwards = (second, first) if second else (first,)
-            image = _settle(_warp(image, ops_backwards, fill, _TAPS[interpolation]))
+            image = _settle(_warp(image, ops_backwards, fill, interpolate))
             image = _settle(_recolor(image, *second)) if second else image
         return image
 
@@ -288,7 +290,7 @@ def _smooth(image):
     return jnp.where(is_inner, smooth, image)
 
 
-def _warp(image, ops, fill, taps):
+def _warp(image, ops, fill, interpolate):
     """Applies the geometric ones of `ops`, the last one first."""
     height, width, _ = image.shape
     x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
@@ -296,7 +298,7 @@ def _warp(image, ops, fill, taps):
     for kind, arg in ops:
         x, y = _map_back(x, y, kind, arg, height, width)
         inside &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return jnp.where(inside[..., None], _read(image, x - 0.5, y - 0.5, taps), fill)
+    return jnp.where(inside[..., None], _read(image, x - 0.5, y - 0.5, interpolate), fill)
 
 
 def _map_back(x, y, kind, arg, height, width):
@@ -316,36 +318,36 @@ def _map_back(x, y, kind, arg, height, width):
     )
 
 
-def _read(image, x, y, taps):
+def _read(image, x, y, interpolate):
     """Interpolates at (x, y), in pixels from the middle of the first; the border goes on."""
     height, width, _ = image.shape
     column, row = jnp.floor(x), jnp.floor(y)
-    value = 0.0
-    for i, row_weight in taps(y - row):
+    offsets = _OFFSETS[interpolate]
+
+    def pixels(i, j):
         rows = jnp.clip(row.astype(jnp.int32) + i, 0, height - 1)
-        line = 0.0
-        for j, column_weight in taps(x - column):
-            columns = jnp.clip(column.astype(jnp.int32) + j, 0, width - 1)
-            line += column_weight[..., None] * image[rows, columns]
-        value += row_weight[..., None] * line
-    return jnp.clip(value, 0, 255).astype(jnp.uint8)
+        columns = jnp.clip(column.astype(jnp.int32) + j, 0, width - 1)
+        return image[rows, columns].astype(jnp.float32)
+
+    right, down = (x - column)[..., None], (y - row)[..., None]
+    rows = [interpolate([pixels(i, j) for j in offsets], right) for i in offsets]
+    return jnp.clip(interpolate(rows, down), 0, 255).astype(jnp.uint8)
 
 
-def _bilinear_taps(d):
-    """Offsets and weights of the pixels around a point that is `d` in [0, 1) past a pixel."""
-    return (0, 1 - d), (1, d)
+def _bilinear(values, d):
+    """Between two values in a row, `d` in [0, 1) past the first."""
+    first, second = values
+    return first + d * (second - first)
 
 
-def _bicubic_taps(d):
-    """Those of Pillow's `transform`, whose cubic has a = -1 (that of `resize` has -0.5)."""
+def _bicubic(values, d):
+    """Among four values in a row, `d` past the second; exact where they are equal.
 
-    def near(t):
-        return (t - 2) * t * t + 1
-
-    def far(t):
-        return ((5 - t) * t - 8) * t + 4
-
-    return (-1, far(d + 1)), (0, near(d)), (1, near(1 - d)), (2, far(2 - d))
+    As Pillow's `transform`: the cubic filter with a = -1, where that of `resize` has -0.5.
+    """
+    a, b, c, e = values
+    return b + d * (c - a + d * (2 * (a - b) + c - e + d * (b - a + e - c)))
 
 
-_TAPS = {"bilinear": _bilinear_taps, "bicubic": _bicubic_taps}
+_INTERPOLATIONS = {"bilinear": _bilinear, "bicubic": _bicubic}
+_OFFSETS = {_bilinear: (0, 1), _bicubic: (-1, 0, 1, 2)}

@@ -166,7 +166,8 @@ def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
             pictures.append(split.source.decode(index, *split.source.fetch([index]), thumbnail)[0])
             label, predicted = (names[int(outputs[key][i])] for key in ("label", "predicted"))
             captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}")
-        plots.contact_sheet(pictures, captions, os.path.join(workdir, "mistakes.png"))
+        title = "Most confident mistakes: true → predicted"
+        plots.contact_sheet(pictures, captions, os.path.join(workdir, "mistakes.png"), title=title)
 
 
 def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
