@@ -167,8 +167,7 @@ class Checkpointer:
             return
         self._sweep()
         arrays = _flatten(state)
-        metric = float((metrics or {}).get(self._metric, np.nan))
-        score = self._scores[step] = self._sign * metric if np.isfinite(metric) else None
+        score = self._scores[step] = self._score(metrics)
         meta = {
             "score": score,
             "arrays": {"/".join(path): _describe(x) for path, x in arrays.items()},
@@ -182,6 +181,10 @@ class Checkpointer:
             self._failed(error)
         else:
             self._is_saving = True
+
+    def _score(self, metrics):
+        metric = float((metrics or {}).get(self._metric, np.nan))
+        return self._sign * metric if np.isfinite(metric) else None
 
     def wait(self) -> None:
         """Waits for the save that is under way.
@@ -232,6 +235,8 @@ class Checkpointer:
         for candidate in reversed(steps):
             try:
                 arrays = _read(self._manager, candidate)
+            except (MemoryError, PermissionError):
+                raise
             except Exception as error:  # orbax raises many kinds for damaged files
                 _quarantine(self.directory, candidate, error)
                 self._manager.reload()
@@ -256,6 +261,20 @@ class Checkpointer:
     def best_step(self) -> int | None:
         """The step with the best metric, or None where none was measured."""
         return next(iter(_best(self._scores, self.all_steps())), None)
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether `metrics` beat those of every step saved so far.
+
+        Raises:
+          ValueError: `best_metric` is not among them.
+        """
+        if self._metric not in metrics:
+            raise ValueError(
+                f"Unknown config.best_metric {self._metric!r}; available: {', '.join(metrics)}."
+            )
+        score = self._score(metrics)
+        scores = (self._scores.get(step) for step in self.all_steps())
+        return score is not None and all(s is None or score > s for s in scores)
 
     def close(self) -> None:
         """Waits, and raises CheckpointError if the last save failed."""

@@ -27,9 +27,16 @@ def load(source: str, revision: str = "") -> Pretrained:
     Raises:
       FileNotFoundError, ValueError: as `convert.load`.
     """
+    source = os.path.expanduser(source)
     if os.path.exists(os.path.join(source, "model.json")):
+        if revision:
+            raise ValueError(f"{source} is a workdir, which has no revision {revision!r}.")
         return Pretrained(checkpoint.load_params(source), checkpoint.read_model_info(source))
     loaded = convert.load(source, revision=revision or None)
+    if loaded.image is None:
+        logging.warning(
+            "%s does not say how its pictures are prepared; taking %s", source, preprocessor.DEFAULT
+        )
     info = ModelInfo(
         model_name="beit",
         task="classify",

@@ -59,6 +59,7 @@ def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
     *,
+    schedule: optax.Schedule,
     trainable: Any,
     seed: int,
     accumulate_steps: int = 1,
@@ -72,6 +73,7 @@ def make_train_step(
     Args:
       task: what to train.
       tx: the optimizer.
+      schedule: learning rate of a step, for the log.
       trainable: pytree of bools like the parameters; others get no gradient.
       seed: of dropout and augmentation.
       accumulate_steps: micro-batches whose gradients are averaged.
@@ -98,9 +100,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
-            ema_params = optim.ema_update(ema_params, params, ema_decay)
+            ema_params = optim.ema_update(ema_params, params, ema_decay, state.step)
         new = TrainState(state.step + 1, params, model_state, opt_state, ema_params)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        return new, {"loss": value, **scalars, "gradient_norm": norm, "finite": finite}
+        scalars = {"loss": value, **scalars, "learning_rate": schedule(state.step)}
+        return new, {**scalars, "gradient_norm": norm, "finite": finite}
 
     return train_step

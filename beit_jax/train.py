@@ -15,7 +15,20 @@ from beit_jax.data import inputs
 from beit_jax.steps import is_time, to_steps
 
 LAG = 2  # steps queued on the device while the numbers of an earlier one are read
-HARMLESS = ("log_every", "tensorboard", "mistakes", "compile_cache", "eval_batch_size", "eval_only")
+HARMLESS = (  # may differ between the starts of a run
+    "compile_cache",
+    "data.data_dir",
+    "data.prefetch",
+    "data.threads",
+    "eval_batch_size",
+    "eval_only",
+    "keep_best",
+    "keep_every",
+    "keep_last",
+    "log_every",
+    "mistakes",
+    "tensorboard",
+)
 
 
 class Plan(NamedTuple):
@@ -61,6 +74,8 @@ def _train(config, workdir, mesh, stack):
     splits = inputs.open_splits(config.data, mesh)
     if "train" not in splits:
         raise ValueError("config.data.train is empty; to evaluate only, set config.eval_only.")
+    fingerprints = {name: split.source.info.fingerprint for name, split in splits.items()}
+    workdirs.check_data(workdir, fingerprints)
     train = splits["train"]
     plan = make_plan(config, train.num_examples)
     saver = stack.enter_context(make_checkpointer(config, workdir, plan.keep_every))
@@ -83,7 +98,12 @@ def _train(config, workdir, mesh, stack):
     evaluator = evaluate.make_evaluator(task, config, mesh)
     stopped = stack.enter_context(catch_signals())
     stream = inputs.train_stream(
-        train, config, mesh, start_step=start_step, image_size=task.image_size
+        train,
+        config,
+        mesh,
+        start_step=start_step,
+        image_size=task.image_size,
+        interpolation=task.info.image["interpolation"],
     )
     train_step = None
     queue = collections.deque()
@@ -94,8 +114,7 @@ def _train(config, workdir, mesh, stack):
             done, scalars = queue.popleft()
             scalars = {key: float(value) for key, value in jax.device_get(scalars).items()}
             if not scalars.pop("finite"):
-                raise FloatingPointError(not_finite(done, scalars, schedule, saver))
-            scalars["learning_rate"] = float(schedule(done - 1))
+                raise FloatingPointError(not_finite(done, scalars, saver))
             write = (
                 is_time(done, every, plan.total_steps)
                 for every in (plan.log_every, plan.save_every)
@@ -107,7 +126,9 @@ def _train(config, workdir, mesh, stack):
             batch = next(stream)
         if train_step is None:
             with log.timer("compile"):
-                train_step = compile_step(config, task, tx, mesh, state, train.resident, batch)
+                train_step = compile_step(
+                    config, task, tx, schedule, mesh, state, train.resident, batch
+                )
         state, scalars = train_step(state, task.frozen, train.resident, batch)
         step += 1
         queue.append((step, scalars))
@@ -118,22 +139,25 @@ def _train(config, workdir, mesh, stack):
             with log.timer("evaluate"):
                 metrics, _ = evaluator(splits["val"], state.eval_params, state.model_state)
             log.scalars(step, {f"val/{key}": value for key, value in scalars_of(metrics).items()})
-        if stopped or is_time(step, plan.save_every, plan.total_steps):
+        best = metrics is not None and saver.is_best(scalars_of(metrics))
+        if stopped or best or is_time(step, plan.save_every, plan.total_steps):
             read(keep=0)
             with log.timer("save"):
                 saver.save(step, state, metrics=metrics and scalars_of(metrics))
     stream.close()
     if stopped:
+        read(keep=0)
+        saver.save(step, state)
         saver.wait()
         log.info(f"Saved step {step}; the same command goes on from there.")
         return None
     with log.timer("save"):
         saver.wait()
-    params, best = state.eval_params, saver.best_step()
+    params, model_state, best = state.eval_params, state.model_state, saver.best_step()
     if best not in (None, step):
         log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
-        step, params = best, checkpoint.load_params(workdir, best)
-    return finish(config, workdir, task, step, params, state.model_state, splits, evaluator, log)
+        step, (params, model_state) = best, load(saver, best, mesh)
+    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log)
 
 
 def _evaluate_only(config, workdir, mesh, stack):
@@ -152,10 +176,9 @@ def _evaluate_only(config, workdir, mesh, stack):
     task = make_task(config, splits, workdir, mesh, step)
     if step is None:
         params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
-        params = task.start(params)
+        params = sharding.put(task.start(params), sharding.replicated(mesh))
     else:
-        state = saver.restore(step=step)
-        params, model_state = state.get("ema_params", state["params"]), state.get("model_state", {})
+        params, model_state = load(saver, step, mesh)
     log = stack.enter_context(
         report.Report(
             workdir,
@@ -169,6 +192,13 @@ def _evaluate_only(config, workdir, mesh, stack):
     log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
     evaluator = evaluate.make_evaluator(task, config, mesh)
     return finish(config, workdir, task, step or 0, params, model_state, splits, evaluator, log)
+
+
+def load(saver, step: int, mesh):
+    """Parameters to evaluate, and the model state, of a saved step, on the devices."""
+    state = saver.restore(step=step)
+    params, model_state = state.get("ema_params", state["params"]), state.get("model_state", {})
+    return sharding.put((params, model_state), sharding.replicated(mesh))
 
 
 def make_task(config, splits, workdir, mesh, step: int | None):
@@ -265,6 +295,7 @@ def make_checkpointer(config, workdir, keep_every: int = 0) -> checkpoint.Checkp
         keep_best=config.keep_best,
         keep_every=keep_every or None,
         best_metric=config.best_metric,
+        best_mode=config.best_mode,
     )
 
 
@@ -288,11 +319,12 @@ def make_state(config, task, tx, saver, mesh):
     return state
 
 
-def compile_step(config, task, tx, mesh, state, resident, batch):
+def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
     """The training step, compiled for these shapes; the state's buffers are reused."""
     step = states.make_train_step(
         task,
         tx,
+        schedule=schedule,
         trainable=optim.trainable_mask(state.params, config.optim.freeze),
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
@@ -315,7 +347,8 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
                 metrics, outputs = evaluator(splits[name], params, model_state)
             results[name] = metrics
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
-            task.draw(workdir, metrics, outputs, splits[name])
+            last = metrics, outputs, splits[name]
+    task.draw(workdir, *last)
     if "test" in results:
         scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
         log.scalars(step, scalars, show=False)
@@ -330,11 +363,11 @@ def scalars_of(metrics) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
 
 
-def not_finite(step, scalars, schedule, saver) -> str:
+def not_finite(step, scalars, saver) -> str:
     """What to say when a step's loss or gradient is not finite."""
     return (
         f"Loss {scalars['loss']} and gradient norm {scalars['gradient_norm']} at step {step}, with "
-        f"learning rate {float(schedule(step - 1)):.3g}: the run stops without this update. The "
+        f"learning rate {scalars['learning_rate']:.3g}: the run stops without this update. The "
         f"last good checkpoint is of step {saver.latest_step()}; lower config.optim.learning_rate, "
         "or set config.optim.clip_norm=1.0, in a new workdir."
     )

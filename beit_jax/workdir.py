@@ -33,6 +33,29 @@ def open_workdir(
         yield
 
 
+def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> None:
+    """Writes data.json, or compares it: a run that goes on must find the same data.
+
+    Args:
+      workdir: of the run.
+      fingerprints: of each split.
+
+    Raises:
+      ValueError: a split has changed.
+    """
+    path = os.path.join(workdir, "data.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            stored = json.load(file)
+        changed = [name for name in fingerprints if stored.get(name) != fingerprints[name]]
+        if changed:
+            raise ValueError(
+                f"The data of {', '.join(changed)} have changed since {workdir} was begun: "
+                "pictures were added, removed or replaced. Restore them, or use another workdir."
+            )
+    _write(path, dict(fingerprints))
+
+
 @contextlib.contextmanager
 def _lock(workdir):
     """An advisory lock, which the system releases even after kill -9."""
@@ -71,8 +94,12 @@ def _check_config(workdir, config, allow_change):
             f"{workdir} holds {' and '.join(others)} but no config.json: it was not made by a run. "
             "Use another workdir; --config.pretrained takes this one as a start."
         )
+    _write(path, config)
+
+
+def _write(path, content):
     with open(f"{path}.tmp", "w") as file:
-        json.dump(config, file, indent=2)
+        json.dump(content, file, indent=2)
     os.replace(f"{path}.tmp", path)
 
 

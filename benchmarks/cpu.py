@@ -90,7 +90,10 @@ def training(model, dtype, batch):
     task = classify.make_task(config, info.class_names, resized=True, start=None, info=info)
     tx = optax.adamw(1e-4, weight_decay=0.05)
     trainable = jax.tree.map(lambda x: True, params)
-    step = jax.jit(state.make_train_step(task, tx, trainable=trainable, seed=0), donate_argnums=0)
+    step = state.make_train_step(
+        task, tx, schedule=optax.constant_schedule(1e-4), trainable=trainable, seed=0
+    )
+    step = jax.jit(step, donate_argnums=0)
     current = jax.jit(lambda p: state.create(p, {}, tx, ema=False))(params)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (batch, *size, 3), np.uint8)

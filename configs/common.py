@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     data.val = "train[90%:]"  # "" for no validation
     data.test = "test"  # "" for no final test
     data.on_bad_image = "error"  # or skip: leave out, and count, what cannot be decoded
-    data.resident_bytes = 4 << 30  # a data set of one picture size up to this is kept on the device
+    data.resident_bytes = 4 << 30  # splits of one picture size, up to this each, stay on the device
     data.threads = 0  # that decode; 0: one per core
     data.prefetch = 2  # batches decoded ahead
 
@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     config.total_steps = config_dict.placeholder(int)  # overrides num_epochs
     config.accumulate_steps = 1  # micro-batches per step: less memory, same gradient
     config.label_smoothing = 0.0
-    config.ema_decay = 0.0  # averages parameters for evaluation; 0 is off
+    config.ema_decay = 0.0  # of averaged parameters, for evaluation; warms up; 0 is off
 
     config.optim = optim = ConfigDict()
     optim.name = "adam"  # adam, adamw, sgd, lion: the update rules of torch
@@ -123,6 +123,7 @@ def get_config() -> ConfigDict:
     config.keep_best = 1
     config.keep_every = "0"  # checkpoints at multiples of this are kept for good
     config.best_metric = "accuracy"  # on the validation split
+    config.best_mode = "max"  # or min, for a loss
     config.eval_only = False  # evaluate the workdir's best checkpoint, or `pretrained`
     config.tensorboard = True
     config.mistakes = 36  # pictures on the sheet of most confident mistakes

@@ -3,14 +3,25 @@
     python main.py --config=configs/image_folder.py:PATH --workdir=workdirs/mine
 
 PATH holds `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`, or is a CSV file with the
-columns image and label. Classes are the folders' names. Without a test folder the pictures are
-split 80 % / 10 % / 10 %, the same way on every machine. A few hundred pictures are enough.
-Defaults after BEiT's own fine-tuning from a checkpoint that was fine-tuned before.
+columns image and label, and perhaps split. Classes are the folders' names. Splits of its own are
+kept: train, val and test; of train and one other, that one is the test and a tenth of train is for
+validation. Otherwise pictures are split 80 % / 10 % / 10 %, the same way on every machine. A few
+hundred pictures are enough. Defaults after BEiT's own fine-tuning from a checkpoint that was
+fine-tuned before.
 """
 
+import csv
 import os
 
 from configs import common
+
+
+def _splits(path):
+    """Names of the splits that a folder or CSV file has of its own."""
+    if path.endswith(".csv") and os.path.isfile(path):
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return {row.get("split") for row in csv.DictReader(file)} - {None}
+    return set(os.listdir(path)) if os.path.isdir(path) else set()
 
 
 def get_config(arg=None):
@@ -18,7 +29,13 @@ def get_config(arg=None):
     config = common.get_config()
     config.data.name = f"folder:{arg}" if arg else "folder:"
     config.pretrained = "microsoft/beit-base-patch16-224"
-    if not arg or not os.path.isdir(os.path.join(arg, "test")):
+    splits = _splits(os.path.expanduser(arg)) if arg else set()
+    val = next((name for name in ("val", "valid", "validation") if name in splits), None)
+    if "test" in splits or val:
+        config.data.test = "test" if "test" in splits else val
+        if "test" in splits and val:
+            config.data.train, config.data.val = "train", val
+    else:
         config.data.train = "train[:80%]"
         config.data.val = "train[80%:90%]"
         config.data.test = "train[90%:]"

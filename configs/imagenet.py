@@ -3,7 +3,8 @@
     python main.py --config=configs/imagenet.py:base_pt22k --config.pretrained=...
 
 The first column is the argument. The batch sizes are effective ones: --config.accumulate_steps=N
-makes N micro-batches of each. Other resolutions: --config.model.image_size=384.
+makes N micro-batches of each. From 384 pixels on the whole picture is evaluated, not its middle:
+--config.model.image_size=384 --config.image.crop=squash --config.image.crop_pct=1.0.
 
 The data set is TFDS's imagenet2012 (--config.data.data_dir), prepared as array_record.
 None of these recipes was run here: they are the published ones.
@@ -22,7 +23,11 @@ _RECIPES = {
     "v2_large_pt1k": (1024, 2e-4, 1e-6, 5, 50, 0.8, 0.2, 0.05, True),
     "v2_large_ft21k": (1024, 7e-5, 1e-6, 5, 20, 0.8, 0.25, 0.05, False),
 }
-_CHECKPOINTS = {
+_CHECKPOINTS = {  # those of v2_*_pt1k are files of microsoft/unilm
+    "v2_base_pt1k": "beitv2_base_patch16_224_pt1k.pth",
+    "v2_large_pt1k": "beitv2_large_patch16_224_pt1k.pth",
+    "v2_base_ft21k": "timm/beitv2_base_patch16_224.in1k_ft_in22k",
+    "v2_large_ft21k": "timm/beitv2_large_patch16_224.in1k_ft_in22k",
     "base_pt22k": "microsoft/beit-base-patch16-224-pt22k",
     "large_pt22k": "microsoft/beit-large-patch16-224-pt22k",
     "base_ft22k": "microsoft/beit-base-patch16-224-pt22k-ft22k",
@@ -38,8 +43,7 @@ def get_config(arg=None):
     config = common.get_config()
     config.data.name = "tfds:imagenet2012"
     config.data.train, config.data.val, config.data.test = "train", "validation", ""
-    config.pretrained = _CHECKPOINTS.get(arg, "")
-    config.preset = "large" if "large" in arg else "base"
+    config.pretrained = _CHECKPOINTS[arg]
     if arg.startswith("v2"):
         config.image.mean, config.image.std = _IMAGENET_MEAN, _IMAGENET_STD
     config.image.crop, config.image.crop_pct = "center", 0.875

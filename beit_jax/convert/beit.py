@@ -110,7 +110,9 @@ _HF5_NAMES = {  # in this order
 }
 # Constants that older versions stored. A bias of the keys shifts all logits of a query alike, so
 # softmax takes no notice of it.
-_IGNORED = re.compile(r"(.*\.)?relative_position_index|blocks\.\d+\.attn\.k_bias")
+_IGNORED = re.compile(  # buffers, and the extra layers of BEiT v2's patch aggregation
+    r"(.*\.)?relative_position_index|blocks\.\d+\.attn\.k_bias|cls_pt_(layers|norm|lm_head)\..*"
+)
 
 
 def _hf5(rule: Rule) -> Rule:

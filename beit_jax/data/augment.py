@@ -11,7 +11,7 @@ import numpy as np
 from beit_jax.data.randaugment import rand_augment, trivial_augment
 from beit_jax.data.resize import Size, center_crop, crop_and_resize, resize
 
-TRAIN_CROPS = ("rrc", "pad", "squash", "none")
+CROPS = ("rrc", "pad", "squash", "none")  # of training
 EVAL_CROPS = ("squash", "center")
 
 
@@ -60,8 +60,8 @@ def train_view(
     Raises:
       ValueError: an argument is unknown or out of range.
     """
-    if crop not in TRAIN_CROPS:
-        raise ValueError(f"Unknown crop {crop!r}; available: {', '.join(TRAIN_CROPS)}.")
+    if crop not in CROPS:
+        raise ValueError(f"Unknown crop {crop!r}; available: {', '.join(CROPS)}.")
     _check_probabilities(flip=flip, erasing=erasing)
     _check_not_negative(noise_std=noise_std, color_jitter=color_jitter, pad=pad)
     crop_rng, flip_rng, color_rng, noise_rng, erasing_rng = jax.random.split(rng, 5)

@@ -60,7 +60,7 @@ def _resident(source, config, mesh):
 
 
 def train_stream(
-    split: Split, config, mesh: Mesh, *, start_step: int, image_size
+    split: Split, config, mesh: Mesh, *, start_step: int, image_size, interpolation: str
 ) -> Iterator[dict[str, Any]]:
     """Batches on the devices from `start_step` on, without end; close it when done.
 
@@ -82,6 +82,7 @@ def train_stream(
         crop="rrc" if config.augment.crop == "rrc" else "squash",
         scale=tuple(config.augment.scale),
         ratio=tuple(config.augment.ratio),
+        interpolation=interpolation,
         threads=config.data.threads or sources.THREADS,
         prefetch=config.data.prefetch,
     )

@@ -177,7 +177,6 @@ def apply_ops(
     if interpolation not in _INTERPOLATIONS:
         available = ", ".join(_INTERPOLATIONS)
         raise ValueError(f"Unknown interpolation {interpolation!r}; available: {available}.")
-    interpolate = _INTERPOLATIONS[interpolation]
     fill = jnp.asarray(fill, jnp.uint8)
     kind, arg = _settle(kind), _settle(arg)
 
@@ -186,7 +185,7 @@ def apply_ops(
         for first, second in itertools.zip_longest(ops[::2], ops[1::2]):
             image = _settle(_recolor(image, *first))
             ops_backwards = (second, first) if second else (first,)
-            image = _settle(_warp(image, ops_backwards, fill, interpolate))
+            image = _settle(_warp(image, ops_backwards, fill, interpolation))
             image = _settle(_recolor(image, *second)) if second else image
         return image
 
@@ -226,7 +225,7 @@ def _recolor(image, kind, arg):
 
 
 def _table(image, gray, kind, arg):
-    """What each channel's levels become, int32 [C, 256]."""
+    """What each channel's levels become, uint8 [C, 256]."""
     level = jnp.arange(256)
     channel = jnp.arange(image.shape[-1])
     histogram = jnp.bincount((256 * channel + image).ravel(), length=256 * channel.size)
@@ -290,7 +289,7 @@ def _smooth(image):
     return jnp.where(is_inner, smooth, image)
 
 
-def _warp(image, ops, fill, interpolate):
+def _warp(image, ops, fill, interpolation):
     """Applies the geometric ones of `ops`, the last one first."""
     height, width, _ = image.shape
     x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
@@ -298,7 +297,7 @@ def _warp(image, ops, fill, interpolate):
     for kind, arg in ops:
         x, y = _map_back(x, y, kind, arg, height, width)
         inside &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return jnp.where(inside[..., None], _read(image, x - 0.5, y - 0.5, interpolate), fill)
+    return jnp.where(inside[..., None], _read(image, x - 0.5, y - 0.5, interpolation), fill)
 
 
 def _map_back(x, y, kind, arg, height, width):
@@ -318,11 +317,11 @@ def _map_back(x, y, kind, arg, height, width):
     )
 
 
-def _read(image, x, y, interpolate):
+def _read(image, x, y, interpolation):
     """Interpolates at (x, y), in pixels from the middle of the first; the border goes on."""
     height, width, _ = image.shape
     column, row = jnp.floor(x), jnp.floor(y)
-    offsets = _OFFSETS[interpolate]
+    interpolate, offsets = _INTERPOLATIONS[interpolation]
 
     def pixels(i, j):
         rows = jnp.clip(row.astype(jnp.int32) + i, 0, height - 1)
@@ -349,5 +348,4 @@ def _bicubic(values, d):
     return b + d * (c - a + d * (2 * (a - b) + c - e + d * (b - a + e - c)))
 
 
-_INTERPOLATIONS = {"bilinear": _bilinear, "bicubic": _bicubic}
-_OFFSETS = {_bilinear: (0, 1), _bicubic: (-1, 0, 1, 2)}
+_INTERPOLATIONS = {"bilinear": (_bilinear, (0, 1)), "bicubic": (_bicubic, (-1, 0, 1, 2))}

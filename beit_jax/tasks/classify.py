@@ -6,6 +6,7 @@ B batch, H x W picture as stored, S side as the network sees it, C channels, K c
 import dataclasses
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
             f"The model tells {len(info.class_names)} classes ({_few(info.class_names)}), "
             f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
         )
+    if config.augment.crop not in augment.TRAIN_CROPS:
+        available = ", ".join(augment.TRAIN_CROPS)
+        raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
     family = modules.load("models", info.model_name)
     model = make_model(info, **{key: config.model[key] for key in _RUNTIME})
     size, num_classes = model.config.image_size, len(class_names)
@@ -56,7 +60,7 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
         if start is None:
             return params
         return fit(
-            start,
+            _with_head_for(start, class_names),
             params,
             info.architecture,
             reset=config.pretrained_reset,
@@ -168,6 +172,24 @@ def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
             captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}")
         title = "Most confident mistakes: true → predicted"
         plots.contact_sheet(pictures, captions, os.path.join(workdir, "mistakes.png"), title=title)
+
+
+def _with_head_for(start: Pretrained, class_names) -> Pretrained:
+    """The checkpoint with its classifier in the order of `class_names`; without it if they differ.
+
+    Names such as LABEL_0 say nothing and are taken for the same classes.
+    """
+    old = start.info.class_names
+    if "classifier" not in start.params or old is None or list(old) == list(class_names):
+        return start
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in old):
+        return start
+    params = dict(start.params)
+    head = params.pop("classifier")
+    if sorted(old) == sorted(class_names) and len(set(old)) == len(old):
+        order = np.asarray([list(old).index(name) for name in class_names])
+        params["classifier"] = {key: np.asarray(value)[..., order] for key, value in head.items()}
+    return start._replace(params=params)
 
 
 def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
