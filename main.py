@@ -1,6 +1,7 @@
 """python main.py --config=configs/NAME.py[:ARG] --workdir=DIR [--config.key=value ...]"""
 
 import logging
+import pathlib
 import sys
 
 from absl import app, flags
@@ -11,6 +12,24 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything.
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def parse_flags(argv):
+    """Returns the arguments that are no flags; a mistake is one message and exit status 1."""
+    try:
+        arguments = flags.FLAGS(argv)
+        CONFIG.value.keys()  # a file that is not there is an error only now
+        return arguments
+    except flags.Error as error:
+        sys.exit(str(error).strip().splitlines()[-1])
+    except OSError:
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        available = ", ".join(sorted(map(str, pathlib.Path("configs").glob("[!_]*.py"))))
+        sys.exit(f"There is no config {path}; available: {available or 'none in configs/'}.")
+    except AttributeError as error:
+        if not isinstance(error.__context__, KeyError):
+            raise
+        sys.exit("Unknown config key " + error.__context__.args[0].replace("\n", ". "))
+
+
 def main(argv):
     """Runs the config; bad input is one message and exit status 1."""
     if len(argv) > 1:
@@ -18,8 +37,8 @@ def main(argv):
     from beit_jax import train
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
-    for chatty in ("absl", "jax", "matplotlib"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    for chatty in ("absl", "jax", "matplotlib"):  # failed saves are told by checkpoint.py
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
     try:
         train.run(CONFIG.value, WORKDIR.value)
     except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
@@ -28,4 +47,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -60,6 +60,7 @@ def run(config, workdir: str) -> dict | None:
     """
     workdir = os.path.abspath(workdir)
     mesh = sharding.make_mesh()
+    check_numbers(config)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     if config.compile_cache:
@@ -224,6 +225,13 @@ def make_task(config, splits, workdir, mesh, step: int | None):
     module = modules.load("tasks", config.task_name)
     task = module.make_task(config, class_names, resized=resized, start=start, info=info)
     return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
+
+
+def check_numbers(config) -> None:
+    """Raises ValueError where a number of the config makes no run."""
+    for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
+        if config[key] is not None and config[key] <= 0:
+            raise ValueError(f"config.{key} is {config[key]}; it must be above 0.")
 
 
 def make_plan(config, num_examples: int) -> Plan:

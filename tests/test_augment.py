@@ -194,7 +194,6 @@ def test_jitter_follows_torchvisions_formula_with_a_factor_in_range(change):
 def test_jitter_draws_the_order():
     both = dict(brightness=0.6, contrast=0.6)
     results = np.asarray(jitter(KEY, GENTLE, **both))
-    brightness = results.mean((1, 2, 3), keepdims=True) @ np.ones((1, 1))
     product = slope(results, GENTLE)
     means = (GENTLE @ GRAY).mean((1, 2))[:, None, None, None]
     brightness = (results @ GRAY).mean((1, 2))[:, None, None, None] / means

@@ -44,8 +44,8 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
             f"The model tells {len(info.class_names)} classes ({_few(info.class_names)}), "
             f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
         )
-    if config.augment.crop not in augment.TRAIN_CROPS:
-        available = ", ".join(augment.TRAIN_CROPS)
+    if config.augment.crop not in augment.CROPS:
+        available = ", ".join(augment.CROPS)
         raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
     family = modules.load("models", info.model_name)
     model = make_model(info, **{key: config.model[key] for key in _RUNTIME})
