@@ -20,14 +20,13 @@ def parse_flags(argv):
         return arguments
     except flags.Error as error:
         sys.exit(str(error).strip().splitlines()[-1])
-    except OSError:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
+    except OSError as error:
         available = ", ".join(sorted(map(str, pathlib.Path("configs").glob("[!_]*.py"))))
-        sys.exit(f"There is no config {path}; available: {available or 'none in configs/'}.")
+        sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {available}")
     except AttributeError as error:
         if not isinstance(error.__context__, KeyError):
             raise
-        sys.exit("Unknown config key " + error.__context__.args[0].replace("\n", ". "))
+        sys.exit("Unknown config key: " + error.__context__.args[0].replace("\n", ". "))
 
 
 def main(argv):

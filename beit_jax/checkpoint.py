@@ -163,8 +163,11 @@ class Checkpointer:
         Raises:
           CheckpointError: `max_failures` saves in a row have failed.
         """
-        if step in self.all_steps():
+        steps = self.all_steps()
+        if step in steps:
             return
+        if step < max(steps, default=0):
+            raise ValueError(f"Step {step} is older than the newest checkpoint, {max(steps)}.")
         self._sweep()
         arrays = _flatten(state)
         score = self._scores[step] = self._score(metrics)
@@ -232,20 +235,26 @@ class Checkpointer:
         steps = self.all_steps()
         if step is not None:
             steps = [_check_step(step, steps, self.directory)]
+        damaged = {}
         for candidate in reversed(steps):
             try:
                 arrays = _read(self._manager, candidate)
             except (MemoryError, PermissionError):
                 raise
             except Exception as error:  # orbax raises many kinds for damaged files
-                _quarantine(self.directory, candidate, error)
-                self._manager.reload()
+                logging.warning("Checkpoint %s cannot be read: %s", candidate, _reason(error))
+                damaged[candidate] = error
                 continue
-            return traverse_util.unflatten_dict(arrays) if target is None else _fit(arrays, target)
+            state = traverse_util.unflatten_dict(arrays) if target is None else _fit(arrays, target)
+            for bad, error in damaged.items():  # only now that there is a better one
+                _quarantine(self.directory, bad, error)
+            if damaged:
+                self._manager.reload()
+            return state
         if steps:
             raise CheckpointError(
-                f"None of the checkpoints {steps} in {self.directory} can be read; they are in "
-                "_quarantine. Start again with another workdir."
+                f"None of the checkpoints {steps} in {self.directory} can be read: "
+                f"{_reason(damaged[steps[-1]])}. Restore the files, or start with another workdir."
             )
         return None
 

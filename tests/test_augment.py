@@ -444,6 +444,8 @@ def test_random_erasing_fills_with_noise():
     assert noise.size > 200 * 16 * 16 * 3 * 0.1
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     np.testing.assert_array_equal(augment.random_erasing(KEY, image, 0.0), image)
+    too_large = augment.random_erasing(KEY, image, 1.0, area=(0.999, 1.0))  # no attempt fits
+    np.testing.assert_array_equal(too_large, image)
 
 
 # Mixing

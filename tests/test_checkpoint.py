@@ -457,12 +457,17 @@ def test_nothing_that_can_be_read(two_steps, tmp_path):
     for path in tmp_path.glob("checkpoints/*/meta/metadata"):
         path.write_text("")
     with Checkpointer(tmp_path) as saver:
-        with pytest.raises(CheckpointError, match=r"None of the checkpoints \[1, 2\]"):
-            saver.restore()
-        saver.save(1, simple(1))  # the directory is still of use
-        assert_same(saver.restore(), simple(1))
-    assert listing(tmp_path) == ["1", "_quarantine"]
-    assert len(os.listdir(tmp_path / "checkpoints/_quarantine")) == 2
+        for _ in range(2):  # nothing is moved: a second start does not begin anew in silence
+            with pytest.raises(CheckpointError, match=r"None of the checkpoints \[1, 2\]"):
+                saver.restore()
+    assert listing(tmp_path) == ["1", "2"]
+
+
+def test_steps_only_grow(tmp_path):
+    with Checkpointer(tmp_path) as saver:
+        saver.save(5, simple(5))
+        with pytest.raises(ValueError, match="older than the newest checkpoint, 5"):
+            saver.save(2, simple(2))
 
 
 def fuzz(two_steps, workdir, rounds):
