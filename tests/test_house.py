@@ -1,13 +1,19 @@
 """The rules of the house, read from the sources: who imports whom, and what nobody calls."""
 
 import ast
+import functools
 import importlib
+import inspect
 import itertools
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from ml_collections import ConfigDict
+
+from beit_jax.steps import to_steps
+from configs import common
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "beit_jax").rglob("*.py"))
@@ -86,9 +92,53 @@ def test_nothing_unsafe_is_called(path):
 
 
 def keys(config, prefix=""):
-    for key in config:
-        value = config.get_ref(key).get() if hasattr(config, "get_ref") else config[key]
-        if hasattr(value, "keys"):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
             yield from keys(value, f"{prefix}{key}.")
         else:
             yield prefix + key
+
+
+@functools.cache
+def names_read():
+    """Attributes and text in the package, and the fields of its classes."""
+    names = set()
+    for node in itertools.chain.from_iterable(ast.walk(parse(path)) for path in PACKAGE):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Constant):
+            names.add(node.value)
+        elif isinstance(node, ast.AnnAssign):
+            names.add(dotted(node.target))
+    return names
+
+
+@pytest.mark.parametrize("key", keys(common.get_config()))
+def test_every_key_is_read(key):
+    assert key.split(".")[-1] in names_read()
+
+
+def of_configs():
+    """Each config with no argument and with each argument that it has."""
+    for name in CONFIGS:
+        get_config = importlib.import_module(f"configs.{name}").get_config
+        yield pytest.param(get_config, id=name)
+        if not inspect.signature(get_config).parameters:
+            continue
+        try:
+            get_config("?")
+        except ValueError as error:
+            for argument in str(error).rstrip(".").split("available: ")[1].split(", "):
+                if argument != "none":
+                    call = functools.partial(get_config, argument)
+                    yield pytest.param(call, id=f"{name}:{argument}")
+
+
+@pytest.mark.parametrize("get_config", of_configs())
+def test_configs_build(get_config):
+    config = get_config()
+    assert config.is_locked
+    assert set(keys(config)) == set(keys(common.get_config()))
+    durations = {key: config[key] for key in ("log_every", "eval_every", "save_every")}
+    for name, duration in {**durations, "warmup": config.optim.warmup}.items():
+        to_steps(duration, total_steps=1000, steps_per_epoch=10, batch_size=8, name=name)
