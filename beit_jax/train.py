@@ -4,15 +4,13 @@ import collections
 import contextlib
 import os
 import signal
-from typing import NamedTuple
 
 import jax
 
-from beit_jax import checkpoint, evaluate, modules, optim, plots, pretrained, report, sharding
-from beit_jax import state as states
+from beit_jax import build, checkpoint, evaluate, plots, report, sharding
 from beit_jax import workdir as workdirs
 from beit_jax.data import inputs
-from beit_jax.steps import is_time, to_steps
+from beit_jax.steps import is_time
 
 LAG = 2  # steps queued on the device while the numbers of an earlier one are read
 HARMLESS = (  # may differ between the starts of a run
@@ -29,18 +27,6 @@ HARMLESS = (  # may differ between the starts of a run
     "mistakes",
     "tensorboard",
 )
-
-
-class Plan(NamedTuple):
-    """Durations of a run, in steps; 0 is never."""
-
-    total_steps: int
-    steps_per_epoch: float
-    warmup: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep_every: int
 
 
 def run(config, workdir: str) -> dict | None:
@@ -60,7 +46,7 @@ def run(config, workdir: str) -> dict | None:
     """
     workdir = os.path.abspath(workdir)
     mesh = sharding.make_mesh()
-    check_numbers(config)
+    build.check_numbers(config)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     if config.compile_cache:
@@ -78,11 +64,11 @@ def _train(config, workdir, mesh, stack):
     fingerprints = {name: split.source.info.fingerprint for name, split in splits.items()}
     workdirs.check_data(workdir, fingerprints)
     train = splits["train"]
-    plan = make_plan(config, train.num_examples)
-    saver = stack.enter_context(make_checkpointer(config, workdir, plan.keep_every))
-    task = make_task(config, splits, workdir, mesh, saver.latest_step())
-    tx, schedule = make_optimizer(config, task, plan)
-    state = make_state(config, task, tx, saver, mesh)
+    plan = build.make_plan(config, train.num_examples)
+    saver = stack.enter_context(build.make_checkpointer(config, workdir, plan.keep_every))
+    task = build.make_task(config, splits, workdir, mesh, saver.latest_step())
+    tx, schedule = build.make_optimizer(config, task, plan)
+    state = build.make_state(config, task, tx, saver, mesh)
     checkpoint.write_model_info(workdir, task.info)
     step = start_step = int(state.step)
     log = stack.enter_context(
@@ -127,7 +113,7 @@ def _train(config, workdir, mesh, stack):
             batch = next(stream)
         if train_step is None:
             with log.timer("compile"):
-                train_step = compile_step(
+                train_step = build.compile_step(
                     config, task, tx, schedule, mesh, state, train.resident, batch
                 )
         state, scalars = train_step(state, task.frozen, train.resident, batch)
@@ -165,7 +151,7 @@ def _evaluate_only(config, workdir, mesh, stack):
     splits = inputs.open_splits(config.data, mesh, names=("val", "test"))
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
-    saver = stack.enter_context(make_checkpointer(config, workdir))
+    saver = stack.enter_context(build.make_checkpointer(config, workdir))
     last = saver.latest_step()
     step = saver.best_step() or last
     if step is None and not config.pretrained:
@@ -174,7 +160,7 @@ def _evaluate_only(config, workdir, mesh, stack):
         )
     config = config.copy_and_resolve_references()
     config.pretrained_reset = ()  # nothing may stay untrained
-    task = make_task(config, splits, workdir, mesh, step)
+    task = build.make_task(config, splits, workdir, mesh, step)
     if step is None:
         params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
         params = sharding.put(task.start(params), sharding.replicated(mesh))
@@ -202,146 +188,6 @@ def load(saver, step: int, mesh):
     return sharding.put((params, model_state), sharding.replicated(mesh))
 
 
-def make_task(config, splits, workdir, mesh, step: int | None):
-    """The task of the config: of the model in the workdir, if it has a step, else of a new one.
-
-    Raises:
-      ValueError: task, data, architecture and weights do not fit each other.
-    """
-    names = {name: split.source.class_names for name, split in splits.items()}
-    class_names = next(iter(names.values()))
-    for name, others in names.items():
-        if others != class_names:
-            raise ValueError(
-                f"The splits differ in their classes: {name} ({config.data[name]}) has {others}, "
-                f"expected {class_names}."
-            )
-    info, start = None, None
-    if step is not None:
-        info = checkpoint.read_model_info(workdir)
-    elif config.pretrained:
-        start = pretrained.load(config.pretrained, config.pretrained_revision)
-    resized = any(split.resident is None for split in splits.values())
-    module = modules.load("tasks", config.task_name)
-    task = module.make_task(config, class_names, resized=resized, start=start, info=info)
-    return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
-
-
-def check_numbers(config) -> None:
-    """Raises ValueError where a number of the config makes no run."""
-    for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
-        if config[key] is not None and config[key] <= 0:
-            raise ValueError(f"config.{key} is {config[key]}; it must be above 0.")
-
-
-def make_plan(config, num_examples: int) -> Plan:
-    """Durations of the config in steps."""
-    steps_per_epoch = num_examples / config.batch_size
-    total_steps = config.total_steps
-    if total_steps is None:
-        total_steps = max(1, round(config.num_epochs * steps_per_epoch))
-
-    def steps(duration, name):
-        return to_steps(
-            duration,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            batch_size=config.batch_size,
-            name=f"config.{name}",
-        )
-
-    names = ("log_every", "eval_every", "save_every", "keep_every")
-    return Plan(
-        total_steps,
-        steps_per_epoch,
-        warmup=steps(config.optim.warmup, "optim.warmup"),
-        **{name: steps(config[name], name) for name in names},
-    )
-
-
-def make_optimizer(config, task, plan):
-    """The optimizer of the config and its learning-rate schedule."""
-    c = config.optim
-    schedule = optim.make_schedule(
-        c.schedule,
-        learning_rate=c.learning_rate,
-        total_steps=plan.total_steps,
-        end_value=c.end_value,
-        warmup_steps=plan.warmup,
-        warmup_init=c.warmup_init,
-        steps_per_epoch=plan.steps_per_epoch,
-    )
-    return optim.make_optimizer(
-        c.name,
-        learning_rate=schedule,
-        params=_shapes(task, config)[0],
-        b1=c.b1,
-        b2=c.b2,
-        eps=c.eps,
-        momentum=c.momentum,
-        nesterov=c.nesterov,
-        weight_decay=c.weight_decay,
-        no_decay=c.no_decay,
-        decay_position_bias=c.decay_position_bias,
-        layer_decay=c.layer_decay,
-        layer_id=task.layer_id,
-        num_layers=task.num_layers,
-        clip_norm=c.clip_norm,
-        freeze=c.freeze,
-    )
-
-
-def _shapes(task, config):
-    return jax.eval_shape(task.init, jax.random.key(config.seed))
-
-
-def make_checkpointer(config, workdir, keep_every: int = 0) -> checkpoint.Checkpointer:
-    """The checkpoints of the workdir."""
-    return checkpoint.Checkpointer(
-        workdir,
-        keep_last=config.keep_last,
-        keep_best=config.keep_best,
-        keep_every=keep_every or None,
-        best_metric=config.best_metric,
-        best_mode=config.best_mode,
-    )
-
-
-def make_state(config, task, tx, saver, mesh):
-    """The newest state in the workdir, or else the first: initialised, then pretrained."""
-    everywhere = sharding.replicated(mesh)
-    rng = jax.random.key(config.seed)
-
-    def create(params, model_state):
-        return states.create(params, model_state, tx, ema=config.ema_decay > 0)
-
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(create, *_shapes(task, config)),
-    )
-    state = saver.restore(target)
-    if state is None:
-        params, model_state = jax.device_get(jax.jit(task.init)(rng))
-        params = sharding.put(task.start(params), everywhere)
-        state = jax.jit(create, out_shardings=everywhere)(params, model_state)
-    return state
-
-
-def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
-    """The training step, compiled for these shapes; the state's buffers are reused."""
-    step = states.make_train_step(
-        task,
-        tx,
-        schedule=schedule,
-        trainable=optim.trainable_mask(state.params, config.optim.freeze),
-        seed=config.seed,
-        accumulate_steps=config.accumulate_steps,
-        ema_decay=config.ema_decay,
-    )
-    step = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
-    return step.lower(state, task.frozen, resident, batch).compile()
-
-
 def finish(config, workdir, task, step, params, model_state, splits, evaluator, log) -> dict:
     """Evaluates parameters on val and test; writes results.json and pictures."""
     results = {
@@ -355,8 +201,8 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
                 metrics, outputs = evaluator(splits[name], params, model_state)
             results[name] = metrics
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
-            last = metrics, outputs, splits[name]
-    task.draw(workdir, *last)
+            if name == "test" or "test" not in splits:
+                task.draw(workdir, metrics, outputs, splits[name])
     if "test" in results:
         scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
         log.scalars(step, scalars, show=False)

@@ -159,10 +159,10 @@ def picture_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hf_directory(tmp_path_factory):
-    """A HuggingFace directory with a random BEiT classifier of 3 colours, 16 x 16 pixels."""
+    """A HuggingFace directory with a random BEiT of 16 x 16 pixels; its classes have no sorted order."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    names = {0: "blue", 1: "green", 2: "red"}
+    names = {0: "red", 1: "blue", 2: "green"}
     config = transformers.BeitConfig(
         image_size=16,
         patch_size=4,

@@ -26,6 +26,7 @@ OFF = dict(image_size=(H, W), crop="none", flip=0.0)
 
 resize = jax.jit(resize, static_argnums=(1, 2))
 crop_and_resize = jax.jit(crop_and_resize, static_argnums=(2, 3))
+center_crop = jax.jit(center_crop, static_argnums=(1, 2))
 apply_ops = jax.jit(randaugment.apply_ops, static_argnames=("fill", "interpolation"))
 
 
@@ -102,23 +103,6 @@ def test_center_crop_without_resizing_is_a_slice():
 # Crops and flips
 
 
-def test_random_resized_crop_boxes_are_distributed_as_torchvisions():
-    count, shape = 4000, (40, 56)
-    ours = np.asarray(augment.random_resized_crop_boxes(KEY, count, *shape))
-    host_rng = np.random.default_rng(1)
-    host = np.asarray([images.sample_crop(shape, host_rng) for _ in range(count)])
-    np.testing.assert_array_equal(ours, ours.round())
-    assert (ours >= [0, 0, 1, 1]).all()
-    assert (ours[:, :2] + ours[:, 2:] <= shape).all()
-    assert ((ours[:, :2] + ours[:, 2:]).max(0) == shape).all()
-    for column in range(4):
-        assert scipy.stats.ks_2samp(ours[:, column], host[:, column]).pvalue > 1e-3
-    area, aspect = ours[:, 2] * ours[:, 3], ours[:, 3] / ours[:, 2]
-    host_area, host_aspect = host[:, 2] * host[:, 3], host[:, 3] / host[:, 2]
-    assert scipy.stats.ks_2samp(area, host_area).pvalue > 1e-3
-    assert scipy.stats.ks_2samp(aspect, host_aspect).pvalue > 1e-3
-
-
 @pytest.mark.parametrize(
     ("shape", "box"), [((4, 200), (0, 97, 4, 5)), ((200, 4), (97, 0, 5, 4)), ((1, 1), (0, 0, 1, 1))]
 )
@@ -139,19 +123,12 @@ def test_pad_crop_equals_slices_of_the_padded_picture(mode):
     assert len(set(matches.argmax(1))) > 20  # of 25; 100 draws miss 0.4 on average
 
 
-def test_random_flip_mirrors_its_share():
-    image = np.repeat(NOISE[:1], 2000, axis=0)[:, :2, :3]
-    flipped = np.asarray(augment.random_flip(KEY, image, 0.3))
-    is_flipped = (flipped == image[:, :, ::-1]).all((1, 2, 3))
-    assert (is_flipped | (flipped == image).all((1, 2, 3))).all()
-    assert abs(is_flipped.mean() - 0.3) < 0.05
-    np.testing.assert_array_equal(augment.random_flip(KEY, image, 1.0), image[:, :, ::-1])
-
-
 # Colours
 
 
-jitter = jax.jit(augment.jitter_colors, static_argnames=("brightness", "contrast", "saturation"))
+jitter = jax.jit(
+    augment.jitter_colors, static_argnames=("brightness", "contrast", "saturation", "hue")
+)
 GENTLE = (0.45 + 0.1 * SMOOTH / 255).astype(np.float32)  # that no change clips
 GRAY = np.asarray([0.299, 0.587, 0.114], np.float32)
 
@@ -191,28 +168,10 @@ def test_jitter_follows_torchvisions_formula_with_a_factor_in_range(change):
     )
 
 
-def test_jitter_draws_the_order():
-    both = dict(brightness=0.6, contrast=0.6)
-    results = np.asarray(jitter(KEY, GENTLE, **both))
-    product = slope(results, GENTLE)
-    means = (GENTLE @ GRAY).mean((1, 2))[:, None, None, None]
-    brightness = (results @ GRAY).mean((1, 2))[:, None, None, None] / means
-    factors = brightness, product / brightness
-    strong = (NOISE / 255).astype(np.float32)
-    results = np.asarray(jitter(KEY, strong, **both))
-    orders = [
-        contrast(brighten(strong, factors[0]), factors[1]),
-        brighten(contrast(strong, factors[1]), factors[0]),
-    ]
-    errors = np.stack([np.abs(results - order).max((1, 2, 3)) for order in orders])
-    assert (errors.min(0) < 1e-3).all()
-    assert len(set(errors.argmin(0))) == 2
-
-
 def test_hue_turns_as_colorsys():
     image = (NOISE[:, :4, :5] / 255).astype(np.float32)
     image[0] = 0.5  # grey has no hue
-    result = np.asarray(augment.jitter_colors(KEY, image, hue=0.3))
+    result = np.asarray(jitter(KEY, image, hue=0.3))
     np.testing.assert_allclose(result[0], 0.5, atol=1e-6)
     turns = []
     for before, after in zip(image[1:], result[1:], strict=True):
@@ -343,28 +302,12 @@ def test_three_operations_equal_one_at_a_time():
     np.testing.assert_array_equal(ours(PICTURES, *ops), expected)
 
 
+KIND, ARG = np.full((B, 2), randaugment.NO_OP), np.full((B, 2), 0.7, np.float32)
+
+
 def test_no_operation_changes_nothing():
-    kind, arg = jnp.full((B, 2), randaugment.NO_OP), jnp.full((B, 2), 0.7)
-    np.testing.assert_array_equal(
-        apply_ops(PICTURES, kind, arg, fill=(10, 20, 30), interpolation="bicubic"), PICTURES
-    )
-
-
-def test_arguments_are_timms():
-    inc = dict(Posterize=1, Solarize=26, Color=1.81, Contrast=1.81, Brightness=1.81, Sharpness=1.81)
-    plain = dict(Posterize=3, Solarize=230, Color=1.72, Contrast=1.72, Brightness=1.72)
-    plain |= dict(Sharpness=1.72)
-    both = dict(Rotate=27, SolarizeAdd=99, ShearX=0.27, ShearY=0.27)
-    both |= dict(TranslateXRel=0.405, TranslateYRel=0.405)
-    kind = jnp.arange(len(randaugment.OPS))
-    for increasing, expected in ((True, inc | both), (False, plain | both)):
-        args = randaugment.arguments(kind, 9.0, 1.0, increasing)
-        expected = [expected.get(name, 0) for name in randaugment.OPS]
-        np.testing.assert_allclose(args, expected, rtol=1e-6)
-    opposite = dict(zip(randaugment.OPS, randaugment.arguments(kind, 9.0, -1.0, True), strict=True))
-    np.testing.assert_allclose(opposite["Color"], 0.19, rtol=1e-5)
-    np.testing.assert_allclose(opposite["Rotate"], -27, rtol=1e-6)
-    assert randaugment.arguments(jnp.asarray(9), 10.0, -1.0, True) == pytest.approx(0.1)
+    result = apply_ops(PICTURES, KIND, ARG, fill=(10, 20, 30), interpolation="bicubic")
+    np.testing.assert_array_equal(result, PICTURES)
 
 
 def test_parse_reads_timms_notation():
@@ -384,67 +327,23 @@ def test_parse_rejects(text):
         randaugment.parse(text)
 
 
-def rand_augment(policy):
-    return jax.jit(functools.partial(randaugment.rand_augment, policy=policy))
-
-
-def test_rand_augment_draws_for_every_picture():
-    image = np.repeat(NOISE[:1], 200, axis=0)
-    change = rand_augment("rand-m9-mstd0.5-inc1")
-    result = np.asarray(change(KEY, image))
-    assert (result.shape, result.dtype) == (image.shape, np.uint8)
-    np.testing.assert_array_equal(change(KEY, image), result)
-    assert (change(KEYS[1], image) != result).any()
-    assert len(np.unique(result.reshape(200, -1), axis=0)) > 90
-    # Nothing is applied with probability 1/4, or what is changes nothing: such as AutoContrast.
-    is_same = (result == image).all((1, 2, 3)).mean()
-    assert 0.2 < is_same < 0.42
-
-
-def test_rand_augment_without_probability_changes_nothing():
-    np.testing.assert_array_equal(rand_augment("rand-p0")(KEY, NOISE), NOISE)
-
-
-def test_trivial_augment_draws_for_every_picture():
-    image = np.repeat(NOISE[:1], 200, axis=0)
-    change = jax.jit(randaugment.trivial_augment)
-    result = np.asarray(change(KEY, image))
-    assert (result.shape, result.dtype) == (image.shape, np.uint8)
-    np.testing.assert_array_equal(change(KEY, image), result)
-    assert len(np.unique(result.reshape(200, -1), axis=0)) > 90
-
-
 # Erasing
 
 
-def test_random_erasing_has_timms_statistics():
-    count, side = 3000, 32
-    ones = jnp.ones((count, side, side, 1))
-    erase = jax.jit(augment.random_erasing, static_argnames=("probability", "mode", "area"))
-    is_erased = np.asarray(erase(KEY, ones, probability=0.25, mode="const"))[..., 0] == 0
-    rows, columns = is_erased.any(2), is_erased.any(1)
-    np.testing.assert_array_equal(is_erased, rows[:, :, None] & columns[:, None, :])
-    used = is_erased.any((1, 2))
-    assert abs(used.mean() - 0.25) < 0.03
-    height, width = rows[used].sum(1), columns[used].sum(1)
-    area = height * width / side**2
-    assert 0.01 < area.min() and area.max() < 0.36  # sides are rounded
-    assert abs(area.mean() - 0.165) < 0.02  # rejected boxes are large
-    ratio = np.log(height / width)
-    assert abs(ratio.mean()) < 0.1 and np.exp(np.abs(ratio)).max() < 4.5
-    top, left = rows[used].argmax(1), columns[used].argmax(1)
-    assert top.min() == left.min() == 0
-    assert (top + height).max() == (left + width).max() == side
+erase = jax.jit(augment.random_erasing, static_argnames=("probability", "mode", "area"))
 
 
-def test_random_erasing_fills_with_noise():
-    image = jnp.full((200, 16, 16, 3), 9.0)
-    result = np.asarray(augment.random_erasing(KEY, image, 1.0))
-    noise = result[result != 9]
-    assert noise.size > 200 * 16 * 16 * 3 * 0.1
-    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    np.testing.assert_array_equal(augment.random_erasing(KEY, image, 0.0), image)
-    too_large = augment.random_erasing(KEY, image, 1.0, area=(0.999, 1.0))  # no attempt fits
+def test_random_erasing_has_its_probability_and_constant():
+    image = np.ones((2000, 8, 8, 1), np.float32)
+    erased = np.asarray(erase(KEY, image, probability=0.25, mode="const"))
+    assert set(np.unique(erased)) == {0, 1}
+    assert abs((erased == 0).any((1, 2, 3)).mean() - 0.25) < 0.04
+
+
+def test_random_erasing_without_a_rectangle_that_fits_changes_nothing():
+    image = NOISE.astype(np.float32)
+    np.testing.assert_array_equal(erase(KEY, image, probability=0.0), image)
+    too_large = erase(KEY, image, probability=1.0, area=(0.999, 1.0))
     np.testing.assert_array_equal(too_large, image)
 
 
@@ -605,14 +504,6 @@ def test_train_view_noise_has_its_deviation():
     assert abs(float(noise.std()) - 0.1 / 0.5) < 0.01
 
 
-def test_train_view_randaugment_fills_with_the_mean():
-    white = np.full((40, H, W, 3), 255, np.uint8)
-    view = train_view(randaugment="rand-m10-n1-p1", mean=MEAN, std=STD)(KEY, white)
-    levels = (np.asarray(view) * STD + MEAN) * 255
-    corner = np.unique(levels[:, 0, 0].round(3), axis=0).tolist()
-    assert [124.0, 116.0, 104.0] in corner
-
-
 def test_train_view_resizes_the_whole_picture():
     view = train_view(crop="squash", image_size=(30, 31))(KEY, NOISE)
     expected = torch_resize(NOISE, (30, 31), "bicubic").clip(0, 255) / 127.5 - 1
@@ -655,6 +546,7 @@ def test_views_of_grey_pictures():
         (dict(pad=-1), "pad"),
         (dict(randaugment="rnd-m9"), "rand-m9-mstd0.5-inc1"),
         (dict(mean=(0.5, 0.5)), "3 channels"),
+        (dict(std=(0.5, 0.0, 0.5)), "std must be positive"),
     ],
 )
 def test_train_view_rejects(options, message):
@@ -673,8 +565,9 @@ def test_train_view_rejects(options, message):
         (lambda: augment.jitter_colors(KEY, NOISE / 255, hue=0.6), "hue"),
         (lambda: augment.mixup_cutmix(KEY, IMAGE, TARGET, mixup_alpha=-1.0), "mixup_alpha"),
         (lambda: augment.mixup_cutmix(KEY, IMAGE, TARGET, prob=1.1), "prob is a probability"),
-        (lambda: randaugment.rand_augment(KEY, NOISE / 255, "rand-m9"), "uint8"),
-        (lambda: randaugment.trivial_augment(KEY, NOISE, interpolation="nearest"), "bicubic"),
+        (lambda: randaugment.apply_ops(NOISE / 255, KIND, ARG), "uint8"),
+        (lambda: randaugment.apply_ops(NOISE[..., :1], KIND, ARG), "H, W, 3"),
+        (lambda: randaugment.apply_ops(NOISE, KIND, ARG, interpolation="nearest"), "bicubic"),
     ],
 )
 def test_functions_reject(call, message):

@@ -255,6 +255,7 @@ def drawn(monkeypatch):
 
 
 def test_rand_augment_draws_operations_as_timm(drawn):
+    assert (drawn(randaugment.rand_augment, "rand-p0")[0] == "").all()
     name, arg = drawn(randaugment.rand_augment, "rand-m6-n3-p0.7-inc1")
     assert name.shape == arg.shape == (12_000, 3)
     assert is_frequency(name.ravel() != "", 0.7)

@@ -48,7 +48,7 @@ def of_leaves():
             yield pytest.param(path, id=str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("path", of_leaves())
+@pytest.mark.parametrize("path", list(of_leaves()))
 def test_leaves_import_nothing_of_ours(path):
     ours = {name for name in imports(parse(path)) if name.startswith("beit_jax")}
     assert all(name.startswith("beit_jax.models") for name in ours), ours
@@ -61,9 +61,9 @@ def test_flags_are_parsed_in_main_alone():
 
 
 def test_configs_import_configs_alone():
-    allowed = ("configs", "ml_collections", "os")
+    allowed = sys.stdlib_module_names | {"configs", "ml_collections"}
     for path in (ROOT / "configs").glob("*.py"):
-        assert all(name.startswith(allowed) for name in imports(parse(path))), path
+        assert {name.split(".")[0] for name in imports(parse(path))} <= allowed, path
 
 
 def test_training_imports_no_other_framework():
@@ -113,7 +113,7 @@ def names_read():
     return names
 
 
-@pytest.mark.parametrize("key", keys(common.get_config()))
+@pytest.mark.parametrize("key", list(keys(common.get_config())))
 def test_every_key_is_read(key):
     assert key.split(".")[-1] in names_read()
 
@@ -134,7 +134,7 @@ def of_configs():
                     yield pytest.param(call, id=f"{name}:{argument}")
 
 
-@pytest.mark.parametrize("get_config", of_configs())
+@pytest.mark.parametrize("get_config", list(of_configs()))
 def test_configs_build(get_config):
     config = get_config()
     assert config.is_locked

@@ -64,6 +64,7 @@ def test_files_of_a_run(finished):
         "config.json",
         "confusion_matrix.png",
         "curves.png",
+        "data.json",
         "metrics.jsonl",
         "mistakes.png",
         "model.json",
@@ -252,7 +253,8 @@ def test_averaged_parameters(averaged, state_of):
     before, after = state_of(workdir, 2), state_of(workdir, 3)
     for name, array in after.items():
         if name.startswith("params/"):
-            expected = (before[f"ema_{name}"] + array) / 2
+            decay = 3 / 12  # (1 + step) / (10 + step) of the third step; at most ema_decay
+            expected = decay * before[f"ema_{name}"] + (1 - decay) * array
             np.testing.assert_allclose(after[f"ema_{name}"], expected, rtol=1e-5, atol=1e-7)
     params = checkpoint.load_params(workdir, 3)
     for name, array in traverse_util.flatten_dict(params, sep="/").items():

@@ -121,6 +121,8 @@ def normalize(image: jax.Array, mean, std) -> jax.Array:
     for name, value in {"mean": mean, "std": std}.items():
         if len(value) not in (1, image.shape[-1]):
             raise ValueError(f"{name} {value} does not fit {image.shape[-1]} channels.")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {std}.")
     return (image - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 

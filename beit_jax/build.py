@@ -1,0 +1,161 @@
+"""The parts of a run, built as its config describes them."""
+
+from typing import NamedTuple
+
+import jax
+
+from beit_jax import checkpoint, modules, optim, pretrained, sharding
+from beit_jax import state as states
+from beit_jax.steps import to_steps
+
+
+class Plan(NamedTuple):
+    """Durations of a run, in steps; 0 is never."""
+
+    total_steps: int
+    steps_per_epoch: float
+    warmup: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep_every: int
+
+
+def make_task(config, splits, workdir, mesh, step: int | None):
+    """The task of the config: of the model in the workdir, if it has a step, else of a new one.
+
+    Raises:
+      ValueError: task, data, architecture and weights do not fit each other.
+    """
+    names = {name: split.source.class_names for name, split in splits.items()}
+    class_names = next(iter(names.values()))
+    for name, others in names.items():
+        if others != class_names:
+            raise ValueError(
+                f"The splits differ in their classes: {name} ({config.data[name]}) has {others}, "
+                f"expected {class_names}."
+            )
+    info, start = None, None
+    if step is not None:
+        info = checkpoint.read_model_info(workdir)
+    elif config.pretrained:
+        start = pretrained.load(config.pretrained, config.pretrained_revision)
+    resized = any(split.resident is None for split in splits.values())
+    module = modules.load("tasks", config.task_name)
+    task = module.make_task(config, class_names, resized=resized, start=start, info=info)
+    return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
+
+
+def check_numbers(config) -> None:
+    """Raises ValueError where a number of the config makes no run."""
+    for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
+        if config[key] is not None and config[key] <= 0:
+            raise ValueError(f"config.{key} is {config[key]}; it must be above 0.")
+
+
+def make_plan(config, num_examples: int) -> Plan:
+    """Durations of the config in steps."""
+    steps_per_epoch = num_examples / config.batch_size
+    total_steps = config.total_steps
+    if total_steps is None:
+        total_steps = max(1, round(config.num_epochs * steps_per_epoch))
+
+    def steps(duration, name):
+        return to_steps(
+            duration,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=config.batch_size,
+            name=f"config.{name}",
+        )
+
+    names = ("log_every", "eval_every", "save_every", "keep_every")
+    return Plan(
+        total_steps,
+        steps_per_epoch,
+        warmup=steps(config.optim.warmup, "optim.warmup"),
+        **{name: steps(config[name], name) for name in names},
+    )
+
+
+def make_optimizer(config, task, plan):
+    """The optimizer of the config and its learning-rate schedule."""
+    c = config.optim
+    schedule = optim.make_schedule(
+        c.schedule,
+        learning_rate=c.learning_rate,
+        total_steps=plan.total_steps,
+        end_value=c.end_value,
+        warmup_steps=plan.warmup,
+        warmup_init=c.warmup_init,
+        steps_per_epoch=plan.steps_per_epoch,
+    )
+    return optim.make_optimizer(
+        c.name,
+        learning_rate=schedule,
+        params=_shapes(task, config)[0],
+        b1=c.b1,
+        b2=c.b2,
+        eps=c.eps,
+        momentum=c.momentum,
+        nesterov=c.nesterov,
+        weight_decay=c.weight_decay,
+        no_decay=c.no_decay,
+        decay_position_bias=c.decay_position_bias,
+        layer_decay=c.layer_decay,
+        layer_id=task.layer_id,
+        num_layers=task.num_layers,
+        clip_norm=c.clip_norm,
+        freeze=c.freeze,
+    )
+
+
+def _shapes(task, config):
+    return jax.eval_shape(task.init, jax.random.key(config.seed))
+
+
+def make_checkpointer(config, workdir, keep_every: int = 0) -> checkpoint.Checkpointer:
+    """The checkpoints of the workdir."""
+    return checkpoint.Checkpointer(
+        workdir,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        keep_every=keep_every or None,
+        best_metric=config.best_metric,
+        best_mode=config.best_mode,
+    )
+
+
+def make_state(config, task, tx, saver, mesh):
+    """The newest state in the workdir, or else the first: initialised, then pretrained."""
+    everywhere = sharding.replicated(mesh)
+    rng = jax.random.key(config.seed)
+
+    def create(params, model_state):
+        return states.create(params, model_state, tx, ema=config.ema_decay > 0)
+
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+        jax.eval_shape(create, *_shapes(task, config)),
+    )
+    state = saver.restore(target)
+    if state is None:
+        params, model_state = jax.device_get(jax.jit(task.init)(rng))
+        params = sharding.put(task.start(params), everywhere)
+        state = jax.jit(create, out_shardings=everywhere)(params, model_state)
+    return state
+
+
+def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
+    """The training step, compiled for these shapes; the state's buffers are reused."""
+    step = states.make_train_step(
+        task,
+        tx,
+        schedule=schedule,
+        trainable=optim.trainable_mask(state.params, config.optim.freeze),
+        seed=config.seed,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+    )
+    step = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    return step.lower(state, task.frozen, resident, batch).compile()

@@ -1,0 +1,271 @@
+"""The main job: from a checkpoint of others, over fine-tuning, to predictions and back."""
+
+import csv
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from flax import traverse_util
+from PIL import Image
+
+from beit_jax import checkpoint, convert, train
+from configs import image_folder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+RUN = {
+    "batch_size": 8,
+    "total_steps": 12,
+    "eval_every": "6",
+    "save_every": "6",
+    "log_every": "1",
+    "data.train": "train[:80%]",
+    "data.val": "train[80%:]",
+    "data.test": "train[80%:]",
+    "optim.warmup": "0",
+    "tensorboard": False,
+    "mistakes": 0,
+    "compile_cache": "",
+}
+STILL = {"optim.learning_rate": 0.0, "optim.end_value": 0.0, "total_steps": 1, "data.val": ""}
+
+
+def finetune(workdir, pictures, pretrained, changes=()):
+    config = image_folder.get_config(str(pictures))
+    config.update_from_flattened_dict(RUN | {"pretrained": str(pretrained)} | dict(changes))
+    return train.run(config, str(workdir))
+
+
+def params_of(workdir):
+    return traverse_util.flatten_dict(checkpoint.load_params(workdir), sep="/")
+
+
+def architecture_of(workdir):
+    return checkpoint.read_model_info(workdir).architecture
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory, picture_folder, hf_directory):
+    """A finished run, and what it returned."""
+    workdir = tmp_path_factory.mktemp("finetuned")
+    changes = {"optim.learning_rate": 1e-2}
+    return workdir, finetune(workdir, picture_folder, hf_directory, changes)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, finetuned, start):
+    """The finished run as a HuggingFace directory."""
+    path = tmp_path_factory.mktemp("exported") / "hf"
+    status, output = start("beit_jax.convert", "to-hf", finetuned[0], path, "--verify").wait()
+    assert status == 0, output
+    return path
+
+
+def predict_with_transformers(directory, paths):
+    """Class names, and probabilities [N, K] by transformers' own processor and model."""
+    model = transformers.BeitForImageClassification.from_pretrained(directory).eval()
+    processor = transformers.BeitImageProcessorPil.from_pretrained(directory)
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    with torch.no_grad():
+        logits = model(**processor(pictures, return_tensors="pt")).logits
+    names = [model.config.id2label[i] for i in range(logits.shape[1])]
+    return names, logits.softmax(-1).numpy()
+
+
+def test_checkpoint_decides_the_architecture(tmp_path, picture_folder, hf_directory):
+    finetune(tmp_path, picture_folder, hf_directory, STILL)
+    info = checkpoint.read_model_info(tmp_path)
+    assert info.architecture["hidden_size"] == 16
+    assert info.architecture["patch_size"] == 4
+    assert tuple(info.architecture["image_size"]) == (16, 16)
+    assert info.class_names == ["blue", "green", "red"]
+    assert info.pretrained == str(hf_directory)
+    loaded = convert.load(hf_directory)
+    expected = traverse_util.flatten_dict(loaded.params, sep="/")
+    order = [loaded.class_names.index(name) for name in info.class_names]
+    for name, array in params_of(tmp_path).items():
+        of_checkpoint = expected[name]
+        if name.startswith("classifier/"):
+            of_checkpoint = of_checkpoint[..., order]
+        np.testing.assert_array_equal(array, of_checkpoint, err_msg=name)
+
+
+def test_evaluation_agrees_with_transformers(tmp_path, picture_folder, hf_directory):
+    results = finetune(
+        tmp_path,
+        picture_folder,
+        hf_directory,
+        {"eval_only": True, "data.val": "", "data.test": "train"},
+    )
+    paths = [path for name in ("blue", "green", "red") for path in picture_folder.glob(f"{name}/*")]
+    names, probability = predict_with_transformers(hf_directory, paths)
+    label = np.array([names.index(path.parent.name) for path in paths])
+    loss = -np.log(probability[np.arange(len(label)), label]).mean()
+    assert results["test"]["count"] == 60
+    assert results["test"]["loss"] == pytest.approx(loss, abs=1e-3)
+    assert results["test"]["accuracy"] == pytest.approx((probability.argmax(-1) == label).mean())
+
+
+def test_overrides_and_resolution(tmp_path, picture_folder, hf_directory, caplog):
+    caplog.set_level("INFO")
+    changes = {"model.image_size": 24, "model.drop_path_rate": 0.25}
+    finetune(tmp_path, picture_folder, hf_directory, STILL | changes)
+    assert tuple(architecture_of(tmp_path)["image_size"]) == (24, 24)
+    assert architecture_of(tmp_path)["drop_path_rate"] == 0.25
+    assert "positions resized from (4, 4) to (6, 6) by unilm" in caplog.text
+    table = params_of(tmp_path)["layer_1/attention/relative_position_bias_table"]
+    assert table.shape == (11 * 11 + 3, 2)
+
+
+def test_other_classes_get_a_new_head(tmp_path, picture_folder, hf_directory, caplog):
+    caplog.set_level("INFO")
+    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
+    shutil.rmtree(pictures / "red")
+    finetune(tmp_path / "run", pictures, hf_directory, STILL)
+    assert "new parameters: classifier/bias, classifier/kernel" in caplog.text
+    assert params_of(tmp_path / "run")["classifier/kernel"].shape == (16, 2)
+
+
+def test_new_head_is_no_evaluation(tmp_path, picture_folder, hf_directory):
+    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
+    shutil.rmtree(pictures / "red")
+    with pytest.raises(ValueError, match=r"classifier/kernel: .*, \[16, 2\] in the model"):
+        finetune(tmp_path / "run", pictures, hf_directory, {"eval_only": True})
+
+
+def test_masked_image_modeling_checkpoint(tmp_path, picture_folder, caplog):
+    caplog.set_level("INFO")
+    torch.manual_seed(0)
+    config = transformers.BeitConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=20,
+        use_mask_token=True,
+        use_shared_relative_position_bias=True,
+        initializer_range=0.2,
+    )
+    model = transformers.BeitForMaskedImageModeling(config)
+    tables = [p for name, p in model.named_parameters() if "relative_position_bias_table" in name]
+    (shared,) = tables
+    torch.nn.init.normal_(shared)
+    model.save_pretrained(tmp_path / "hf")
+    finetune(tmp_path / "run", picture_folder, tmp_path / "hf", STILL)
+    assert "classifier/kernel" in caplog.text
+    params = params_of(tmp_path / "run")
+    for layer in range(2):
+        table = params[f"layer_{layer}/attention/relative_position_bias_table"]
+        np.testing.assert_array_equal(table, shared.detach().numpy())
+    assert not any(name.startswith(("lm_head", "embeddings/mask_token")) for name in params)
+
+
+def test_learns_colours(finetuned):
+    _, results = finetuned
+    assert results["test"]["accuracy"] == 1.0
+    assert results["test"]["count"] == 12
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, start, flags, picture_folder, hf_directory):
+    """The second start is from the pretrained weights as well."""
+    changes = RUN | {"pretrained": hf_directory, "save_every": "0", "total_steps": 300}
+    arguments = flags(tmp_path, changes, config=f"configs/image_folder.py:{picture_folder}")
+    first = []
+    for _ in range(2):
+        program, log = start("main.py", *arguments), tmp_path / "metrics.jsonl"
+        while program.is_alive() and not (log.exists() and log.read_text().endswith("\n")):
+            time.sleep(0.01)
+        program.kill()
+        assert program.wait().status == -9, program.output
+        first.append(json.loads(log.read_text().splitlines()[0])["train/loss"])
+        log.unlink()
+    assert first[0] == first[1]
+
+
+def test_own_workdir_as_pretrained(tmp_path, picture_folder, finetuned):
+    finetune(tmp_path, picture_folder, finetuned[0], STILL)
+    expected = params_of(finetuned[0])
+    for name, array in params_of(tmp_path).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_predictions_agree_with_transformers(
+    tmp_path, start, picture_folder, finetuned, exported, form
+):
+    out = tmp_path / f"predictions.{form}"
+    status, output = start(
+        "beit_jax.predict",
+        *("--checkpoint", finetuned[0], "--images", picture_folder, "--out", out, "--top-k", 2),
+    ).wait()
+    assert status == 0, output
+    assert "60 predictions, 0 pictures not read" in output
+    rows = read_rows(out)
+    names, probability = predict_with_transformers(exported, [row["path"] for row in rows])
+    assert len(rows) == 60
+    for row, expected in zip(rows, probability, strict=True):
+        best = np.argsort(-expected)[:2]
+        assert row["label"] == names[best[0]]
+        assert [name for name, _ in row["top"]] == [names[k] for k in best]
+        assert [p for _, p in row["top"]] == pytest.approx(expected[best], abs=1e-3)
+
+
+def read_rows(path):
+    """Rows of a JSON or CSV file, both as JSON has them."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    header = "path label probability class_1 probability_1 class_2 probability_2 error"
+    assert " ".join(rows[0]) == header
+    pairs = (("class_1", "probability_1"), ("class_2", "probability_2"))
+    return [
+        row | {"top": [(row[name], float(row[p])) for name, p in pairs if row[name]]}
+        for row in rows
+    ]
+
+
+def test_picture_that_cannot_be_read(tmp_path, start, picture_folder, finetuned):
+    pictures = shutil.copytree(picture_folder / "red", tmp_path / "pictures")
+    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:70])
+    out = tmp_path / "predictions.csv"
+    status, output = start(
+        "beit_jax.predict", "--checkpoint", finetuned[0], "--images", pictures, "--out", out
+    ).wait()
+    assert status == 3
+    assert f"not read: {pictures}/3.png" in output
+    assert "19 predictions, 1 pictures not read" in output
+    with open(out, newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    bad = rows.pop(f"{pictures}/3.png")
+    assert bad["error"] and not bad["label"]
+    assert all(row["label"] == "red" and not row["error"] for row in rows.values())
+
+
+@pytest.mark.parametrize("images", ["none", "empty"])
+def test_no_pictures(tmp_path, start, finetuned, images):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "predictions.csv"
+    arguments = ("--checkpoint", finetuned[0], "--images", tmp_path / images, "--out", out)
+    status, output = start("beit_jax.predict", *arguments).wait()
+    assert status == 2
+    assert str(tmp_path / images) in output
+    assert "Traceback" not in output
+    assert not out.exists()
+
+
+def test_checkpoint_without_a_classifier_predicts_nothing(tmp_path, start, picture_folder):
+    config = transformers.BeitConfig(
+        image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BeitForMaskedImageModeling(config).save_pretrained(tmp_path)
+    out = tmp_path / "predictions.csv"
+    arguments = ("--checkpoint", tmp_path, "--images", picture_folder, "--out", out)
+    status, output = start("beit_jax.predict", *arguments).wait()
+    assert status == 2
+    assert "is no classifier" in output
