@@ -159,7 +159,7 @@ def picture_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hf_directory(tmp_path_factory):
-    """A HuggingFace directory with a random BEiT of 16 x 16 pixels; its classes have no sorted order."""
+    """A HuggingFace directory with a random BEiT of 16 x 16 pixels and classes out of order."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     names = {0: "red", 1: "blue", 2: "green"}
