@@ -187,6 +187,24 @@ def test_killed_before_the_first_checkpoint(tmp_path, start, flags, picture_fold
     assert first[0] == first[1]
 
 
+def test_splits_of_different_sizes(tmp_path, picture_folder, hf_directory):
+    """Pictures of one size in train, of several in test: both are read in the same way."""
+    shutil.copytree(picture_folder, tmp_path / "pictures" / "test")
+    odd = shutil.ignore_patterns("*[13579].png")
+    shutil.copytree(picture_folder, tmp_path / "pictures" / "train", ignore=odd)
+    changes = STILL | {"data.train": "train", "data.test": "test", "model.image_size": 8}
+    results = finetune(tmp_path / "run", tmp_path / "pictures", hf_directory, changes)
+    assert results["test"]["count"] == 60
+
+
+def test_changed_data_are_refused(tmp_path, picture_folder, hf_directory):
+    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
+    finetune(tmp_path / "run", pictures, hf_directory, STILL)
+    shutil.copy(pictures / "red" / "1.png", pictures / "red" / "copy.png")
+    with pytest.raises(ValueError, match="The data of train, test have changed since"):
+        finetune(tmp_path / "run", pictures, hf_directory, STILL)
+
+
 def test_own_workdir_as_pretrained(tmp_path, picture_folder, finetuned):
     finetune(tmp_path, picture_folder, finetuned[0], STILL)
     expected = params_of(finetuned[0])

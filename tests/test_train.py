@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -14,10 +15,11 @@ from scipy import special
 from beit_jax import checkpoint, report
 from beit_jax.data import sources
 from beit_jax.tasks import classify
+from beit_jax.train import catch_signals
 
 ALL = {"data.val": "train[400:500]", "data.test": "test[:100]", "mistakes": 4, "tensorboard": True}
 LONG = {  # the random numbers of augmentation and dropout, and all parts of a state
-    "total_steps": 60,
+    "total_steps": 40,
     "save_every": "3",
     "ema_decay": 0.9,
     "optim.learning_rate": 1e-2,
@@ -115,7 +117,7 @@ def test_tensorboard_has_the_metrics(finished):
 
 def test_loss_falls(uninterrupted):
     _, found = uninterrupted
-    assert np.mean([found[step] for step in range(51, 61)]) < 0.8 * found[1]
+    assert np.mean([found[step] for step in range(31, 41)]) < 0.8 * found[1]
 
 
 def test_same_seed_same_bits(tmp_path, train, state_of, finished):
@@ -129,23 +131,23 @@ def test_other_seed_other_start(tmp_path, train, finished):
     assert losses(tmp_path)[1] != losses(finished[0])[1]
 
 
-def wait_for_steps(program, workdir):
-    """Waits until a program that has been started has done steps of its own."""
-    before = len(losses(workdir))
-    while program.is_alive() and len(losses(workdir)) in (0, before):
+def wait_for_steps(program):
+    """Waits until a program is about to do its first step."""
+    while program.is_alive() and "Compiled in" not in program.output:
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_changes_nothing(tmp_path, start, flags, state_of, uninterrupted, kills):
-    rng, arguments = random.Random(kills), flags(tmp_path, LONG)
+    rng, arguments, statuses = random.Random(kills), flags(tmp_path, LONG), []
     for _ in range(kills):
         program = start("main.py", *arguments)
-        wait_for_steps(program, tmp_path)
-        time.sleep(rng.uniform(0, 0.6))
+        wait_for_steps(program)
+        time.sleep(rng.uniform(0, 0.4))
         program.kill()
-        program.wait()
+        statuses.append(program.wait().status)
     end = start("main.py", *arguments).wait()
+    assert -signal.SIGKILL in statuses
     assert end.status == 0, end.output
     assert_same_state(state_of(tmp_path), uninterrupted[0])
     assert losses(tmp_path) == uninterrupted[1]
@@ -153,28 +155,44 @@ def test_kill_changes_nothing(tmp_path, start, flags, state_of, uninterrupted, k
 
 def test_sigterm_saves_and_changes_nothing(tmp_path, start, flags, state_of, uninterrupted):
     program = start("main.py", *flags(tmp_path, LONG))
-    wait_for_steps(program, tmp_path)
+    wait_for_steps(program)
     program.terminate()
     status, output = program.wait(10)
     steps = losses(tmp_path)
     assert status == 0
     assert f"Saved step {max(steps)}; the same command goes on from there." in output
-    assert 0 < len(steps) < 60
+    assert 0 < len(steps) < 40
     end = start("main.py", *flags(tmp_path, LONG)).wait()
-    assert f"at step {max(steps)} of 60" in end.output
+    assert f"at step {max(steps)} of 40" in end.output
     assert_same_state(state_of(tmp_path), uninterrupted[0])
     assert losses(tmp_path) == uninterrupted[1]
+
+
+def test_second_signal_ends_at_once(tmp_path, start, flags):
+    program = start("main.py", *flags(tmp_path, LONG))
+    wait_for_steps(program)
+    for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+        os.kill(program.pid, number)
+    assert program.wait(10).status == 128 + signal.SIGTERM
+
+
+def test_signal_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with catch_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_devices_agree(tmp_path, start, flags, uninterrupted):
     """Each number of devices restores what the other saved, and the losses are the same."""
     for environment in (DEVICES, {}):
         program = start("main.py", *flags(tmp_path, LONG), **environment)
-        wait_for_steps(program, tmp_path)
+        wait_for_steps(program)
         program.terminate()
         assert program.wait().status == 0, program.output
     end = start("main.py", *flags(tmp_path, LONG), **DEVICES).wait()
-    assert "of 60." in end.output.splitlines()[0]
+    assert "of 40." in end.output.splitlines()[0]
     assert end.status == 0
     assert losses(tmp_path) == pytest.approx(uninterrupted[1], rel=1e-5)
 
@@ -188,8 +206,8 @@ def test_batch_size_of_devices(tmp_path, start, flags):
 
 def test_workdir_in_use(tmp_path, start, flags):
     program = start("main.py", *flags(tmp_path, LONG))
-    wait_for_steps(program, tmp_path)
-    os.kill(program.pid, 19)  # SIGSTOP: it holds the lock as long as it takes
+    wait_for_steps(program)
+    os.kill(program.pid, signal.SIGSTOP)  # so that it does not end meanwhile
     try:
         status, output = start("main.py", *flags(tmp_path, LONG)).wait()
     finally:
