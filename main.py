@@ -3,6 +3,7 @@
 import logging
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -41,8 +42,20 @@ def main(argv):
     try:
         train.run(CONFIG.value, WORKDIR.value)
     except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
+        if not is_told(error):
+            raise
         notes = "\n".join(getattr(error, "__notes__", ()))
         sys.exit(f"{type(error).__name__}: {error}\n{notes}".rstrip())
+
+
+def is_told(error) -> bool:
+    """Whether the message is for the user: of the system, or raised by our own code.
+
+    Errors that come from a library are bugs, whose traceback is wanted.
+    """
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    ours = pathlib.Path(__file__).resolve().parent / "beit_jax"
+    return isinstance(error, OSError) or ours in raised_in.resolve().parents
 
 
 if __name__ == "__main__":

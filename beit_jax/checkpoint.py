@@ -86,14 +86,14 @@ def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
 
 
 class _BestN(preservation_policy.PreservationPolicy):
-    """Keeps the `n` steps of the highest `scores`, which may change."""
+    """Keeps the `n` steps of the highest `scores`, which may change, and those without a score."""
 
     def __init__(self, n: int, scores: Mapping[int, float | None]):
         self._n, self._scores = n, scores
 
     def should_preserve(self, checkpoints, *, context):
         best = _best(self._scores, [x.step for x in checkpoints], self._n)
-        return [x.step in best for x in checkpoints]
+        return [x.step in best or x.step not in self._scores for x in checkpoints]
 
 
 class Checkpointer:

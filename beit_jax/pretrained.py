@@ -61,6 +61,12 @@ def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, metho
     Raises:
       ValueError: lists all parameters that are missing, left over or of another shape.
     """
+    try:
+        reset = [re.compile(pattern) for pattern in reset]
+    except re.error as error:
+        raise ValueError(
+            f"config.pretrained_reset: {error.pattern!r} is no regular expression: {error}."
+        ) from None
     family = modules.load("models", pretrained.info.model_name)
     old, new = (family.Model(**a).config for a in (pretrained.info.architecture, architecture))
     loaded = family.adapt_params(pretrained.params, old, new, method)
@@ -70,7 +76,7 @@ def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, metho
     problems = [
         f"  {name}: {_shape(loaded, name)} in the checkpoint, {_shape(fresh, name)} in the model"
         for name in sorted((set(loaded) | set(fresh)) - fitting)
-        if not any(re.fullmatch(pattern, name) for pattern in reset)
+        if not any(pattern.fullmatch(name) for pattern in reset)
     ]
     if problems:
         raise ValueError(

@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import numpy as np
 
 from beit_jax import build, checkpoint, evaluate, plots, report, sharding
 from beit_jax import workdir as workdirs
@@ -199,7 +200,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
         if name in splits:
             with log.timer("evaluate"):
                 metrics, outputs = evaluator(splits[name], params, model_state)
-            results[name] = metrics
+            results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
             if name == "test" or "test" not in splits:
                 task.draw(workdir, metrics, outputs, splits[name])

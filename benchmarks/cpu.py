@@ -168,7 +168,8 @@ def main():
     for size in args.sizes:
         *parts, batch = SIZES[size]
         architecture = {key: value for part in parts for key, value in part.items()}
-        for kind, make in (("inference", inference), ("training", training)):
+        # training first: transformers keeps tensors that inference mode would spoil for it
+        for kind, make in (("training", training), ("inference", inference)):
             for dtype in ("float32", "bfloat16"):
                 runs = make(peer(architecture), dtype, batch)
                 row = {"model": size, "kind": kind, "dtype": dtype, "batch": batch}

@@ -72,6 +72,24 @@ def test_missing_flag(flags, fails, tmp_path, missing):
     assert missing in fails(*arguments)
 
 
+def test_a_bug_keeps_its_traceback(start, tmp_path, flags):
+    """An error that a library raises, not we, is not shortened to a line."""
+    config = tmp_path / "broken.py"
+    config.write_text(
+        "import numpy as np\nfrom beit_jax import build\nfrom configs import quickstart\n"
+        "build.check_numbers = lambda config: np.zeros(3).reshape(2, 2)\n"
+        "get_config = quickstart.get_config\n"
+    )
+    status, output = start("main.py", *flags(tmp_path / "run", config=config)).wait()
+    assert status == 1
+    assert "Traceback" in output and "cannot reshape array" in output
+
+
+def test_pretrained_reset_is_a_regular_expression(refuses, hf_directory):
+    message = refuses({"pretrained": hf_directory, "pretrained_reset": ("classifier/(.*",)})
+    assert "config.pretrained_reset: 'classifier/(.*' is no regular expression" in message
+
+
 def test_stray_argument(flags, fails, tmp_path):
     assert "Unexpected arguments: config.seed=1" in fails(*flags(tmp_path), "config.seed=1")
 

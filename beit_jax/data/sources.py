@@ -273,17 +273,6 @@ def get_source(
     )
 
 
-def check_num_classes(source: Source, num_classes: int) -> None:
-    """Raises ValueError unless the source has exactly `num_classes` classes."""
-    if source.class_names is None:
-        raise ValueError(f"{source.name} has no labels; expected {num_classes} classes")
-    if len(source.class_names) != num_classes:
-        raise ValueError(
-            f"{source.name} has {len(source.class_names)} classes; expected {num_classes}, the "
-            f"number that the model is to tell apart. Found: {', '.join(source.class_names)}"
-        )
-
-
 def check(
     source: Source, *, threads: int = THREADS, progress: Callable[[int, int], None] | None = None
 ) -> list[images.BadImageError]:

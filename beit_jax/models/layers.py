@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -41,7 +42,11 @@ def _matmul_backward(residuals, gradient):
     gradient = gradient.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
     d_x = _dot(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1,), _product_dtype(x.dtype))
-    d_kernel = _dot(x, gradient, leading, leading, jnp.float32)
+    if x.dtype == jnp.float32 and x.shape[-1] > gradient.shape[-1]:
+        # XLA:CPU copies the first operand transposed, with all that made it: let it be the narrow
+        d_kernel = _dot(gradient, x, leading, leading, jnp.float32).T
+    else:
+        d_kernel = _dot(x, gradient, leading, leading, jnp.float32)
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
@@ -80,8 +85,9 @@ class DropPath(nn.Module):
 
 
 def gelu(x):
-    """GELU with the exact erf, in float32; jax's default is the tanh approximation."""
-    return nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+    """GELU with the exact erf, in float32, as torch writes it; XLA:CPU is slow at jax's erfc."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
 ACTIVATIONS = {

@@ -3,6 +3,7 @@
 B batch, H x W picture as stored, S side as the network sees it, C channels, K classes.
 """
 
+import csv
 import dataclasses
 import functools
 import os
@@ -157,8 +158,7 @@ def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
     """Pictures of a classifier's test: confusion matrix, calibration, most confident mistakes."""
     names = split.source.class_names
     if results["confusion"] is not None:
-        path = os.path.join(workdir, "confusion_matrix.png")
-        plots.confusion_matrix(results["confusion"], names, path)
+        write_confusion_matrix(results["confusion"], names, workdir)
     plots.reliability_diagram(results["calibration"], os.path.join(workdir, "calibration.png"))
     wrong = np.flatnonzero(outputs["predicted"] != outputs["label"])
     worst = wrong[np.argsort(-outputs["probability"][wrong], kind="stable")][:num_mistakes]
@@ -172,6 +172,17 @@ def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
             captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}")
         title = "Most confident mistakes: true → predicted"
         plots.contact_sheet(pictures, captions, os.path.join(workdir, "mistakes.png"), title=title)
+
+
+def write_confusion_matrix(confusion, class_names, workdir) -> None:
+    """The counts [K, K] (row: label, column: prediction) as a table and as a picture."""
+    path = os.path.join(workdir, "confusion_matrix")
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["label \\ predicted", *class_names])
+        for name, counts in zip(class_names, confusion.astype(int).tolist(), strict=True):
+            rows.writerow([name, *counts])
+    plots.confusion_matrix(confusion, class_names, f"{path}.png")
 
 
 def _with_head_for(start: Pretrained, class_names) -> Pretrained:
