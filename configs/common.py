@@ -62,6 +62,8 @@ def get_config() -> ConfigDict:
     data.train = "train[:90%]"
     data.val = "train[90%:]"  # "" for no validation
     data.test = "test"  # "" for no final test
+    data.folds = 0  # of stratified cross-validation over train + val; val is then one fold of it
+    data.fold = 0  # which, from 0
     data.on_bad_image = "error"  # or skip: leave out, and count, what cannot be decoded
     data.resident_bytes = 4 << 30  # splits of one picture size, up to this each, stay on the device
     data.threads = 0  # that decode; 0: one per core

@@ -264,6 +264,35 @@ def test_data_dir_is_where_a_folder_is(tmp_path):
     assert ids(sources.get_source("folder", data_dir=tmp_path / "pets")) == expected
 
 
+def test_folds_cover_every_example_once_and_evenly():
+    whole = sources.get_source("digits", "train")
+    pairs = [sources.stratified_fold(whole, fold, 5) for fold in range(5)]
+    held_out = [ids(fold) for _, fold in pairs]
+    assert sorted(itertools.chain(*held_out)) == sorted(ids(whole))
+    for (rest, fold), names in zip(pairs, held_out, strict=True):
+        assert sorted(ids(rest) + names) == sorted(ids(whole))
+        counts = np.bincount(fold.labels(), minlength=10)
+        assert np.abs(counts - np.bincount(whole.labels()) / 5).max() < 1
+        assert fold[3]["label"] == fold.labels()[3]
+        np.testing.assert_array_equal(fold[3]["image"], whole[ids(whole).index(names[3])]["image"])
+    assert len({fold.info.fingerprint for pair in pairs for fold in pair}) == 10
+
+
+def test_folds_of_unlabelled_pictures(tmp_path):
+    for i in range(7):
+        save(tmp_path / f"{i}.png")
+    source = sources.get_source(f"folder:{tmp_path}")
+    folds = [sources.stratified_fold(source, fold, 3)[1] for fold in range(3)]
+    assert [len(fold) for fold in folds] == [3, 2, 2]
+    assert folds[0].labels() is None and len({*ids(folds[0]), *ids(folds[1]), *ids(folds[2])}) == 7
+
+
+@pytest.mark.parametrize(("fold", "folds"), [(5, 5), (-1, 5), (0, 1), (0, 2000)])
+def test_there_is_no_such_fold(fold, folds):
+    with pytest.raises(ValueError, match=f"data.fold={fold} of data.folds={folds}: expected 2 to"):
+        sources.stratified_fold(sources.get_source("digits", "train"), fold, folds)
+
+
 def test_unknown_names_list_the_known():
     for name in ("cifar", "folder:", "tfds:"):
         with pytest.raises(ValueError, match=f"{name}.; available: digits, cifar10, .*folder:PATH"):

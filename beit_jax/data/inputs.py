@@ -35,21 +35,30 @@ def open_splits(config, mesh: Mesh, names=("train", "val", "test")) -> dict[str,
     the device.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such data set, split or picture.
+      FileNotFoundError, ValueError: there is no such data set, split, fold or picture.
     """
-    found = {
-        name: sources.get_source(
-            config.name,
-            config[name],
-            data_dir=config.data_dir or None,
-            on_bad_image=config.on_bad_image,
-        )
-        for name in names
-        if config[name]
-    }
+    found = _open(config, names)
     if not all(pipeline.fits(source, config.resident_bytes) for source in found.values()):
         return {name: Split(source, None, len(source), None) for name, source in found.items()}
     return {name: _resident(source, config, mesh) for name, source in found.items()}
+
+
+def _open(config, names):
+    def source(split):
+        return sources.get_source(
+            config.name,
+            split,
+            data_dir=config.data_dir or None,
+            on_bad_image=config.on_bad_image,
+        )
+
+    found = {}
+    if config.folds:
+        pool = source("+".join(filter(None, (config.train, config.val))))
+        fold = sources.stratified_fold(pool, config.fold, config.folds)
+        found = dict(zip(("train", "val"), fold, strict=True))
+    found |= {name: source(config[name]) for name in names if config[name] and name not in found}
+    return {name: found[name] for name in names if name in found}
 
 
 def _resident(source, config, mesh):

@@ -78,6 +78,10 @@ class Source:
         """The pictures as they are stored, with their labels."""
         raise NotImplementedError
 
+    def labels(self) -> np.ndarray | None:
+        """All labels, int64 [N], without a look at the pictures; None without labels."""
+        raise NotImplementedError
+
     def decode(
         self,
         index: int,
@@ -138,6 +142,9 @@ class ArraySource(Source):
     def fetch(self, indices):
         return [Record(self._image[i], _label(self._labels, i)) for i in indices]
 
+    def labels(self):
+        return self._labels
+
     def _image_shape(self):
         return (*self._image.shape[1:3], 3)
 
@@ -161,6 +168,9 @@ class FileSource(Source):
 
     def fetch(self, indices):
         return [Record(self._root / self._ids[i], _label(self._labels, i)) for i in indices]
+
+    def labels(self):
+        return self._labels
 
     def _image_shape(self):
         shape = None
@@ -213,6 +223,12 @@ class TfdsSource(Source):
             for record in self._records.__getitems__(indices)  # 10 times faster than one by one
         ]
 
+    def labels(self):
+        if self.class_names is None:
+            return None
+        chunks = (range(i, min(i + _CHUNK, len(self))) for i in range(0, len(self), _CHUNK))
+        return np.array([record.label for chunk in chunks for record in self.fetch(chunk)], int)
+
     def _image_shape(self):
         height, width = self._shape[:2]
         return None if height is None or width is None else (height, width, 3)
@@ -220,6 +236,60 @@ class TfdsSource(Source):
     def _identity(self):
         yield self._version, self.class_names and self._label_key
         yield self._files
+
+
+class Subset(Source):
+    """Some examples of another source, whose split is then called `split`."""
+
+    def __init__(self, source: Source, indices: np.ndarray, split: str):
+        super().__init__(source.name, split, source.class_names, source.on_bad_image)
+        self._source, self._indices = source, indices
+
+    def __len__(self):
+        return len(self._indices)
+
+    def id(self, index):
+        return self._source.id(int(self._indices[index]))
+
+    def fetch(self, indices):
+        return self._source.fetch([int(self._indices[i]) for i in indices])
+
+    def decode(self, index, record, transform=images.decode):
+        return self._source.decode(int(self._indices[index]), record, transform)
+
+    def labels(self):
+        labels = self._source.labels()
+        return None if labels is None else labels[self._indices]
+
+    def _image_shape(self):
+        return self._source.info.image_shape
+
+    def _identity(self):
+        yield self._source.info.fingerprint
+        yield self._indices.tobytes()
+
+
+def stratified_fold(source: Source, fold: int, folds: int) -> tuple[Source, Source]:
+    """Splits a source for cross-validation: (all but the fold, the fold).
+
+    Folds are numbered from 0 and differ by one example at most, in every class and altogether; each
+    example is in one of them. Without labels every `folds`-th example is in a fold.
+
+    Raises:
+      ValueError: there is no such fold, or fewer than one example for each.
+    """
+    if not (2 <= folds <= len(source) and 0 <= fold < folds):
+        raise ValueError(
+            f"data.fold={fold} of data.folds={folds}: expected 2 to {len(source)} folds, one for "
+            f"each example of {source.name} at most, and a fold from 0 to folds - 1"
+        )
+    labels = source.labels()
+    order = np.arange(len(source)) if labels is None else np.argsort(labels, kind="stable")
+    fold_of = np.empty(len(source), np.int64)
+    fold_of[order] = np.arange(len(source)) % folds
+    name = f"{source.split}, fold {fold} of {folds}"
+    inside, outside = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+    return Subset(source, outside, f"all but {name}"), Subset(source, inside, name)
 
 
 def get_source(
