@@ -159,3 +159,17 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
     )
     step = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
     return step.lower(state, task.frozen, resident, batch).compile()
+
+
+def num_trainable(config, params) -> int:
+    """Numbers that the optimizer changes."""
+    mask = optim.trainable_mask(params, config.optim.freeze)
+    sizes = jax.tree.map(lambda x, learns: x.size * learns, params, mask)
+    return sum(jax.tree.leaves(sizes))
+
+
+def memory_of(compiled) -> int:
+    """Bytes that a compiled step needs on a device: state, data and what it holds meanwhile."""
+    memory = compiled.memory_analysis()
+    together = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return together - memory.alias_size_in_bytes + memory.temp_size_in_bytes

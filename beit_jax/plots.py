@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Okabe-Ito
+_SERIES = [_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", _GREY]
 _KINDS = {"train": ("training", _BLUE), "val": ("validation", _ORANGE), "test": ("test", _GREEN)}
 _NUMBERS_UP_TO = 20  # classes
 _STYLE = {
@@ -204,6 +205,40 @@ def reliability_diagram(calibration: Sequence[dict], path: str) -> Figure:
         each.xaxis.set_major_formatter(PercentFormatter(1))
         each.yaxis.set_major_formatter(PercentFormatter(1))
         each.grid()
+    return _save(figure, path)
+
+
+@matplotlib.rc_context(_STYLE)
+def comparison(rows: Sequence, path: str) -> Figure:
+    """Draws runs side by side: accuracy with its interval, and validation accuracy over the steps.
+
+    `rows` have the attributes of `compare.Row`; the best is on top.
+    """
+    rows = sorted(rows, key=lambda row: row.accuracy)
+    curves = any(len(row.curve) > 1 for row in rows)
+    height = max(0.42 * len(rows) + 1.0, 2.8 if curves else 0)
+    figure = Figure(figsize=(10.4 if curves else 5.2, height), layout="constrained")
+    left, *right = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
+    colors = [_SERIES[i % len(_SERIES)] for i in range(len(rows))][::-1]
+    for place, (row, color) in enumerate(zip(rows, colors, strict=True)):
+        left.hlines(place, row.low, row.high, color=color, alpha=0.4, lw=4)
+        left.plot(row.accuracy, place, "o", color=color, ms=7)
+    left.set_yticks(range(len(rows)), [_short(row.name, 32) for row in rows], parse_math=False)
+    left.set_ylim(-0.6, len(rows) - 0.4)
+    left.xaxis.set_major_locator(MaxNLocator(5))
+    left.xaxis.set_major_formatter(PercentFormatter(1))
+    left.set_title("accuracy")
+    left.grid(axis="x")
+    for axes in right:
+        for row, color in zip(rows, colors, strict=True):
+            axes.plot(*np.array(row.curve, float).reshape(-1, 2).T, color=color, label=row.name)
+        axes.set_title("validation accuracy")
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid()
     return _save(figure, path)
 
 

@@ -23,6 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 _DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating", "save": "saving"}
+_FACTS = (
+    "num_trainable_parameters",
+    "step_memory_bytes",
+    "images_per_second",
+    "seconds_per_step",
+)
 _HEADLINES = ("loss", "accuracy", "top5_accuracy")  # of an evaluation, for the console
 
 
@@ -293,6 +299,16 @@ class _Events:
 
     def close(self):
         self._writer.close()
+
+
+def read_facts(workdir: str | os.PathLike) -> dict[str, float | None]:
+    """What an earlier results.json says of the training itself; None where nothing is known."""
+    try:
+        with open(os.path.join(workdir, "results.json")) as file:
+            results = json.load(file)
+    except (OSError, ValueError):
+        results = {}
+    return {name: results.get(name) for name in _FACTS}
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

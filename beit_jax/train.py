@@ -93,7 +93,8 @@ def _train(config, workdir, mesh, stack):
         image_size=task.image_size,
         interpolation=task.info.image["interpolation"],
     )
-    train_step = None
+    train_step, facts = None, report.read_facts(workdir)
+    facts["num_trainable_parameters"] = build.num_trainable(config, state.params)
     queue = collections.deque()
 
     def read(keep: int):
@@ -117,6 +118,7 @@ def _train(config, workdir, mesh, stack):
                 train_step = build.compile_step(
                     config, task, tx, schedule, mesh, state, train.resident, batch
                 )
+            facts["step_memory_bytes"] = build.memory_of(train_step)
         state, scalars = train_step(state, task.frozen, train.resident, batch)
         step += 1
         queue.append((step, scalars))
@@ -145,7 +147,10 @@ def _train(config, workdir, mesh, stack):
     if best not in (None, step):
         log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
         step, (params, model_state) = best, load(saver, best, mesh)
-    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log)
+    if log.images_per_second:
+        facts["images_per_second"] = log.images_per_second
+        facts["seconds_per_step"] = config.batch_size / log.images_per_second
+    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
 
 
 def _evaluate_only(config, workdir, mesh, stack):
@@ -179,7 +184,8 @@ def _evaluate_only(config, workdir, mesh, stack):
     )
     log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
     evaluator = evaluate.make_evaluator(task, config, mesh)
-    return finish(config, workdir, task, step or 0, params, model_state, splits, evaluator, log)
+    step, facts = step or 0, report.read_facts(workdir)
+    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
 
 
 def load(saver, step: int, mesh):
@@ -189,13 +195,10 @@ def load(saver, step: int, mesh):
     return sharding.put((params, model_state), sharding.replicated(mesh))
 
 
-def finish(config, workdir, task, step, params, model_state, splits, evaluator, log) -> dict:
-    """Evaluates parameters on val and test; writes results.json and pictures."""
-    results = {
-        "step": step,
-        "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "images_per_second": log.images_per_second,
-    }
+def finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts) -> dict:
+    """Evaluates parameters on val and test; writes results.json, with the facts, and pictures."""
+    num_parameters = sum(x.size for x in jax.tree.leaves(params))
+    results = {"step": step, "num_parameters": num_parameters, **facts}
     for name in ("val", "test"):
         if name in splits:
             with log.timer("evaluate"):

@@ -1,0 +1,222 @@
+"""Compares runs: python -m beit_jax.compare NAME=WORKDIR ... --out DIR
+
+Writes DIR/comparison.md, .csv and .png: accuracy with its confidence interval, curves, parameters,
+memory and speed, side by side. NAME=WORKDIR,WORKDIR,... are runs of one kind (seeds, folds): their
+mean and standard deviation. `--run "NAME: FLAGS"` first makes a run, or goes on with it, in
+DIR/NAME: FLAGS are those of main.py, after the ones given by --common.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from beit_jax import plots, report
+
+
+class Row(NamedTuple):
+    """One line of the comparison; what was not measured is None.
+
+    Attributes:
+      name: as given.
+      accuracy: on the test split, or else on the validation split; the mean of several runs.
+      low, high: Wilson's 95 % interval; of several runs, the mean -+ their standard deviation.
+      num_runs: how many.
+      num_parameters, num_trainable_parameters: of the network.
+      step_memory_mib: that the compiled training step needs, on one device.
+      step_ms: milliseconds per training step.
+      images_per_second: trained on, without compilation, evaluation and saving.
+      curve: (step, validation accuracy) of the first run.
+    """
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    num_runs: int
+    num_parameters: int | None
+    num_trainable_parameters: int | None
+    step_memory_mib: float | None
+    step_ms: float | None
+    images_per_second: float | None
+    curve: list[tuple[int, float]]
+
+
+COLUMNS = {  # title: (field of Row, format)
+    "accuracy": ("accuracy", "{:.4f}"),
+    "low": ("low", "{:.4f}"),
+    "high": ("high", "{:.4f}"),
+    "runs": ("num_runs", "{}"),
+    "parameters": ("num_parameters", "{:,}"),
+    "trainable": ("num_trainable_parameters", "{:,}"),
+    "step memory (MiB)": ("step_memory_mib", "{:,.0f}"),
+    "ms/step": ("step_ms", "{:,.1f}"),
+    "images/s": ("images_per_second", "{:,.1f}"),
+}
+
+
+def read(name: str, workdirs: list[str]) -> Row:
+    """The row of one or several finished runs of one kind.
+
+    Raises:
+      FileNotFoundError: a run has no results yet.
+      ValueError: results.json is damaged, or has no accuracy.
+    """
+    results = [_results(workdir) for workdir in workdirs]
+    tests = [_evaluated(workdir, r) for workdir, r in zip(workdirs, results, strict=True)]
+    accuracy = np.array([test["accuracy"] for test in tests])
+    low, high = tests[0]["accuracy_low"], tests[0]["accuracy_high"]
+    if len(accuracy) > 1:
+        spread = accuracy.std(ddof=1)
+        low, high = accuracy.mean() - spread, accuracy.mean() + spread
+
+    def mean(key, scale=1.0):
+        values = [r[key] for r in results if r.get(key) is not None]
+        return float(np.mean(values)) * scale if values else None
+
+    speed = mean("images_per_second")
+    return Row(
+        name=name,
+        accuracy=float(accuracy.mean()),
+        low=float(low),
+        high=float(high),
+        num_runs=len(workdirs),
+        num_parameters=results[0].get("num_parameters"),
+        num_trainable_parameters=results[0].get("num_trainable_parameters"),
+        step_memory_mib=mean("step_memory_bytes", 2**-20),
+        step_ms=mean("seconds_per_step", 1e3),
+        images_per_second=speed,
+        curve=[
+            (line["step"], line["val/accuracy"])
+            for line in report.read_metrics(workdirs[0])
+            if line.get("val/accuracy") is not None
+        ],
+    )
+
+
+def _results(workdir):
+    path = os.path.join(workdir, "results.json")
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{workdir} has no results.json: its run has not ended; give main.py the same command "
+            "again."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from None
+
+
+def _evaluated(workdir, results):
+    for split in ("test", "val"):
+        if "accuracy" in results.get(split, ()):
+            return results[split]
+    raise ValueError(
+        f"{workdir} has no accuracy of a test or validation split, only "
+        f"{', '.join(results) or 'nothing'}: only classifiers can be compared."
+    )
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """Header and rows as text, the best accuracy first; columns that nothing has are left out."""
+    rows = sorted(rows, key=lambda row: -row.accuracy)
+    known = {
+        title: (field, form)
+        for title, (field, form) in COLUMNS.items()
+        if any(getattr(row, field) is not None for row in rows)
+    }
+    lines = [["", *known]]
+    for row in rows:
+        values = [(getattr(row, field), form) for field, form in known.values()]
+        lines.append([row.name, *("–" if v is None else form.format(v) for v, form in values)])
+    return lines
+
+
+def write(rows: list[Row], directory: str) -> None:
+    """Writes comparison.md, .csv and .png into a directory."""
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, "comparison")
+    header, *lines = table(rows)
+    with open(f"{path}.md", "w", encoding="utf-8") as file:
+        ruler = ["---", *["---:"] * (len(header) - 1)]
+        for line in (header, ruler, *lines):
+            file.write(f"| {' | '.join(line)} |\n")
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        fields = [field for field in Row._fields if field != "curve"]
+        writer.writerow(fields)
+        writer.writerows([getattr(row, field) for field in fields] for row in rows)
+    plots.comparison(rows, f"{path}.png")
+
+
+def parse_runs(arguments: list[str]) -> dict[str, list[str]]:
+    """{"name": workdirs} of arguments NAME=WORKDIR[,WORKDIR...], or WORKDIR, its own name.
+
+    Raises:
+      ValueError: a name occurs twice.
+    """
+    runs = {}
+    for argument in arguments:
+        name, found, paths = argument.partition("=")
+        if not found:
+            name, paths = os.path.basename(os.path.normpath(argument)), argument
+        if name in runs:
+            raise ValueError(f"The name {name!r} is given twice; write NAME=WORKDIR,WORKDIR.")
+        runs[name] = paths.split(",")
+    return runs
+
+
+def run(name: str, flags: list[str], workdir: str) -> None:
+    """Does what main.py does with these flags, in a process of its own.
+
+    Raises:
+      RuntimeError: it ended with an error.
+    """
+    command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
+    print(f"{name}: {shlex.join(command[1:])}", flush=True)
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise RuntimeError(f"The run {name} ended with status {status}; its message is above.")
+
+
+def main(argv=None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m beit_jax.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workdirs", nargs="*", metavar="NAME=WORKDIR")
+    parser.add_argument("--out", required=True, help="a directory")
+    parser.add_argument("--run", action="append", default=[], metavar="NAME: FLAGS")
+    parser.add_argument("--common", default="", metavar="FLAGS", help="of every --run")
+    args = parser.parse_args(argv)
+    try:
+        runs = parse_runs(args.workdirs)
+        for text in args.run:
+            name, _, flags = (part.strip() for part in text.partition(":"))
+            if not flags or name in runs:
+                raise ValueError(f"--run {text!r}: expected NAME: FLAGS with a name of its own.")
+            runs[name] = [os.path.join(args.out, name)]
+            run(name, shlex.split(args.common) + shlex.split(flags), runs[name][0])
+        if not runs:
+            raise ValueError("Nothing to compare: give NAME=WORKDIR, or --run.")
+        rows = [read(name, workdirs) for name, workdirs in runs.items()]
+        write(rows, args.out)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    with open(os.path.join(args.out, "comparison.md"), encoding="utf-8") as file:
+        print(file.read(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

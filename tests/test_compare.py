@@ -1,0 +1,112 @@
+"""One table and one figure of several runs."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from beit_jax import compare
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run("a", 0.8) -> a workdir whose test accuracy is 0.8."""
+
+    def make_run(name, accuracy, split="test", **results):
+        workdir = tmp_path / name
+        workdir.mkdir()
+        low, high = accuracy - 0.02, accuracy + 0.02
+        metrics = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+        (workdir / "results.json").write_text(json.dumps({split: metrics, **results}))
+        with open(workdir / "metrics.jsonl", "w") as file:
+            for step in (10, 20, 30):
+                line = {"step": step, "val/accuracy": accuracy * step / 30, "val/loss": 1.0}
+                file.write(json.dumps(line) + "\n")
+        return str(workdir)
+
+    return make_run
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def test_table_and_figure(tmp_path, make_run, capsys):
+    speed = {"images_per_second": 120.5, "seconds_per_step": 0.25, "step_memory_bytes": 3 << 20}
+    small = make_run("small", 0.7, num_parameters=1000, num_trainable_parameters=10, **speed)
+    large = make_run("large", 0.9, num_parameters=123456)
+    assert compare.main([small, f"BEiT={large}", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "|  | accuracy | low | high | runs | parameters | trainable | step memory (MiB) | ms/step "
+        "| images/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| BEiT | 0.9000 | 0.8800 | 0.9200 | 1 | 123,456 | – | – | – | – |",
+        "| small | 0.7000 | 0.6800 | 0.7200 | 1 | 1,000 | 10 | 3 | 250.0 | 120.5 |",
+    ]
+    rows = read_csv(tmp_path / "out" / "comparison.csv")
+    assert rows["BEiT"]["num_parameters"] == "123456" and rows["BEiT"]["step_ms"] == ""
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+
+
+def test_several_runs_are_one_row(make_run):
+    accuracy = [0.80, 0.84, 0.88]
+    workdirs = [make_run(f"fold{i}", a, split="val") for i, a in enumerate(accuracy)]
+    row = compare.read("folds", workdirs)
+    assert row.num_runs == 3
+    assert row.accuracy == pytest.approx(np.mean(accuracy))
+    assert row.high - row.low == pytest.approx(2 * np.std(accuracy, ddof=1))
+
+
+def test_the_figure_shows_each_run(tmp_path, make_run):
+    rows = [compare.read(name, [make_run(name, a)]) for name, a in (("x", 0.5), ("y", 0.6))]
+    figure = compare.plots.comparison(rows, tmp_path / "c.png")
+    left, right = figure.axes
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["x", "y"]
+    lines = {line.get_label(): line.get_ydata() for line in right.lines}
+    np.testing.assert_allclose(lines["y"], [0.2, 0.4, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "results.json").unlink(), "has no results.json: its run has not"),
+        (lambda path: (path / "results.json").write_text("{"), "results.json is damaged"),
+        (lambda path: (path / "results.json").write_text('{"step": 1}'), "only classifiers can"),
+    ],
+)
+def test_runs_that_cannot_be_compared(tmp_path, make_run, capsys, spoil, message):
+    make_run("a", 0.5)
+    spoil(tmp_path / "a")
+    assert compare.main([str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Nothing to compare"),
+        (["a=x", "a=y"], "The name 'a' is given twice"),
+        (["--run", "no flags"], "expected NAME: FLAGS"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, arguments, message):
+    assert compare.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_makes_the_runs(tmp_path, flags, capfd):
+    """Two runs that differ in one setting, by one command."""
+    common = " ".join(flags(tmp_path, {"data.test": "test[:50]"})[:1] + flags(tmp_path)[2:])
+    common += " --config.data.test=test[:50]"
+    arguments = ["--out", str(tmp_path), "--common", common, "--run", "one: --config.seed=1"]
+    arguments += ["--run", "bad: --config.seed=two"]
+    assert compare.main(arguments) == 2
+    assert "The run bad ended with status 1" in capfd.readouterr().err
+    assert compare.main(arguments[:-2]) == 0  # "one" has ended and is only read
+    row = read_csv(tmp_path / "comparison.csv")["one"]
+    stored = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert float(row["accuracy"]) == stored["test"]["accuracy"]
+    assert float(row["step_ms"]) > 0 and int(row["num_trainable_parameters"]) > 0
