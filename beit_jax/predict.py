@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -23,33 +23,80 @@ from beit_jax.tasks import classify
 
 
 def predict(
-    start: pretrained.Pretrained,
+    models: Sequence[pretrained.Pretrained],
     paths: list[pathlib.Path],
     *,
     top_k: int = 5,
     batch_size: int = 64,
     dtype: str = "auto",
     progress: bool = False,
-) -> Iterator[dict]:
-    """Yields {"path", "label", "top": [(class name, probability)], "error"} for each picture.
+) -> list[dict]:
+    """Returns {"path", "label", "top": [(class name, probability)], "error"} for each picture.
 
-    A picture that cannot be read has label None, an empty top and the reason as "error".
+    Probabilities are the mean of the models'. A picture that cannot be read has label None, an
+    empty top and the reason as "error".
+
+    Raises:
+      ValueError: the models tell different classes.
     """
+    names = class_names(models[0])
+    columns = [_columns(class_names(model), names, model.info) for model in models]
+    total, errors = 0.0, {}
+    for model, column in zip(models, columns, strict=True):
+        found, errors = probabilities(
+            model, paths, batch_size=batch_size, dtype=dtype, progress=progress
+        )
+        total = total + found[:, column]
+    rows = []
+    for index, path in enumerate(paths):
+        error = errors.get(index)
+        mean = total[index] / len(models)
+        best = np.argsort(-mean, kind="stable")[:top_k] if error is None else []
+        top = [(names[k], float(mean[k])) for k in best]
+        label = top[0][0] if top else None
+        rows.append({"path": str(path), "label": label, "top": top, "error": error})
+    return rows
+
+
+def class_names(model: pretrained.Pretrained) -> list[str]:
+    """The classes that a model tells; LABEL_0 and so on where they have no names."""
+    count = np.size(model.params["classifier"]["bias"])
+    return list(model.info.class_names or (f"LABEL_{i}" for i in range(count)))
+
+
+def _columns(names, wanted, info):
+    """Where each of the `wanted` classes is among `names`."""
+    if sorted(names) != sorted(wanted) or len(set(names)) != len(names):
+        differ = sorted(set(names) ^ set(wanted))[:4]
+        raise ValueError(
+            f"The models tell different classes: {info.pretrained or info.model_name} has "
+            f"{len(names)}, the first {len(wanted)}; only one of them has {', '.join(differ)}."
+        )
+    return [names.index(name) for name in wanted]
+
+
+def probabilities(
+    start: pretrained.Pretrained,
+    paths: list[pathlib.Path],
+    *,
+    batch_size: int,
+    dtype: str = "auto",
+    progress: bool = False,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Probabilities [N, K] of one model, and what was wrong with the pictures it could not read."""
     info = start.info
     model = classify.make_model(info, dtype=dtype)
-    names = info.class_names or [f"LABEL_{i}" for i in range(model.config.num_labels)]
-    top_k = min(top_k, len(names))
 
     @jax.jit
-    def top(params, image):
-        logits = classify.classify(model, info, params, image, resized=True)
-        return jax.lax.top_k(jax.nn.softmax(logits), top_k)
+    def softmax(params, image):
+        return jax.nn.softmax(classify.classify(model, info, params, image, resized=True))
 
     params = jax.device_put(start.params)
     source = sources.FileSource(
         "pictures", "all", None, "skip", root=pathlib.Path(), ids=paths, labels=None
     )
     batch_size = min(batch_size, len(paths))
+    result, errors = np.zeros((len(paths), len(class_names(start))), np.float32), {}
     with pipeline.eval_batches(
         source,
         batch_size,
@@ -60,19 +107,14 @@ def predict(
     ) as batches:
         count = -(-len(paths) // batch_size)
         for batch in track(batches, "Predicting", total=count, disable=not progress):
-            probability, label = jax.device_get(top(params, batch["image"]))
-            for row, index in enumerate(batch["index"]):
-                if index < 0:
-                    continue
-                path = str(paths[index])
-                error = batches.bad_images.get(source.id(index), "") or None
-                best = [
-                    (names[k], float(p))
-                    for k, p in zip(label[row], probability[row], strict=True)
-                    if error is None
-                ]
-                label_name = best[0][0] if best else None
-                yield {"path": path, "label": label_name, "top": best, "error": error}
+            real = batch["index"] >= 0
+            result[batch["index"][real]] = softmax(params, batch["image"])[real]
+        errors = {
+            index: batches.bad_images[source.id(index)]
+            for index in range(len(paths))
+            if source.id(index) in batches.bad_images
+        }
+    return result, errors
 
 
 def find_pictures(paths: list[str]) -> list[pathlib.Path]:
@@ -113,13 +155,23 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
     os.replace(part, path)
 
 
+def _load(checkpoint):
+    model = pretrained.load(checkpoint)
+    if "classifier" not in model.params:
+        raise ValueError(f"{checkpoint} is no classifier; fine-tune it first.")
+    return model
+
+
 def main(argv=None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m beit_jax.predict", description=__doc__.split("\n\n")[1]
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="a workdir, or a HuggingFace directory or hub id"
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        help="a workdir, or a HuggingFace directory or hub id; of several, the mean probabilities",
     )
     parser.add_argument("--images", required=True, nargs="+", help="pictures and folders of them")
     parser.add_argument("--out", required=True, help="predictions.csv or .json")
@@ -134,24 +186,20 @@ def main(argv=None) -> int:
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}")
     try:
-        start = pretrained.load(args.checkpoint)
-        if start.info.architecture.get("head", "classifier") != "classifier":
-            raise ValueError(f"{args.checkpoint} is no classifier; fine-tune it first.")
+        models = [_load(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    top_k = min(args.top_k, np.size(start.params["classifier"]["bias"]))
-    rows = list(
-        predict(
-            start,
+        top_k = min(args.top_k, len(class_names(models[0])))
+        rows = predict(
+            models,
             paths,
             top_k=top_k,
             batch_size=args.batch_size,
             dtype=args.dtype,
             progress=sys.stderr.isatty(),
         )
-    )
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
     write(args.out, rows, top_k)
     bad = [row for row in rows if row["error"]]
     for row in bad:

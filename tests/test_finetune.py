@@ -265,6 +265,41 @@ def test_picture_that_cannot_be_read(tmp_path, start, picture_folder, finetuned)
     assert all(row["label"] == "red" and not row["error"] for row in rows.values())
 
 
+def by_name(out):
+    """{path: {class: probability}} of a JSON file."""
+    return {row["path"]: dict(row["top"]) for row in json.loads(out.read_text())}
+
+
+def test_ensemble_is_the_mean(tmp_path, start, finetuned, hf_directory, picture_folder):
+    """Of two models that number the classes differently."""
+    found = []
+    for number, models in enumerate([[finetuned[0]], [hf_directory], [finetuned[0], hf_directory]]):
+        out = tmp_path / f"{number}.json"
+        arguments = ("--images", picture_folder / "red", "--out", out)
+        finished = start("beit_jax.predict", "--checkpoint", *models, *arguments).wait()
+        assert finished.status == 0, finished.output
+        found.append(by_name(out))
+    first, second, both = found
+    assert len(both) == 20
+    for path, probability in both.items():
+        assert probability.keys() == {"red", "green", "blue"}
+        for name, value in probability.items():
+            assert value == pytest.approx((first[path][name] + second[path][name]) / 2, abs=1e-6)
+
+
+def test_ensemble_of_other_classes(tmp_path, start, finetuned, hf_directory, picture_folder):
+    other = shutil.copytree(hf_directory, tmp_path / "other")
+    text = (other / "config.json").read_text().replace('"green"', '"teal"')
+    (other / "config.json").write_text(text)
+    out = tmp_path / "predictions.csv"
+    arguments = ("--images", picture_folder, "--out", out)
+    finished = start("beit_jax.predict", "--checkpoint", finetuned[0], other, *arguments).wait()
+    assert finished.status == 2
+    assert "The models tell different classes" in finished.output
+    assert "green, teal" in finished.output
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("images", ["none", "empty"])
 def test_no_pictures(tmp_path, start, finetuned, images):
     (tmp_path / "empty").mkdir()
