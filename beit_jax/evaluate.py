@@ -1,10 +1,12 @@
-"""Evaluation of any task: every example once, sums added up on the device."""
+"""Evaluation of any task: every example once, sums added up on the device; and what it leaves."""
+
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import sharding
+from beit_jax import build, plots, report, sharding
 from beit_jax.data import inputs
 from beit_jax.state import take
 
@@ -49,3 +51,76 @@ def make_evaluator(task, config, mesh):
         return task.summarize(jax.device_get(total)), outputs
 
     return evaluate
+
+
+def evaluate_only(config, workdir, mesh, stack) -> dict:
+    """Evaluates the best checkpoint of the workdir, or `config.pretrained`; returns the results.
+
+    Raises:
+      FileNotFoundError, ValueError: there is nothing to evaluate, or on.
+    """
+    splits = inputs.open_splits(config.data, mesh, names=("val", "test"))
+    if not splits:
+        raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
+    saver = stack.enter_context(build.make_checkpointer(config, workdir))
+    last = saver.latest_step()
+    step = saver.best_step() or last
+    if step is None and not config.pretrained:
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."
+        )
+    config = config.copy_and_resolve_references()
+    config.pretrained_reset = ()  # nothing may stay untrained
+    task = build.make_task(config, splits, workdir, mesh, step)
+    if step is None:
+        params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
+        params = sharding.put(task.start(params), sharding.replicated(mesh))
+    else:
+        params, model_state = load(saver, step, mesh)
+    log = stack.enter_context(
+        report.Report(
+            workdir,
+            total_steps=last or 0,
+            batch_size=config.eval_batch_size,
+            steps_per_epoch=1,
+            start_step=last or 0,
+            tensorboard=config.tensorboard,
+        )
+    )
+    log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
+    evaluator = make_evaluator(task, config, mesh)
+    step, facts = step or 0, report.read_facts(workdir)
+    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
+
+
+def load(saver, step: int, mesh):
+    """Parameters to evaluate, and the model state, of a saved step, on the devices."""
+    state = saver.restore(step=step)
+    params, model_state = state.get("ema_params", state["params"]), state.get("model_state", {})
+    return sharding.put((params, model_state), sharding.replicated(mesh))
+
+
+def finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts) -> dict:
+    """Evaluates parameters on val and test; writes results.json, with the facts, and pictures."""
+    num_parameters = sum(x.size for x in jax.tree.leaves(params))
+    results = {"step": step, "num_parameters": num_parameters, **facts}
+    for name in ("val", "test"):
+        if name in splits:
+            with log.timer("evaluate"):
+                metrics, outputs = evaluator(splits[name], params, model_state)
+            results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
+            log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
+            if name == "test" or "test" not in splits:
+                task.draw(workdir, metrics, outputs, splits[name])
+    if "test" in results:
+        scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
+        log.scalars(step, scalars, show=False)
+    plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
+    results["seconds"] = log.times()
+    report.write_json(os.path.join(workdir, "results.json"), results)
+    return results
+
+
+def scalars_of(metrics) -> dict[str, float]:
+    """The metrics that are single numbers."""
+    return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}

@@ -6,9 +6,8 @@ import os
 import signal
 
 import jax
-import numpy as np
 
-from beit_jax import build, checkpoint, evaluate, plots, report, sharding
+from beit_jax import build, checkpoint, evaluate, profiling, report, sharding
 from beit_jax import workdir as workdirs
 from beit_jax.data import inputs
 from beit_jax.steps import is_time
@@ -26,6 +25,7 @@ HARMLESS = (  # may differ between the starts of a run
     "keep_last",
     "log_every",
     "mistakes",
+    "profile_steps",
     "tensorboard",
 )
 
@@ -54,7 +54,7 @@ def run(config, workdir: str) -> dict | None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.open_workdir(workdir, config.to_dict(), allow_change=HARMLESS))
-        start = _evaluate_only if config.eval_only else _train
+        start = evaluate.evaluate_only if config.eval_only else _train
         return start(config, workdir, mesh, stack)
 
 
@@ -95,6 +95,7 @@ def _train(config, workdir, mesh, stack):
     )
     train_step, facts = None, report.read_facts(workdir)
     facts["num_trainable_parameters"] = build.num_trainable(config, state.params)
+    trace = profiling.at_steps(config.profile_steps, workdir, plan.total_steps)
     queue = collections.deque()
 
     def read(keep: int):
@@ -119,21 +120,25 @@ def _train(config, workdir, mesh, stack):
                     config, task, tx, schedule, mesh, state, train.resident, batch
                 )
             facts["step_memory_bytes"] = build.memory_of(train_step)
+        if step in trace:
+            read(keep=0)
+            trace[step]()
         state, scalars = train_step(state, task.frozen, train.resident, batch)
         step += 1
         queue.append((step, scalars))
         read(keep=LAG)
-        metrics = None
+        scores = None
         if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
             read(keep=0)
             with log.timer("evaluate"):
                 metrics, _ = evaluator(splits["val"], state.eval_params, state.model_state)
-            log.scalars(step, {f"val/{key}": value for key, value in scalars_of(metrics).items()})
-        best = metrics is not None and saver.is_best(scalars_of(metrics))
+            scores = evaluate.scalars_of(metrics)
+            log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
+        best = scores is not None and saver.is_best(scores)
         if stopped or best or is_time(step, plan.save_every, plan.total_steps):
             read(keep=0)
             with log.timer("save"):
-                saver.save(step, state, metrics=metrics and scalars_of(metrics))
+                saver.save(step, state, metrics=scores)
     stream.close()
     if stopped:
         read(keep=0)
@@ -146,79 +151,13 @@ def _train(config, workdir, mesh, stack):
     params, model_state, best = state.eval_params, state.model_state, saver.best_step()
     if best not in (None, step):
         log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
-        step, (params, model_state) = best, load(saver, best, mesh)
+        step, (params, model_state) = best, evaluate.load(saver, best, mesh)
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = config.batch_size / log.images_per_second
-    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
-
-
-def _evaluate_only(config, workdir, mesh, stack):
-    splits = inputs.open_splits(config.data, mesh, names=("val", "test"))
-    if not splits:
-        raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
-    saver = stack.enter_context(build.make_checkpointer(config, workdir))
-    last = saver.latest_step()
-    step = saver.best_step() or last
-    if step is None and not config.pretrained:
-        raise FileNotFoundError(
-            f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."
-        )
-    config = config.copy_and_resolve_references()
-    config.pretrained_reset = ()  # nothing may stay untrained
-    task = build.make_task(config, splits, workdir, mesh, step)
-    if step is None:
-        params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
-        params = sharding.put(task.start(params), sharding.replicated(mesh))
-    else:
-        params, model_state = load(saver, step, mesh)
-    log = stack.enter_context(
-        report.Report(
-            workdir,
-            total_steps=last or 0,
-            batch_size=config.eval_batch_size,
-            steps_per_epoch=1,
-            start_step=last or 0,
-            tensorboard=config.tensorboard,
-        )
+    return evaluate.finish(
+        config, workdir, task, step, params, model_state, splits, evaluator, log, facts
     )
-    log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
-    evaluator = evaluate.make_evaluator(task, config, mesh)
-    step, facts = step or 0, report.read_facts(workdir)
-    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
-
-
-def load(saver, step: int, mesh):
-    """Parameters to evaluate, and the model state, of a saved step, on the devices."""
-    state = saver.restore(step=step)
-    params, model_state = state.get("ema_params", state["params"]), state.get("model_state", {})
-    return sharding.put((params, model_state), sharding.replicated(mesh))
-
-
-def finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts) -> dict:
-    """Evaluates parameters on val and test; writes results.json, with the facts, and pictures."""
-    num_parameters = sum(x.size for x in jax.tree.leaves(params))
-    results = {"step": step, "num_parameters": num_parameters, **facts}
-    for name in ("val", "test"):
-        if name in splits:
-            with log.timer("evaluate"):
-                metrics, outputs = evaluator(splits[name], params, model_state)
-            results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
-            log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
-            if name == "test" or "test" not in splits:
-                task.draw(workdir, metrics, outputs, splits[name])
-    if "test" in results:
-        scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
-        log.scalars(step, scalars, show=False)
-    plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
-    results["seconds"] = log.times()
-    report.write_json(os.path.join(workdir, "results.json"), results)
-    return results
-
-
-def scalars_of(metrics) -> dict[str, float]:
-    """The metrics that are single numbers."""
-    return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
 
 
 def not_finite(step, scalars, saver) -> str:

@@ -128,6 +128,7 @@ def get_config() -> ConfigDict:
     config.best_mode = "max"  # or min, for a loss
     config.eval_only = False  # evaluate the workdir's best checkpoint, or `pretrained`
     config.tensorboard = True
+    config.profile_steps = ""  # "10:15" leaves a trace of these steps in the workdir
     config.mistakes = 36  # pictures on the sheet of most confident mistakes
     config.compile_cache = "~/.cache/beit_jax"  # "" is off
     return config.lock()

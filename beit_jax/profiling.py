@@ -1,0 +1,33 @@
+"""A trace of some steps, to see where their time goes."""
+
+import functools
+import os
+import re
+from collections.abc import Callable
+
+import jax
+
+
+def at_steps(steps: str, workdir: str, total_steps: int) -> dict[int, Callable[[], None]]:
+    """What to call before which step, so that `workdir/profile` gets a trace.
+
+    Args:
+      steps: "10:15" traces the steps 11 to 15; "" none. The first ones compile and warm up.
+      workdir: of the run. TensorBoard's profiler (xprof) and ui.perfetto.dev show what it gets.
+      total_steps: of the run.
+
+    Raises:
+      ValueError: that is no range of steps of the run.
+    """
+    if not steps:
+        return {}
+    match = re.fullmatch(r"(\d+):(\d+)", steps)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 0 < first < last < total_steps:
+        raise ValueError(
+            f"config.profile_steps is {steps!r}; expected FIRST:LAST, such as 10:15, with 0 < "
+            f"FIRST < LAST < {total_steps}, the steps of the run."
+        )
+    directory = os.path.join(workdir, "profile")
+    start = functools.partial(jax.profiler.start_trace, directory, create_perfetto_trace=True)
+    return {first: start, last: jax.profiler.stop_trace}

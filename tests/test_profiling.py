@@ -1,0 +1,23 @@
+"""Traces of some steps of a run."""
+
+import gzip
+import json
+
+import pytest
+
+from beit_jax import profiling
+
+
+def test_trace_of_a_run(tmp_path, train):
+    train(tmp_path, {"profile_steps": "5:8"})
+    (path,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    names = " ".join(event.get("name", "") for event in events)
+    assert "Execute" in names  # of XLA
+
+
+@pytest.mark.parametrize("steps", ["5", "5:5", "8:5", "0:3", "5:20", "a:b", "-1:3"])
+def test_no_range_of_steps(tmp_path, steps):
+    with pytest.raises(ValueError, match="config.profile_steps is .* < LAST < 20"):
+        profiling.at_steps(steps, str(tmp_path), 20)
