@@ -242,6 +242,23 @@ def comparison(rows: Sequence, path: str) -> Figure:
     return _save(figure, path)
 
 
+@matplotlib.rc_context(_STYLE)
+def layers(accuracy: Sequence[float], path: str, *, title: str) -> Figure:
+    """Draws the accuracy of each layer, counted from 0, and marks the best."""
+    accuracy = np.asarray(accuracy)
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(accuracy, "o-", color=_BLUE, ms=5)
+    best = int(accuracy.argmax())
+    axes.plot(best, accuracy[best], "o", color=_ORANGE, ms=8, label=f"layer {best}")
+    axes.set(title=title, xlabel="layer", ylabel="accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="lower right")
+    axes.grid()
+    return _save(figure, path)
+
+
 def _key(kind, title):
     return f"{kind}/{title.replace(' ', '_')}"
 

@@ -123,6 +123,8 @@ class BeitConfig:
         )
         attention.get(self.attention)
 
+    num_prefix_tokens = 1  # before the patches: the class token
+
     @property
     def grid(self) -> Grid:
         """Patches (down, across)."""

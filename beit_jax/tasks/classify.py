@@ -49,9 +49,8 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
         available = ", ".join(augment.CROPS)
         raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
     family = modules.load("models", info.model_name)
-    model = make_model(info, **{key: config.model[key] for key in _RUNTIME})
+    model = make_model(info, **runtime(config))
     size, num_classes = model.config.image_size, len(class_names)
-    norm = {"mean": tuple(info.image["mean"]), "std": tuple(info.image["std"])}
 
     def init(rng):
         image = jnp.zeros((1, *size, model.config.num_channels))
@@ -68,28 +67,9 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
             method=config.resize_method,
         )
 
-    def train_view(rng, image):
-        a = config.augment
-        return augment.train_view(
-            rng,
-            image,
-            image_size=size,
-            crop="none" if resized and a.crop != "pad" else a.crop,
-            pad=a.pad,
-            scale=tuple(a.scale),
-            ratio=tuple(a.ratio),
-            interpolation=info.image["interpolation"],
-            flip=a.flip,
-            noise_std=a.noise_std,
-            color_jitter=a.color_jitter,
-            randaugment=a.randaugment,
-            erasing=a.erasing,
-            **norm,
-        )
-
     def loss(params, model_state, frozen, batch, rng):
         view_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
-        image = train_view(view_rng, batch["image"])
+        image = train_view(view_rng, batch["image"], config, info, size, resized=resized)
         target = augment.one_hot(batch["label"], num_classes, config.label_smoothing)
         image, target = augment.mixup_cutmix(
             mix_rng,
@@ -129,6 +109,11 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
     )
 
 
+def runtime(config) -> dict:
+    """How the network is computed, which is no part of its architecture."""
+    return {key: config.model[key] for key in _RUNTIME}
+
+
 def make_model(info: ModelInfo, *, dtype="auto", attention="auto", remat="none"):
     """The network of a model; dtype "auto" is bfloat16 but on CPU, where it is float32."""
     if dtype == "auto":
@@ -137,20 +122,50 @@ def make_model(info: ModelInfo, *, dtype="auto", attention="auto", remat="none")
     return family.Model(**info.architecture, dtype=dtype, attention=attention, remat=remat)
 
 
-def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Array:
-    """Logits [B, K] of uint8 pictures [B, H, W, C], prepared as `info.image` says.
+def train_view(rng, image, config, info: ModelInfo, size, *, resized: bool) -> jax.Array:
+    """uint8 pictures [B, H, W, C] as training sees them: float [B, *size, C], augmented.
 
-    `resized` tells that they are cropped and resized already.
+    `resized` tells that the host has cropped them, all but a "pad" crop.
     """
-    view = augment.eval_view(
+    a = config.augment
+    return augment.train_view(
+        rng,
         image,
-        image_size=model.config.image_size,
+        image_size=size,
+        crop="none" if resized and a.crop != "pad" else a.crop,
+        pad=a.pad,
+        scale=tuple(a.scale),
+        ratio=tuple(a.ratio),
+        interpolation=info.image["interpolation"],
+        flip=a.flip,
+        noise_std=a.noise_std,
+        color_jitter=a.color_jitter,
+        randaugment=a.randaugment,
+        erasing=a.erasing,
+        mean=tuple(info.image["mean"]),
+        std=tuple(info.image["std"]),
+    )
+
+
+def eval_view(image, info: ModelInfo, size, *, resized: bool) -> jax.Array:
+    """uint8 pictures [B, H, W, C] prepared as `info.image` says: float [B, *size, C]."""
+    return augment.eval_view(
+        image,
+        image_size=size,
         crop="squash" if resized else info.image["crop"],
         crop_pct=info.image["crop_pct"],
         interpolation=info.image["interpolation"],
         mean=tuple(info.image["mean"]),
         std=tuple(info.image["std"]),
     )
+
+
+def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Array:
+    """Logits [B, K] of uint8 pictures [B, H, W, C], prepared as `info.image` says.
+
+    `resized` tells that they are cropped and resized already.
+    """
+    view = eval_view(image, info, model.config.image_size, resized=resized)
     return model.apply({"params": params}, view)
 
 

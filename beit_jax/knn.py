@@ -1,0 +1,127 @@
+"""Nearest neighbours in every layer: python -m beit_jax.knn --checkpoint WORKDIR --data cifar10
+
+Classifies each test picture by a vote of the most similar training pictures, whose weights are
+exp(cosine similarity / 0.07), as in Wu et al. (arXiv:1805.01978) and DINO. Prints the accuracy of
+each layer, and writes it to --out as JSON.
+"""
+
+import argparse
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from beit_jax import pretrained
+from beit_jax.data import pipeline, sources
+from beit_jax.models import features
+from beit_jax.tasks import classify
+
+
+def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=128, dtype="auto"):
+    """The features of every layer, unit length, [L][N, F], and the labels [N] of a source."""
+    model = classify.make_model(start.info, dtype=dtype)
+    size, image = model.config.image_size, start.info.image
+
+    @jax.jit
+    def layers(params, pictures):
+        view = classify.eval_view(pictures, start.info, size, resized=True)
+        found = features.layer_outputs(model, params, view)
+        pooled = (features.pool(x, model.config.num_prefix_tokens) for x in found)
+        return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
+
+    params = jax.device_put(start.params)
+    result, labels = None, np.zeros(len(source), np.int32)
+    batch_size = min(batch_size, len(source))
+    with pipeline.eval_batches(
+        source,
+        batch_size,
+        image_size=size,
+        crop=image["crop"],
+        crop_pct=image["crop_pct"],
+        interpolation=image["interpolation"],
+    ) as batches:
+        count = -(-len(source) // batch_size)
+        for batch in track(batches, source.split, total=count, disable=not sys.stderr.isatty()):
+            real = batch["index"] >= 0
+            found = jax.device_get(layers(params, batch["image"]))
+            if result is None:
+                result = [np.zeros((len(source), x.shape[-1]), np.float32) for x in found]
+            for rows, x in zip(result, found, strict=True):
+                rows[batch["index"][real]] = x[real]
+            labels[batch["index"][real]] = batch["label"][real]
+    return result, labels
+
+
+def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, chunk=256) -> float:
+    """Share of the rows of `test` [M, F] whose neighbours in `train` [N, F] vote for their label.
+
+    Rows have unit length. Of equal votes, the smallest label wins.
+    """
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    k = min(k, len(train))
+
+    @jax.jit
+    def vote(train, train_labels, rows):
+        similarity, neighbour = jax.lax.top_k(rows @ train.T, k)  # [chunk, k]
+        weight = jnp.exp(similarity / temperature)
+        is_label = jax.nn.one_hot(train_labels[neighbour], num_classes)  # [chunk, k, K]
+        return jnp.einsum("bk,bkc->bc", weight, is_label)
+
+    train, train_labels = jax.device_put((train, train_labels))
+    correct = 0
+    for i in range(0, len(test), chunk):
+        votes = vote(train, train_labels, test[i : i + chunk])
+        correct += int((np.asarray(votes).argmax(-1) == test_labels[i : i + chunk]).sum())
+    return correct / len(test)
+
+
+def main(argv=None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m beit_jax.knn",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="a workdir, HuggingFace directory or id"
+    )
+    parser.add_argument("--data", required=True, help="digits, cifar10, tfds:NAME, folder:PATH")
+    parser.add_argument("--data-dir", help="of tfds")
+    parser.add_argument("--train", default="train", help="split of the neighbours")
+    parser.add_argument("--test", default="test", help="split that is classified")
+    parser.add_argument("--k", type=int, default=20, help="number of neighbours")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--out", help="a JSON file")
+    args = parser.parse_args(argv)
+    if args.k < 1 or args.batch_size < 1:
+        parser.error("--k and --batch-size must be at least 1")
+    try:
+        start = pretrained.load(args.checkpoint)
+        splits = [
+            sources.get_source(args.data, split, data_dir=args.data_dir)
+            for split in (args.train, args.test)
+        ]
+        if splits[0].class_names is None:
+            raise ValueError(f"{args.data} has no labels to vote for.")
+        (train, train_labels), (test, test_labels) = (
+            extract(start, source, batch_size=args.batch_size) for source in splits
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    layers = zip(train, test, strict=True)
+    found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in layers]
+    best = int(np.argmax(found))
+    for i, value in enumerate(found):
+        print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump({"k": args.k, "best_layer": best, "accuracy": found}, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Linear probes on every layer of a frozen network, all in one pass.
+
+The protocol of microsoft/unilm `beit/run_linear_eval.py`: the class token beside the mean of the
+patch tokens of each layer, raw, and a linear classifier on them that starts near zero.
+
+B batch, L layers, K classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beit_jax import losses, modules, plots, pretrained
+from beit_jax.checkpoint import ModelInfo
+from beit_jax.models import features
+from beit_jax.tasks import classify
+from beit_jax.tasks.task import Task
+
+
+def make_task(config, class_names, *, resized: bool, start, info=None) -> Task:
+    """Probes of `config.pretrained`; arguments as of `tasks/classify.py`.
+
+    Raises:
+      ValueError: there is nothing to probe, or the data have no labels.
+    """
+    if class_names is None:
+        raise ValueError(f"Linear probes need labels, which {config.data.name} does not have.")
+    if not config.pretrained:
+        raise ValueError("Nothing to probe: set config.pretrained to a checkpoint or a workdir.")
+    start = start or pretrained.load(config.pretrained, config.pretrained_revision)
+    info, params = frozen_network(config, start, class_names)
+    model = classify.make_model(info, **classify.runtime(config))
+    size, num_classes = model.config.image_size, len(class_names)
+
+    def outputs(frozen, image):
+        """The features [B, F] of every layer."""
+        layers = features.layer_outputs(model, frozen, image)
+        prefix = model.config.num_prefix_tokens
+        return [jax.lax.stop_gradient(features.pool(x, prefix)) for x in layers]
+
+    image = jax.ShapeDtypeStruct((1, *size, model.config.num_channels), jnp.float32)
+    widths = [x.shape[-1] for x in jax.eval_shape(outputs, params, image)]
+
+    def init(rng):
+        normal = jax.nn.initializers.normal(0.01)
+        return {
+            f"probe_{i}": {
+                "kernel": normal(jax.random.fold_in(rng, i), (width, num_classes)),
+                "bias": jnp.zeros(num_classes),
+            }
+            for i, width in enumerate(widths)
+        }, {}
+
+    def logits(params, frozen, image):
+        probes = (params[f"probe_{i}"] for i in range(len(widths)))
+        found = zip(probes, outputs(frozen, image), strict=True)
+        return jnp.stack([x @ probe["kernel"] + probe["bias"] for probe, x in found])  # [L, B, K]
+
+    def loss(params, model_state, frozen, batch, rng):
+        view = classify.train_view(rng, batch["image"], config, info, size, resized=resized)
+        found = logits(params, frozen, view)
+        label = jnp.broadcast_to(batch["label"], found.shape[:2])
+        value = losses.softmax_cross_entropy(found, label).mean(1)  # [L]
+        correct = (found.argmax(-1) == label).astype(jnp.float32).mean(1)
+        return value.sum(), (model_state, {"accuracy": correct.max()})
+
+    def evaluate(params, model_state, frozen, batch):
+        view = classify.eval_view(batch["image"], info, size, resized=resized)
+        found = logits(params, frozen, view)
+        label = jnp.broadcast_to(batch["label"], found.shape[:2])
+        value = losses.softmax_cross_entropy(found, label)
+        sums = {
+            "correct": (found.argmax(-1) == label) @ batch["weight"],
+            "loss": value @ batch["weight"],
+            "count": batch["weight"].sum(),
+        }
+        return sums, {}
+
+    return Task(
+        init=init,
+        start=lambda params: params,
+        frozen=params,
+        loss=loss,
+        evaluate=evaluate,
+        summarize=summarize,
+        draw=draw,
+        layer_id=lambda name: len(widths) + 1,
+        num_layers=len(widths),
+        image_size=size,
+        info=info,
+    )
+
+
+def frozen_network(config, start, class_names) -> tuple[ModelInfo, dict]:
+    """The network to look into, as it was trained, at the resolution of the config."""
+    family = modules.load("models", start.info.model_name)
+    architecture = dict(start.info.architecture)
+    if config.model.image_size is not None:
+        architecture["image_size"] = config.model.image_size
+    old, new = (family.Model(**a).config for a in (start.info.architecture, architecture))
+    params = family.adapt_params(start.params, old, new, config.resize_method)
+    image = start.info.image | {k: v for k, v in config.image.items() if v is not None}
+    info = start.info._replace(
+        task="linear_probe",
+        architecture=architecture,
+        class_names=list(class_names),
+        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        pretrained=config.pretrained,
+    )
+    return info, params
+
+
+def summarize(sums) -> dict:
+    """Accuracy and loss of the layer that is best on these pictures, and of each layer from 0 on.
+
+    The best layer is chosen on the pictures that it is measured on: for a number to publish, take
+    the layer that is best in validation, and its accuracy in the test.
+    """
+    accuracy, loss = (np.asarray(sums[key]) / float(sums["count"]) for key in ("correct", "loss"))
+    best = int(accuracy.argmax())
+    layers = {f"accuracy_layer_{i}": float(value) for i, value in enumerate(accuracy)}
+    return {
+        "accuracy": float(accuracy[best]),
+        "loss": float(loss[best]),
+        "best_layer": best,
+        "count": float(sums["count"]),
+        **layers,
+    }
+
+
+def draw(workdir, metrics, outputs, split) -> None:
+    """The accuracy over the layers."""
+    accuracy = [value for key, value in metrics.items() if key.startswith("accuracy_layer_")]
+    plots.layers(accuracy, f"{workdir}/layers.png", title="Linear probe of each layer")

@@ -1,0 +1,39 @@
+"""Linear probes on every layer of a frozen network, by the protocol of BEiT.
+
+    python main.py --config=configs/linear_probe.py:DATA --config.pretrained=RUN --workdir=DIR
+
+DATA is digits, cifar10, cifar100, imagenet2012 or folder:PATH. AdamW with
+weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024, 100 epochs, random
+resized crops and flips. results.json has the accuracy of each layer. `python -m beit_jax.knn` asks
+the same of the nearest neighbours, without training.
+"""
+
+from configs import common
+
+_SPLITS = {  # train, validation, test
+    "cifar10": ("train[:90%]", "train[90%:]", "test"),
+    "cifar100": ("train[:90%]", "train[90%:]", "test"),
+    "digits": ("train[:90%]", "train[90%:]", "test"),
+    "imagenet2012": ("train[:99%]", "train[99%:]", "validation"),
+}
+
+
+def get_config(arg=None):
+    """`arg`: the data set, cifar10 by default."""
+    arg = arg or "cifar10"
+    if not arg.startswith("folder:"):
+        common.parse_arg(arg, *_SPLITS)
+    config = common.get_config()
+    config.task_name = "linear_probe"
+    config.data.name = f"tfds:{arg}" if arg == "imagenet2012" else arg
+    splits = _SPLITS.get(arg, ("train[:80%]", "train[80%:90%]", "train[90%:]"))
+    config.data.train, config.data.val, config.data.test = splits
+
+    config.augment.crop = "rrc"
+    config.augment.flip = 0.0 if arg == "digits" else 0.5
+    config.batch_size = 1024
+    config.num_epochs = 100.0
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 4e-3
+    config.optim.weight_decay = 1e-4
+    return config

@@ -1,0 +1,169 @@
+"""What the layers of a frozen network know: features, linear probes, nearest neighbours."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from sklearn.neighbors import KNeighborsClassifier
+
+from beit_jax import checkpoint, knn, train
+from beit_jax.models import beit, features
+from configs import linear_probe
+
+SMALL = dict(
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=32,
+    image_size=8,
+    patch_size=4,
+    num_labels=10,
+    use_absolute_position_embeddings=True,
+    initializer_range=0.3,
+    head_init_scale=1.0,
+    drop_path_rate=0.0,
+)
+RUN = {
+    "data.train": "train[:600]",
+    "data.val": "train[600:700]",
+    "data.test": "test[:100]",
+    "batch_size": 64,
+    "num_epochs": 20.0,
+    "optim.learning_rate": 0.1,
+    "eval_every": "10ep",
+    "save_every": "5ep",
+    "tensorboard": False,
+    "compile_cache": "",
+}
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = beit.Model(**SMALL)
+    image = jax.random.normal(jax.random.key(1), (5, 8, 8, 3))
+    return model, model.init(jax.random.key(0), image)["params"], image
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, network):
+    """A network with random weights as a model on disk, which is no classifier of digits."""
+    path = tmp_path_factory.mktemp("network")
+    image = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    image |= {"crop": "squash", "crop_pct": 1.0}
+    names = [f"class {i}" for i in range(10)]
+    checkpoint.write_model_info(
+        path, checkpoint.ModelInfo("beit", "classify", SMALL, names, image, None)
+    )
+    with checkpoint.Checkpointer(path) as saver:
+        saver.save(0, {"params": jax.device_get(network[1])})
+    return path
+
+
+def probe(path, pretrained, changes=()):
+    config = linear_probe.get_config("digits")
+    config.update_from_flattened_dict(RUN | {"pretrained": str(pretrained)} | dict(changes))
+    return train.run(config, str(path))
+
+
+def test_layer_outputs_are_those_of_the_layers(network):
+    model, params, image = network
+    found = features.layer_outputs(model, params, image)
+    assert [x.shape for x in found] == [(5, 5, 16)] * 3
+    norm = nn.LayerNorm(model.config.layer_norm_eps)
+    pooled = norm.apply({"params": params["pooler_layernorm"]}, found[-1][:, 1:].mean(1))
+    head = params["classifier"]
+    logits = pooled @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(logits, model.apply({"params": params}, image), atol=1e-5)
+
+
+def test_layer_outputs_of_a_network_without_layers(network):
+    dense = nn.Dense(3)
+    params = dense.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+    with pytest.raises(ValueError, match="Dense has no layers to look into"):
+        features.layer_outputs(dense, params, jnp.zeros((1, 4)))
+
+
+def test_pool():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    with_class = np.concatenate([x[:, 0], x[:, 1:].mean(1)], -1)
+    np.testing.assert_allclose(features.pool(x, 1), with_class, rtol=1e-5)
+    np.testing.assert_allclose(features.pool(x, 0), x.mean(1), rtol=1e-5)
+
+
+def test_probes_learn_and_the_network_does_not(tmp_path, workdir):
+    results = probe(tmp_path, workdir)
+    test = results["test"]
+    layers = [test[f"accuracy_layer_{i}"] for i in range(3)]
+    assert test["accuracy"] == max(layers) == layers[test["best_layer"]]
+    assert min(layers) > 0.5  # random features of digits are good features
+    assert test["count"] == 100
+    saved = checkpoint.load_params(tmp_path)
+    assert saved.keys() == {"probe_0", "probe_1", "probe_2"}
+    assert saved["probe_0"]["kernel"].shape == (32, 10)
+    assert results["num_trainable_parameters"] == 3 * (32 * 10 + 10)
+    assert (tmp_path / "layers.png").stat().st_size > 5000
+
+
+def test_probes_resume(tmp_path, workdir):
+    """A run that ended halfway, by its number of steps, has the same bits as one that did not."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = {"total_steps": 20, "save_every": "10", "data.val": "", "data.test": "test[:100]"}
+    changes |= {"optim.schedule": "constant"}
+    probe(whole, workdir, changes)
+    probe(parts, workdir, changes)
+    newest = parts / "checkpoints" / "20"
+    for path in sorted(newest.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    newest.rmdir()
+    probe(parts, workdir, changes)
+    expected, found = checkpoint.load_params(whole), checkpoint.load_params(parts)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained": ""}, "Nothing to probe: set config.pretrained"),
+        ({"model.image_size": 10}, r"image_size \(10, 10\) must be a multiple of patch_size 4"),
+    ],
+)
+def test_nothing_to_probe(tmp_path, workdir, changes, message):
+    with pytest.raises(ValueError, match=message):
+        probe(tmp_path, workdir, changes)
+
+
+def test_neighbours_vote_as_in_scikit_learn():
+    rng = np.random.default_rng(0)
+    train_x, test_x = (rng.normal(size=(n, 8)).astype(np.float32) for n in (300, 111))
+    train_x, test_x = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train_x, test_x))
+    direction = rng.normal(size=(8, 4))
+    train_y, test_y = ((x @ direction).argmax(1) for x in (train_x, test_x))
+    theirs = KNeighborsClassifier(
+        20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(train_x, train_y)
+    expected = theirs.score(test_x, test_y)
+    assert 0.5 < expected < 1
+    found = knn.accuracy(train_x, train_y, test_x, test_y, k=20, chunk=50)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_knn_command(tmp_path, start, workdir):
+    out = tmp_path / "knn.json"
+    arguments = ("--data", "digits", "--train", "train[:500]", "--test", "test[:100]", "--k", 5)
+    finished = start("beit_jax.knn", "--checkpoint", workdir, *arguments, "--out", out).wait()
+    assert finished.status == 0, finished.output
+    content = json.loads(out.read_text())
+    assert len(content["accuracy"]) == 3 and min(content["accuracy"]) > 0.6
+    assert f"layer  {content['best_layer']}" in finished.output
+
+
+def test_knn_without_labels(tmp_path, start, workdir, picture_folder):
+    finished = start(
+        *("beit_jax.knn", "--checkpoint", workdir, "--data", f"folder:{picture_folder / 'red'}"),
+        *("--train", "train[:10]", "--test", "train[10:]"),
+    ).wait()
+    assert finished.status == 2
+    assert "has no labels to vote for" in finished.output
