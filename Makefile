@@ -1,7 +1,7 @@
 # make quickstart   installs everything and trains on handwritten digits
 # make test         installs everything and runs the tests
 # make test-slow    the long tests
-# make coverage lint format lock bench
+# make coverage lint format lock bench bench-gpu
 #
 # CPU=1 installs without CUDA, CUDA=cuda13 with CUDA 13; the default looks for an NVIDIA GPU.
 # PEERS=1 also installs torch, which parity tests compare with and otherwise skip.
@@ -13,7 +13,7 @@ CUDA ?= cuda12
 GPU := $(if $(CPU),,$(shell command -v nvidia-smi))
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 
-.PHONY: setup quickstart test test-slow coverage lint format lock bench
+.PHONY: setup quickstart test test-slow coverage lint format lock bench bench-gpu
 
 quickstart: setup
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
@@ -28,7 +28,10 @@ coverage: setup
 	$(BIN)/python -m pytest -q --cov=beit_jax --cov-report=term
 
 bench: setup
-	$(BIN)/python -m benchmarks.cpu --out benchmarks/results/cpu.json
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks
+
+bench-gpu: setup
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --seconds 2
 
 setup: $(VENV)/.done
 	$(if $(PEERS),$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0)
