@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from beit_jax import checkpoint, modules, optim, pretrained, sharding
 from beit_jax import state as states
 from beit_jax.steps import to_steps
+from beit_jax.tasks.task import Data
 
 
 class Plan(NamedTuple):
@@ -40,9 +42,17 @@ def make_task(config, splits, workdir, mesh, step: int | None):
         info = checkpoint.read_model_info(workdir)
     elif config.pretrained:
         start = pretrained.load(config.pretrained, config.pretrained_revision)
-    resized = any(split.resident is None for split in splits.values())
+    counts = None
+    if class_names is not None and "train" in splits and config.class_weights != "none":
+        labels = splits["train"].source.labels()
+        counts = np.bincount(labels, minlength=len(class_names))
+    data = Data(
+        class_names,
+        resized=any(split.resident is None for split in splits.values()),
+        class_counts=counts,
+    )
     module = modules.load("tasks", config.task_name)
-    task = module.make_task(config, class_names, resized=resized, start=start, info=info)
+    task = module.make_task(config, data, start=start, info=info)
     return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
 
 

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 
 
-def softmax_cross_entropy(logits, labels, label_smoothing=0.0, weight=None) -> jax.Array:
+def softmax_cross_entropy(logits, labels) -> jax.Array:
     """Cross entropy, as `torch.nn.functional.cross_entropy(reduction="none")`.
 
     Args:
       logits: [..., K], any float dtype; computed in float32.
       labels: [...] integer classes, or [..., K] probabilities (mixup, distillation).
-      label_smoothing: share of the target spread evenly over the K classes.
-      weight: [...] factor of each example's loss, or None.
 
     Returns:
       [...] losses. The mean is `weighted_mean`'s business.
@@ -37,11 +35,7 @@ def softmax_cross_entropy(logits, labels, label_smoothing=0.0, weight=None) -> j
             f"labels must be integers {logits.shape[:-1]} or probabilities {logits.shape} to fit "
             f"logits {logits.shape}; got {labels.dtype} {labels.shape}"
         )
-    loss = mass * log_normalizer - target_logit
-    if label_smoothing:
-        uniform_loss = log_normalizer - jnp.mean(logits, axis=-1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * uniform_loss
-    return loss if weight is None else loss * weight
+    return mass * log_normalizer - target_logit
 
 
 def weighted_mean(values, weight=None) -> jax.Array:

@@ -12,6 +12,7 @@ from beit_jax import build, convert, optim, state
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert.preprocessor import DEFAULT
 from beit_jax.tasks import classify
+from beit_jax.tasks.task import Data
 from configs import common
 
 
@@ -61,7 +62,7 @@ def _training(params, info, dtype, image, label, runtime):
     with config.unlocked():
         config.model.update(dtype=dtype, **runtime)
     config.augment.flip = 0.0
-    task = classify.make_task(config, info.class_names, resized=True, start=None, info=info)
+    task = classify.make_task(config, Data(info.class_names, resized=True), start=None, info=info)
     schedule = optim.make_schedule("constant", learning_rate=1e-4, total_steps=1000)
     tx, schedule = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0

@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
     config.total_steps = config_dict.placeholder(int)  # overrides num_epochs
     config.accumulate_steps = 1  # micro-batches per step: less memory, same gradient
     config.label_smoothing = 0.0
+    config.class_weights = "none"  # balanced: rare classes weigh as much as frequent ones
     config.ema_decay = 0.0  # of averaged parameters, for evaluation; warms up; 0 is off
 
     config.optim = optim = ConfigDict()

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from beit_jax import checkpoint, convert, train
+from beit_jax import checkpoint, convert, report, train
 from configs import image_folder
 
 torch = pytest.importorskip("torch")
@@ -30,6 +30,7 @@ RUN = {
     "mistakes": 0,
     "compile_cache": "",
 }
+FEW = {"red": [f"{i}.png" for i in range(3, 20)]}  # what is left out of a folder
 STILL = {"optim.learning_rate": 0.0, "optim.end_value": 0.0, "total_steps": 1, "data.val": ""}
 
 
@@ -195,6 +196,19 @@ def test_splits_of_different_sizes(tmp_path, picture_folder, hf_directory):
     changes = STILL | {"data.train": "train", "data.test": "test", "model.image_size": 8}
     results = finetune(tmp_path / "run", tmp_path / "pictures", hf_directory, changes)
     assert results["test"]["count"] == 60
+
+
+def test_balanced_classes(tmp_path, picture_folder, hf_directory):
+    """With few of one class, its weight is seen in the loss of the first step."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(picture_folder, pictures, ignore=lambda path, names: FEW.get(path[-3:], []))
+    changes = STILL | {"data.train": "train", "data.test": "", "batch_size": 16}
+    found = []
+    for kind in ("none", "balanced"):
+        finetune(tmp_path / kind, pictures, hf_directory, changes | {"class_weights": kind})
+        lines = report.read_metrics(tmp_path / kind)
+        found.append(lines[0]["train/loss"])
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 def test_changed_data_are_refused(tmp_path, picture_folder, hf_directory):

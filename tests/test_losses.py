@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.utils import class_weight
 
 from beit_jax import losses
+from beit_jax.data import augment
+from beit_jax.tasks import classify
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -18,43 +21,63 @@ SOFT_LABELS = RNG.dirichlet(np.ones(K), (B, T)).astype(np.float32)
 WEIGHT = RNG.random((B, T)).astype(np.float32)
 
 
-def torch_cross_entropy(logits, labels, label_smoothing):
+def torch_cross_entropy(logits, labels, **kwargs):
     logits, labels = torch.tensor(logits).movedim(-1, 1), torch.tensor(labels)
     if labels.ndim == logits.ndim:
         labels = labels.movedim(-1, 1)
-    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, labels, **{"reduction": "none", **kwargs})
 
 
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS], ids=["integers", "probabilities"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_softmax_cross_entropy_equals_torch(labels, smoothing):
-    loss = losses.softmax_cross_entropy(LOGITS, labels, smoothing)
+def test_softmax_cross_entropy_equals_torch(labels):
+    loss = losses.softmax_cross_entropy(LOGITS, labels)
     assert loss.shape == (B, T)
-    expected = torch_cross_entropy(LOGITS, labels, smoothing)
+    expected = torch_cross_entropy(LOGITS, labels)
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_smoothed_labels_are_torchs():
+    target = augment.one_hot(LABELS, K, 0.1)
+    expected = torch_cross_entropy(LOGITS, LABELS, label_smoothing=0.1)
+    np.testing.assert_allclose(
+        losses.softmax_cross_entropy(LOGITS, target), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("labels", [LABELS, SOFT_LABELS], ids=["integers", "probabilities"])
 def test_softmax_cross_entropy_gradient_equals_torch(labels):
-    grad = jax.grad(lambda x: losses.softmax_cross_entropy(x, labels, 0.1, WEIGHT).sum())(LOGITS)
+    grad = jax.grad(lambda x: (losses.softmax_cross_entropy(x, labels) * WEIGHT).sum())(LOGITS)
     logits = torch.tensor(LOGITS, requires_grad=True)
     targets = torch.tensor(labels).flatten(0, 1)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none", label_smoothing=0.1)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     (loss * torch.tensor(WEIGHT).flatten()).sum().backward()
     np.testing.assert_allclose(grad, logits.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_softmax_cross_entropy_weight_multiplies():
-    plain = losses.softmax_cross_entropy(LOGITS, LABELS)
-    weighted = losses.softmax_cross_entropy(LOGITS, LABELS, weight=WEIGHT)
-    np.testing.assert_allclose(weighted, plain * WEIGHT, rtol=1e-6)
+def test_class_weights_are_torchs():
+    """Balanced weights are scikit-learn's, and their mean over a batch is torch's."""
+    labels = np.array([0] * 7 + [1] * 2 + [3])
+    weights = classify.class_weights("balanced", np.bincount(labels, minlength=4))
+    expected = class_weight.compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    np.testing.assert_allclose(weights[[0, 1, 3]], expected * 3 / 4, rtol=1e-6)
+    assert weights[2] == 0
+    logits = RNG.standard_normal((10, 4)).astype(np.float32)
+    target = np.eye(4, dtype=np.float32)[labels]
+    loss = losses.weighted_mean(losses.softmax_cross_entropy(logits, target), target @ weights)
+    theirs = torch_cross_entropy(logits, labels, weight=torch.tensor(weights), reduction="mean")
+    assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_unknown_class_weights():
+    with pytest.raises(ValueError, match="Unknown class_weights 'sqrt'; available: none, balanced"):
+        classify.class_weights("sqrt", None)
 
 
 def test_softmax_cross_entropy_of_bfloat16_is_computed_in_float32():
     logits = jnp.asarray(LOGITS, jnp.bfloat16)
     loss = losses.softmax_cross_entropy(logits, LABELS)
     assert loss.dtype == jnp.float32
-    expected = torch_cross_entropy(np.asarray(logits, np.float32), LABELS, 0.0)
+    expected = torch_cross_entropy(np.asarray(logits, np.float32), LABELS)
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -18,24 +18,24 @@ from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import augment, images
 from beit_jax.pretrained import Pretrained, fit
-from beit_jax.tasks.task import Task
+from beit_jax.tasks.task import Data, Task
 
 _RUNTIME = ("dtype", "attention", "remat")  # of config.model; the same weights run with any
 
 
-def make_task(config, class_names, *, resized: bool, start: Pretrained | None, info=None) -> Task:
+def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
     """The task of a config.
 
     Args:
       config: as `configs/common.py`.
-      class_names: of the data, in the order of its labels.
-      resized: whether the host crops pictures to the network's size, all but a "pad" crop.
+      data: what is to be classified.
       start: pretrained parameters, if any.
       info: the model of a run that is resumed or evaluated; decides in place of `config.model`.
 
     Raises:
       ValueError: the number of classes, the architecture or the weights do not fit.
     """
+    class_names, resized = data.class_names, data.resized
     if class_names is None:
         raise ValueError(f"Classification needs labels, which {config.data.name} does not have.")
     if info is None:
@@ -48,6 +48,7 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
     if config.augment.crop not in augment.CROPS:
         available = ", ".join(augment.CROPS)
         raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
+    weights = class_weights(config.class_weights, data.class_counts)
     family = modules.load("models", info.model_name)
     model = make_model(info, **runtime(config))
     size, num_classes = model.config.image_size, len(class_names)
@@ -84,7 +85,8 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
             {"params": params}, image, deterministic=False, rngs={"dropout": dropout_rng}
         )
         correct = jnp.argmax(logits, -1) == batch["label"]
-        value = losses.softmax_cross_entropy(logits, target).mean()
+        weight = None if weights is None else target @ weights
+        value = losses.weighted_mean(losses.softmax_cross_entropy(logits, target), weight)
         return value, (model_state, {"accuracy": correct.astype(jnp.float32).mean()})
 
     def evaluate(params, model_state, frozen, batch):
@@ -107,6 +109,24 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
         image_size=size,
         info=info,
     )
+
+
+def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
+    """Weight of the loss of each class, float32 [K], or None where all count the same.
+
+    "balanced" is the number of pictures / (K * number of the class), as scikit-learn's
+    `class_weight="balanced"`; a class without a picture has weight 0. The mean over a batch is
+    weighted too, as torch's `cross_entropy(weight=...)`.
+
+    Raises:
+      ValueError: it is neither "none" nor "balanced".
+    """
+    if kind not in ("none", "balanced"):
+        raise ValueError(f"Unknown class_weights {kind!r}; available: none, balanced.")
+    if kind == "none" or counts is None:
+        return None
+    total = counts.sum() / len(counts)
+    return np.divide(total, counts, out=np.zeros(len(counts)), where=counts > 0).astype(np.float32)
 
 
 def runtime(config) -> dict:

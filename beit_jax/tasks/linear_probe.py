@@ -14,15 +14,16 @@ from beit_jax import losses, modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.models import features
 from beit_jax.tasks import classify
-from beit_jax.tasks.task import Task
+from beit_jax.tasks.task import Data, Task
 
 
-def make_task(config, class_names, *, resized: bool, start, info=None) -> Task:
+def make_task(config, data: Data, *, start, info=None) -> Task:
     """Probes of `config.pretrained`; arguments as of `tasks/classify.py`.
 
     Raises:
       ValueError: there is nothing to probe, or the data have no labels.
     """
+    class_names, resized = data.class_names, data.resized
     if class_names is None:
         raise ValueError(f"Linear probes need labels, which {config.data.name} does not have.")
     if not config.pretrained:

@@ -3,7 +3,24 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from beit_jax.checkpoint import ModelInfo
+
+
+class Data(NamedTuple):
+    """What a task has to know of its data.
+
+    Attributes:
+      class_names: in the order of the labels; None without labels.
+      resized: whether the host crops pictures to the network's size, all but a "pad" crop.
+      class_counts: pictures of each class in the training split, int [K], or None where there is no
+        such split or no label.
+    """
+
+    class_names: list[str] | tuple[str, ...] | None
+    resized: bool
+    class_counts: np.ndarray | None = None
 
 
 class Task(NamedTuple):
