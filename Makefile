@@ -29,6 +29,8 @@ coverage: setup
 
 bench: setup
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.inputs
+	$(BIN)/python -m benchmarks.startup
 
 bench-gpu: setup
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --seconds 2

@@ -1,0 +1,90 @@
+"""What a run costs beside its steps: the start, cold and with the compile cache, and checkpoints.
+
+    python -m benchmarks.startup --out benchmarks/results/startup.json
+
+Runs main.py on handwritten digits in processes of its own, with a network of the size that FLAGS
+give (`--config.preset=...`), first with an empty compile cache and then with the filled one.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks.__main__ import RESULTS, machine
+
+RUN = {
+    "data.val": "",
+    "data.test": "",
+    "total_steps": 40,
+    "save_every": "10",
+    "optim.warmup": "0",
+    "tensorboard": False,
+    "augment.crop": "pad",
+}
+SAVES = 4  # of a run
+
+
+def run(flags: list[str], cache: str) -> dict:
+    """Seconds of one run: in all, until the first step, of compilation, and of each save."""
+    with tempfile.TemporaryDirectory() as workdir:
+        settings = RUN | {"compile_cache": cache}
+        command = [sys.executable, "main.py", "--config=configs/quickstart.py"]
+        command += [f"--config.{key}={value}" for key, value in settings.items()]
+        command += [f"--workdir={workdir}", *flags]
+        start, wall = time.perf_counter(), time.time()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        total = time.perf_counter() - start
+        with open(os.path.join(workdir, "results.json")) as file:
+            results = json.load(file)
+        with open(os.path.join(workdir, "metrics.jsonl")) as file:
+            first = json.loads(file.readline())
+        log = os.path.join(workdir, "parameters.txt")
+        return {
+            "total": total,
+            "first_numbers": first["time"] - wall,
+            "parameters": int(re.search(r"Total: ([\d,]+)", open(log).read())[1].replace(",", "")),
+            "compile": results["seconds"]["compile"],
+            "save": results["seconds"]["save"] / SAVES,
+            "step": results["seconds_per_step"],
+        }
+
+
+def main():
+    """Measures and writes JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default=os.path.join(RESULTS, "startup.json"))
+    parser.add_argument("--rounds", type=int, default=3)
+    args, flags = parser.parse_known_args()
+    found = {"cold": [], "cached": []}
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in ("cold", "cached"):
+                found[kind].append(run(flags, cache))
+    median = {
+        kind: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+        for kind, runs in found.items()
+    }
+    content = {
+        "command": " ".join(["python -m benchmarks.startup", *flags]),
+        "machine": machine(),
+        "seconds": median,
+        "ratio_of_compilation": median["cached"]["compile"] / median["cold"]["compile"],
+    }
+    with open(args.out, "w") as file:
+        json.dump(content, file, indent=1)
+    for kind, values in median.items():
+        print(kind, "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
+
+
+if __name__ == "__main__":
+    main()
