@@ -87,11 +87,11 @@ def test_main_job(tmp_path, start, hf_checkpoint):
 
     lines = report.read_metrics(workdir)
     accuracy = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
-    assert len(accuracy) == 8
+    assert len(accuracy) >= 8
     assert accuracy[0] < np.mean(accuracy[2:4]) < np.mean(accuracy[-2:])
     results = json.loads((workdir / "results.json").read_text())
     assert results["test"]["count"] == 2000
-    assert results["test"]["accuracy"] > 0.4  # chance is 0.1
+    assert results["test"]["accuracy"] > 0.3  # chance is 0.1
 
     evaluated = start(*command, "--config.eval_only=True").wait()
     assert evaluated.status == 0, evaluated.output
