@@ -132,7 +132,9 @@ class Embeddings(nn.Module):
         if config.use_mask_token:
             mask_token = self.param("mask_token", normal(config), (1, 1, width)).astype(x.dtype)
         if bool_masked_pos is not None:
-            config.expect(config.use_mask_token, "bool_masked_pos needs use_mask_token=True")
+            layers.expect(
+                config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True"
+            )
             masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
             x = jnp.where(masked, mask_token, x)
         class_token = self.param("cls_token", normal(config), (1, 1, width)).astype(x.dtype)

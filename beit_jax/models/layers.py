@@ -105,6 +105,20 @@ ACTIVATIONS = {
 }
 
 
+def expect(config, condition: bool, message: str) -> None:
+    """Raises ValueError, in the name of the family, where the condition does not hold."""
+    if not condition:
+        raise ValueError(f"{config.FAMILY}: {message}.")
+
+
+def expect_one_of(config, **choices) -> None:
+    """Raises ValueError where a field of the configuration has none of its choices."""
+    for name, available in choices.items():
+        value = getattr(config, name)
+        message = f"{name} must be one of {', '.join(available)}, got {value!r}"
+        expect(config, value in available, message)
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """What the architectures of vision transformers share; named as in transformers' configs.
@@ -147,30 +161,20 @@ class TransformerConfig:
         size = self.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         object.__setattr__(self, "image_size", size)
-        self.expect_one_of(head=self.HEADS, hidden_act=ACTIVATIONS, remat=REMAT_POLICIES)
-        self.expect(
+        expect_one_of(self, head=self.HEADS, hidden_act=ACTIVATIONS, remat=REMAT_POLICIES)
+        expect(
+            self,
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
             f"{self.num_attention_heads}",
         )
-        self.expect(
+        expect(
+            self,
             len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
-        self.expect_one_of(dtype=DTYPES)
+        expect_one_of(self, dtype=DTYPES)
         attention.get(self.attention)
-
-    def expect(self, condition, message):
-        """Raises ValueError, in the family's name, where the condition does not hold."""
-        if not condition:
-            raise ValueError(f"{self.FAMILY}: {message}.")
-
-    def expect_one_of(self, **choices):
-        """Raises ValueError where a field has none of its choices."""
-        for name, available in choices.items():
-            value = getattr(self, name)
-            message = f"{name} must be one of {', '.join(available)}, got {value!r}"
-            self.expect(value in available, message)
 
     @property
     def grid(self) -> Grid:
