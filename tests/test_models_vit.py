@@ -260,7 +260,20 @@ def test_layer_ids():
     assert ids["layer_0/layernorm_before/scale"] == 1
     assert ids["layer_1/attention/query/kernel"] == 2
     assert ids["layernorm/scale"] == ids["distillation_classifier/kernel"] == 3
-    decayed = optim.decay_mask(random_params(model))
+    params = random_params(model)
+    tx, _ = optim.make_optimizer(
+        "sgd",
+        learning_rate=1.0,
+        params=params,
+        momentum=0.0,
+        layer_decay=0.5,
+        layer_id=lambda name: vit.layer_id(name, 2),
+        num_layers=2,
+    )
+    updates = traverse_util.flatten_dict(tx.update(params, tx.init(params), params)[0], sep="/")
+    for name, gradient in traverse_util.flatten_dict(params, sep="/").items():
+        np.testing.assert_allclose(updates[name], -gradient * 0.5 ** (3 - ids[name]), rtol=1e-6)
+    decayed = optim.decay_mask(params)
     assert not decayed["embeddings"]["distillation_token"]
     assert decayed["distillation_classifier"]["kernel"]
 
