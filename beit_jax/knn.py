@@ -29,7 +29,7 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
     def layers(params, pictures):
         view = classify.eval_view(pictures, start.info, size, resized=True)
         found = features.layer_outputs(model, params, view)
-        pooled = (features.pool(x, model.config.num_prefix_tokens) for x in found)
+        pooled = (features.pool(x, model.config.num_prefix) for x in found)
         return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
 
     params = jax.device_put(start.params)

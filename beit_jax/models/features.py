@@ -42,12 +42,12 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
     return [found[index] for index in sorted(found)]
 
 
-def pool(tokens: jax.Array, num_prefix_tokens: int) -> jax.Array:
+def pool(tokens: jax.Array, num_prefix: int) -> jax.Array:
     """Features of a picture in float32: the first token, if it is a class token, beside the mean of
     the patch tokens; [B, T, D] -> [B, 2D], or [B, D] without a class token.
 
     As in microsoft/unilm `beit/run_linear_eval.py`.
     """
     tokens = tokens.astype(jnp.float32)
-    mean = tokens[:, num_prefix_tokens:].mean(1)
-    return jnp.concatenate([tokens[:, 0], mean], -1) if num_prefix_tokens else mean
+    mean = tokens[:, num_prefix:].mean(1)
+    return jnp.concatenate([tokens[:, 0], mean], -1) if num_prefix else mean

@@ -36,7 +36,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
     def outputs(frozen, image):
         """The features [B, F] of every layer."""
         layers = features.layer_outputs(model, frozen, image)
-        prefix = model.config.num_prefix_tokens
+        prefix = model.config.num_prefix
         return [jax.lax.stop_gradient(features.pool(x, prefix)) for x in layers]
 
     image = jax.ShapeDtypeStruct((1, *size, model.config.num_channels), jnp.float32)
