@@ -36,7 +36,7 @@ bench-gpu: setup
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --seconds 2
 
 setup: $(VENV)/.done
-	$(if $(PEERS),$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0)
+	$(if $(PEERS),$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0 peft)
 
 $(VENV)/.done: requirements.txt requirements-cpu.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; use make PYTHON=python3.12')"

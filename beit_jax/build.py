@@ -1,11 +1,12 @@
 """The parts of a run, built as its config describes them."""
 
+import re
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from beit_jax import checkpoint, modules, optim, pretrained, sharding
+from beit_jax import checkpoint, lora, modules, optim, pretrained, sharding
 from beit_jax import state as states
 from beit_jax.steps import to_steps
 from beit_jax.tasks.task import Data
@@ -40,7 +41,7 @@ def make_task(config, splits, workdir, mesh, step: int | None):
     info, start = None, None
     if step is not None:
         info = checkpoint.read_model_info(workdir)
-    elif config.pretrained:
+    if config.pretrained and (step is None or config.lora.rank):
         start = pretrained.load(config.pretrained, config.pretrained_revision)
     counts = None
     if class_names is not None and "train" in splits and config.class_weights != "none":
@@ -53,6 +54,8 @@ def make_task(config, splits, workdir, mesh, step: int | None):
     )
     module = modules.load("tasks", config.task_name)
     task = module.make_task(config, data, start=start, info=info)
+    if config.lora.rank:
+        task = lora.wrap(task, config, config.pretrained)
     return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
 
 
@@ -116,8 +119,15 @@ def make_optimizer(config, task, plan):
         layer_id=task.layer_id,
         num_layers=task.num_layers,
         clip_norm=c.clip_norm,
-        freeze=c.freeze,
+        freeze=frozen_names(config, task),
     )
+
+
+def frozen_names(config, task) -> list[str]:
+    """Patterns of the parameters that do not learn, by `config.trainable` and `optim.freeze`."""
+    params, _ = _shapes(task, config)
+    names = optim.untrained(config.trainable, params, task.layer_id, task.num_layers)
+    return [*config.optim.freeze, *map(re.escape, names)]
 
 
 def _shapes(task, config):
@@ -162,7 +172,7 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
         task,
         tx,
         schedule=schedule,
-        trainable=optim.trainable_mask(state.params, config.optim.freeze),
+        trainable=optim.trainable_mask(state.params, frozen_names(config, task)),
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
@@ -171,9 +181,9 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
     return step.lower(state, task.frozen, resident, batch).compile()
 
 
-def num_trainable(config, params) -> int:
+def num_trainable(config, task, params) -> int:
     """Numbers that the optimizer changes."""
-    mask = optim.trainable_mask(params, config.optim.freeze)
+    mask = optim.trainable_mask(params, frozen_names(config, task))
     sizes = jax.tree.map(lambda x, learns: x.size * learns, params, mask)
     return sum(jax.tree.leaves(sizes))
 

@@ -43,6 +43,7 @@ class ModelInfo(NamedTuple):
       image: how pictures are prepared: "mean" and "std" per channel for pixels in [0, 1],
         "interpolation", "crop" ("squash" or "center") and "crop_pct"; or None.
       pretrained: what the run started from, or None.
+      lora: of adapters, see `lora.py`: rank, alpha, targets, and the base they belong to; or None.
     """
 
     model_name: str
@@ -51,6 +52,7 @@ class ModelInfo(NamedTuple):
     class_names: list[str] | None
     image: dict[str, Any] | None
     pretrained: str | None
+    lora: dict[str, Any] | None = None
 
 
 def write_model_info(workdir: str | os.PathLike, info: ModelInfo) -> None:

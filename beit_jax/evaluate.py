@@ -102,7 +102,7 @@ def load(saver, step: int, mesh):
 
 def finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts) -> dict:
     """Evaluates parameters on val and test; writes results.json, with the facts, and pictures."""
-    num_parameters = sum(x.size for x in jax.tree.leaves(params))
+    num_parameters = sum(x.size for x in jax.tree.leaves(params)) + task.num_frozen
     results = {"step": step, "num_parameters": num_parameters, **facts}
     for name in ("val", "test"):
         if name in splits:

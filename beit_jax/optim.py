@@ -199,6 +199,39 @@ def trainable_mask(params, freeze: Sequence[str]):
     return jax.tree.map_with_path(lambda path, _: not _matches(path_name(path), freeze), params)
 
 
+def untrained(trainable: str, params, layer_id: Callable[[str], int], num_layers: int) -> list[str]:
+    """Names of the parameters that do not learn.
+
+    Args:
+      trainable: "all"; "head" for the classifier alone; "bias" for it and all biases (BitFit,
+        arXiv:2106.10199); "last-N" for what stands above all but the last N layers.
+      params: the parameters or their shapes.
+      layer_id: from a parameter name to 0 (embeddings), i + 1 (layer i), num_layers + 1 (the rest).
+      num_layers: number of layers.
+
+    Raises:
+      ValueError: it is none of these, or there are fewer than N layers.
+    """
+
+    def is_head(name):
+        return re.fullmatch(r"(distillation_)?classifier/.*", name)
+
+    last = re.fullmatch(r"last-(\d+)", trainable)
+    if last and 0 < int(last[1]) <= num_layers:
+        first = num_layers - int(last[1]) + 1
+        return [name for name in _names(params) if layer_id(name) < first]
+    if trainable == "all":
+        return []
+    if trainable == "head":
+        return [name for name in _names(params) if not is_head(name)]
+    if trainable == "bias":
+        return [n for n in _names(params) if not is_head(n) and not n.endswith("bias")]
+    raise ValueError(
+        f"config.trainable is {trainable!r}; expected all, head, bias, or last-N with N from 1 to "
+        f"{num_layers}."
+    )
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales updates down to a global norm of `max_norm`, as torch's `clip_grad_norm_`; stateless.
 

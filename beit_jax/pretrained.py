@@ -6,10 +6,11 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax import checkpoint, convert, modules
+from beit_jax import checkpoint, convert, lora, modules
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 
@@ -31,7 +32,7 @@ def load(source: str, revision: str = "") -> Pretrained:
     if os.path.exists(os.path.join(source, "model.json")):
         if revision:
             raise ValueError(f"{source} is a workdir, which has no revision {revision!r}.")
-        return Pretrained(checkpoint.load_params(source), checkpoint.read_model_info(source))
+        return load_workdir(source)
     loaded = convert.load(source, revision=revision or None)
     if loaded.image is None:
         logging.warning(
@@ -46,6 +47,29 @@ def load(source: str, revision: str = "") -> Pretrained:
         pretrained=loaded.source,
     )
     return Pretrained(loaded.params, info)
+
+
+def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
+    """The model in a workdir; adapters are merged into the base that they belong to.
+
+    Raises:
+      FileNotFoundError, ValueError, CheckpointError: it cannot be read, or the base is not there or
+        is another one.
+    """
+    params, info = checkpoint.load_params(workdir, step), checkpoint.read_model_info(workdir)
+    if not info.lora:
+        return Pretrained(params, info)
+    base = blank_filled(load(info.lora["base"]), info, info.lora["resize_method"])
+    return Pretrained(lora.merge(params, base, info.lora), info._replace(lora=None))
+
+
+def blank_filled(base: Pretrained, info: ModelInfo, method: str) -> dict[str, Any]:
+    """What of a checkpoint fits a model, nested; NaN for what does not."""
+    network = modules.load("models", info.model_name).Model(**info.architecture)
+    image = jnp.zeros((1, *network.config.image_size, network.config.num_channels))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    blank = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
+    return fit(base, blank, info.architecture, reset=(".*",), method=method)
 
 
 def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, method: str) -> dict:

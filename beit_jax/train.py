@@ -94,7 +94,7 @@ def _train(config, workdir, mesh, stack):
         interpolation=task.info.image["interpolation"],
     )
     train_step, facts = None, report.read_facts(workdir)
-    facts["num_trainable_parameters"] = build.num_trainable(config, state.params)
+    facts["num_trainable_parameters"] = build.num_trainable(config, task, state.params)
     trace = profiling.at_steps(config.profile_steps, workdir, plan.total_steps)
     queue = collections.deque()
 

@@ -65,6 +65,15 @@ def get_config() -> ConfigDict:
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
 
+    config.trainable = "all"  # head: linear probing; bias: BitFit; last-N: the last N layers
+    config.lora = lora = ConfigDict()  # low-rank adapters; what they adapt is frozen
+    lora.rank = 0  # 0 is off
+    lora.alpha = 16.0  # adapters are scaled by alpha / rank
+    lora.dropout = 0.0
+    lora.targets = ("query", "value")  # also key, output, fc1, fc2
+    lora.trainable = ("(distillation_)?classifier/.*",)  # parameters (regexes) trained beside them
+    lora.base_dtype = "float32"  # of what is frozen; bfloat16 halves its memory
+
     config.data = data = ConfigDict()
     data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, folder:PATH
     data.data_dir = ""  # of tfds; "" is TFDS_DATA_DIR or ~/tensorflow_datasets

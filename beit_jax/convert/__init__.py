@@ -15,7 +15,15 @@ from beit_jax.convert.files import CheckpointFormatError
 
 __all__ = ["MODEL_TYPES", "Checkpoint", "CheckpointFormatError", "load", "save_hf"]
 
-SHARED = ("__main__", "files", "hf_config", "preprocessor", "rules", "verify")  # no families
+SHARED = (
+    "__main__",
+    "files",
+    "hf_config",
+    "peft",
+    "preprocessor",
+    "rules",
+    "verify",
+)  # no families
 MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_jax/models
     "beit": "beit",
     "data2vec-vision": "beit",

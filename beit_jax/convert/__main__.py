@@ -2,14 +2,16 @@
 
 python -m beit_jax.convert from-hf microsoft/beit-base-patch16-224 workdir
 python -m beit_jax.convert to-hf workdir huggingface_directory --verify
+python -m beit_jax.convert to-peft workdir adapter_directory
+python -m beit_jax.convert from-peft adapter_directory workdir
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from beit_jax import checkpoint, convert
-from beit_jax.convert import files, preprocessor, verify
+from beit_jax import checkpoint, convert, lora, pretrained
+from beit_jax.convert import files, peft, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
 _TOLERANCE = 1e-4
@@ -44,6 +46,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_hf.add_argument("--verify", action="store_true", help="compare the logits with torch's")
     to_hf.set_defaults(command=_to_hf)
+
+    to_peft = commands.add_parser("to-peft", help="LoRA adapters of ours to a PEFT directory")
+    to_peft.add_argument("workdir", metavar="WORKDIR", help="workdir of a run with config.lora")
+    to_peft.add_argument("dst", metavar="DST", help="directory to write; must be new")
+    to_peft.add_argument("--step", type=_step, default="best", help="best, latest or a number")
+    to_peft.add_argument(
+        "--transformers", type=int, choices=[4, 5], default=5, help="major version that reads it"
+    )
+    to_peft.set_defaults(command=_to_peft)
+
+    from_peft = commands.add_parser("from-peft", help="LoRA adapters of PEFT to a workdir")
+    from_peft.add_argument("src", metavar="SRC", help="PEFT directory")
+    from_peft.add_argument("dst", metavar="DST", help="workdir to write; must be new")
+    from_peft.add_argument("--base", help="the model they adapt, if not as their config names it")
+    from_peft.set_defaults(command=_from_peft)
     return parser
 
 
@@ -81,8 +98,7 @@ def _from_hf(args) -> int:
 
 
 def _to_hf(args) -> int:
-    info = checkpoint.read_model_info(args.workdir)
-    params = checkpoint.load_params(args.workdir, step=args.step)
+    params, info = pretrained.load_workdir(args.workdir, args.step)
     convert.save_hf(
         args.dst,
         params,
@@ -100,6 +116,43 @@ def _to_hf(args) -> int:
     verdict = "ok" if is_same else "too large"
     print(f"largest difference from transformers: {difference:.3g} ({verdict})")
     return 0 if is_same else 1
+
+
+def _to_peft(args) -> int:
+    info = checkpoint.read_model_info(args.workdir)
+    if info.model_name != "beit" or not info.lora:
+        raise ValueError(
+            f"{args.workdir} has no LoRA adapters of a beit; to-hf writes the whole model"
+        )
+    params = lora.flat(checkpoint.load_params(args.workdir, step=args.step))
+    with files.new_directory(args.dst) as directory:
+        peft.save(directory, params, info.lora, args.transformers)
+    print(f"{args.dst}: adapters of {info.lora['base']} written")
+    return 0
+
+
+def _from_peft(args) -> int:
+    adapters = peft.read(args.src)
+    source = args.base or adapters.base
+    if not source:
+        raise ValueError(f"{args.src} does not name the model that it adapts; give --base")
+    base = pretrained.load(source)
+    info = base.info._replace(task="classify", pretrained=str(args.src))
+    if "classifier/kernel" in adapters.params:
+        count = adapters.params["classifier/kernel"].shape[1]
+        architecture = dict(info.architecture, head="classifier", num_labels=count)
+        names = info.class_names if len(info.class_names or ()) == count else None
+        info = info._replace(architecture=architecture, class_names=names)
+    params = lora.flat(pretrained.blank_filled(base, info, "unilm"))
+    frozen = {name: x for name, x in params.items() if name not in adapters.params}
+    identity = {"base": source, "base_crc32": lora.fingerprint(frozen), "resize_method": "unilm"}
+    info = info._replace(lora=adapters.settings | identity)
+    with files.new_directory(args.dst) as workdir:
+        checkpoint.write_model_info(workdir, info)
+        with checkpoint.Checkpointer(workdir) as saver:
+            saver.save(0, {"params": lora.nested(adapters.params)})
+    print(f"{args.dst}: adapters of rank {adapters.settings['rank']} for {source}")
+    return 0
 
 
 if __name__ == "__main__":

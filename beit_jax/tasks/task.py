@@ -43,6 +43,7 @@ class Task(NamedTuple):
       num_layers: of the network.
       image_size: (height, width) that the network sees.
       info: what model.json says.
+      num_frozen: parameters of the network that are in `frozen`.
     """
 
     init: Callable
@@ -56,3 +57,4 @@ class Task(NamedTuple):
     num_layers: int
     image_size: tuple[int, int]
     info: ModelInfo
+    num_frozen: int = 0

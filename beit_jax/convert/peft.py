@@ -1,0 +1,170 @@
+"""LoRA adapters of HuggingFace PEFT, in both directions; for BEiT.
+
+A directory holds adapter_config.json and adapter_model.safetensors. PEFT finds layers by their
+names in memory, which transformers 5 has changed: both kinds are read, and either can be written.
+
+D hidden, R rank, O width of a layer's output.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+_LAYERS = {  # major version of transformers: (prefix of layer i, {our layer: its name})
+    5: (
+        "beit.layers.{}.",
+        {
+            "attention/query": "attention.q_proj",
+            "attention/key": "attention.k_proj",
+            "attention/value": "attention.v_proj",
+            "attention/output": "attention.o_proj",
+            "mlp/fc1": "mlp.fc1",
+            "mlp/fc2": "mlp.fc2",
+        },
+    ),
+    4: (
+        "beit.encoder.layer.{}.",
+        {
+            "attention/query": "attention.attention.query",
+            "attention/key": "attention.attention.key",
+            "attention/value": "attention.attention.value",
+            "attention/output": "attention.output.dense",
+            "mlp/fc1": "intermediate.dense",
+            "mlp/fc2": "output.dense",
+        },
+    ),
+}
+_REST = {  # ours: theirs; trained whole, PEFT's modules_to_save
+    "classifier/kernel": "classifier.weight",
+    "classifier/bias": "classifier.bias",
+    "pooler_layernorm/scale": "beit.pooler.layernorm.weight",
+    "pooler_layernorm/bias": "beit.pooler.layernorm.bias",
+}
+_PREFIX = "base_model.model."
+_UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+)
+
+
+class Adapters(NamedTuple):
+    """Adapters in our words.
+
+    Attributes:
+      params: by name: "lora/layer_0/attention/query/a" [D, R], ".../b" [R, O], "classifier/kernel".
+      settings: rank, alpha and targets, as in `ModelInfo.lora`.
+      base: the model that they adapt, as their config names it, or None.
+    """
+
+    params: dict[str, np.ndarray]
+    settings: dict[str, Any]
+    base: str | None
+
+
+def save(
+    dst: str | os.PathLike,
+    params: Mapping[str, np.ndarray],
+    settings: Mapping[str, Any],
+    version: int = 5,
+) -> None:
+    """Writes adapters into a directory for `PeftModel.from_pretrained`.
+
+    Args:
+      dst: the directory, which must exist.
+      params: by name, as `Adapters.params`.
+      settings: as `ModelInfo.lora`.
+      version: major version of the transformers that will read them.
+
+    Raises:
+      ValueError: something was trained that PEFT has no place for.
+    """
+    prefix, layers = _LAYERS[version]
+    tensors, targets, problems = {}, set(), []
+    for name, x in params.items():
+        match = re.fullmatch(r"lora/layer_(\d+)/(.+)/([ab])", name)
+        if match and match[2] in layers:
+            layer = layers[match[2]]
+            theirs = f"{prefix.format(match[1])}{layer}.lora_{match[3].upper()}.weight"
+            targets.add(layer)
+        elif name in _REST:
+            theirs = _REST[name]
+        else:
+            problems.append(name)
+            continue
+        tensors[_PREFIX + theirs] = np.ascontiguousarray(np.asarray(x, np.float32).T)
+    if problems:
+        raise ValueError(
+            f"PEFT has no place for {', '.join(sorted(problems))}; to-hf writes the whole model."
+        )
+    whole = {_REST[name].rpartition(".")[0] for name in params if name in _REST}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": settings["base"],
+        "r": settings["rank"],
+        "lora_alpha": settings["alpha"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "modules_to_save": sorted(whole) or None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+    }
+    save_file(tensors, os.path.join(dst, "adapter_model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(dst, "adapter_config.json"), "w") as file:
+        json.dump(config, file, indent=2)
+
+
+def read(src: str | os.PathLike) -> Adapters:
+    """Reads a directory of PEFT.
+
+    Raises:
+      FileNotFoundError: there is no such directory, or no adapters in it.
+      ValueError: adapters of a kind that is not plain LoRA, or of layers that BEiT does not have.
+    """
+    path = os.path.join(src, "adapter_config.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{src} has no adapter_config.json: these are no adapters of PEFT.")
+    with open(path) as file:
+        config = json.load(file)
+    extra = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
+        what = ", ".join(extra) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise ValueError(f"{src} is not plain LoRA: {what}.")
+    names = {theirs: ours for ours, theirs in _REST.items()}
+    params, unknown, targets = {}, [], set()
+    for key, x in load_file(os.path.join(src, "adapter_model.safetensors")).items():
+        theirs = key.removeprefix(_PREFIX).replace(".modules_to_save.default", "")
+        ours = names.get(theirs) or _layer(theirs.replace(".default", ""))
+        if ours is None:
+            unknown.append(key)
+            continue
+        if ours.startswith("lora/"):
+            targets.add(ours.split("/")[-2])
+        params[ours] = x.astype(np.float32).T
+    if unknown:
+        raise ValueError(f"{src} has tensors that no BEiT has: {', '.join(sorted(unknown))}.")
+    rank, alpha = config["r"], config["lora_alpha"]
+    if config.get("use_rslora"):
+        alpha *= rank**0.5  # their scale is alpha / sqrt(rank)
+    settings = {"rank": rank, "alpha": alpha, "targets": sorted(targets)}
+    return Adapters(params, settings, config.get("base_model_name_or_path"))
+
+
+def _layer(name: str) -> str | None:
+    """Our name of an adapter, such as "lora/layer_0/attention/query/a"."""
+    for prefix, layers in _LAYERS.values():
+        for ours, theirs in layers.items():
+            pattern = re.escape(prefix).replace(r"\{\}", r"(\d+)") + re.escape(theirs)
+            if match := re.fullmatch(rf"{pattern}\.lora_([AB])\.weight", name):
+                return f"lora/layer_{match[1]}/{ours}/{match[2].lower()}"
+    return None

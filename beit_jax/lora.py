@@ -1,0 +1,233 @@
+"""LoRA (arXiv:2106.09685) on any task and network, without a change to either.
+
+The output of each targeted dense layer gets `alpha / rank * dropout(x) A B` added to it, by flax's
+`intercept_methods`. What is not trained is `Task.frozen`: it has neither gradient nor optimizer
+state and is in no checkpoint, which holds the adapters, the trained rest (the classifier) and the
+identity of the base.
+
+A trained tree is {"lora": {path of a layer: {"a": [in, rank], "b": [rank, out]}}, **the rest}.
+"""
+
+import functools
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from beit_jax.models.layers import matmul
+from beit_jax.tasks.task import Task
+
+Flat = dict[str, Any]  # by name, such as "layer_0/attention/query/kernel"
+
+
+def wrap(task: Task, config, base: str) -> Task:
+    """The task with adapters in place of its parameters.
+
+    Args:
+      task: of any kind; its `start` fills in the pretrained parameters.
+      config: its part `lora`: rank, alpha, dropout, targets, trainable, base_dtype; and the `seed`.
+      base: where the pretrained parameters come from, for model.json.
+
+    Raises:
+      ValueError: rank or alpha are not above 0, there are no such targets, nothing is pretrained,
+        or `task.info` says that the adapters were trained on another base.
+    """
+    check(config.lora)
+    params = pretrained_params(task)
+    rest = trained_names(params, config.lora.trainable)
+    frozen = {name: x for name, x in params.items() if name not in rest}
+    if not frozen:
+        raise ValueError("LoRA adapts a pretrained network: set config.pretrained.")
+    layers = targets(params, config.lora.targets)
+    scale = config.lora.alpha / config.lora.rank
+    identity = {
+        "rank": config.lora.rank,
+        "alpha": config.lora.alpha,
+        "targets": list(config.lora.targets),
+        "base": base,
+        "base_crc32": fingerprint(frozen),
+        "resize_method": config.resize_method,
+    }
+    check_base(task.info.lora, identity)
+    dtype = jnp.dtype(config.lora.base_dtype)
+    base_params = {name: x.astype(dtype) for name, x in frozen.items()}
+
+    def init(rng):
+        fresh, model_state = task.init(rng)
+        trained = {name: x for name, x in flat(fresh).items() if name in rest}
+        for i, layer in enumerate(layers):
+            width, out = params[f"{layer}/kernel"].shape
+            bound = width**-0.5  # PEFT: kaiming_uniform with a = sqrt(5)
+            key = jax.random.fold_in(jax.random.fold_in(rng, 1), i)
+            shape = (width, config.lora.rank)
+            trained[f"lora/{layer}/a"] = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+            trained[f"lora/{layer}/b"] = jnp.zeros((config.lora.rank, out))
+        return nested(trained), model_state
+
+    def start(trained):
+        known = {n: params[n] for n in rest if not np.isnan(params[n]).any()}
+        return nested(flat(trained) | known)
+
+    def with_adapters(function, trained, frozen, rng):
+        """function(all parameters, task's frozen) with the adapters at work."""
+        trained = flat(trained)
+        adapters = {name: trained.pop(name) for name in list(trained) if name.startswith("lora/")}
+        everything = nested(frozen["base"] | trained)
+        rate = config.lora.dropout if rng is not None else 0.0
+        with nn.intercept_methods(functools.partial(_add, adapters, scale, rate, rng)):
+            return function(everything, frozen["task"])
+
+    def loss(trained, model_state, frozen, batch, rng):
+        def function(params, frozen):
+            return task.loss(params, model_state, frozen, batch, rng)
+
+        return with_adapters(function, trained, frozen, jax.random.fold_in(rng, 2))
+
+    def evaluate(trained, model_state, frozen, batch):
+        def function(params, frozen):
+            return task.evaluate(params, model_state, frozen, batch)
+
+        return with_adapters(function, trained, frozen, None)
+
+    return task._replace(
+        init=init,
+        start=start,
+        frozen={"task": task.frozen, "base": base_params},
+        loss=loss,
+        evaluate=evaluate,
+        layer_id=lambda name: task.layer_id(name.removeprefix("lora/")),
+        info=task.info._replace(lora=identity),
+        num_frozen=sum(x.size for x in frozen.values()),
+    )
+
+
+def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, context):
+    """Calls a method of a module, and adds to what a targeted layer says."""
+    out = call(*args, **kwargs)
+    path = "/".join(context.module.path)
+    if context.method_name != "__call__" or f"lora/{path}/a" not in adapters:
+        return out
+    x, a, b = args[0], adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"]
+    if rate:
+        key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+        x = jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    x = x.astype(out.dtype)
+    return out + (matmul(matmul(x, a).astype(out.dtype), b) * scale).astype(out.dtype)
+
+
+def check(lora) -> None:
+    """Raises ValueError where the settings make no adapters."""
+    if lora.rank <= 0 or lora.alpha <= 0:
+        raise ValueError(
+            f"config.lora.rank is {lora.rank} and alpha {lora.alpha}; both must be above 0 (rank 0 "
+            "alone turns LoRA off)."
+        )
+    if not 0 <= lora.dropout < 1:
+        raise ValueError(f"config.lora.dropout is {lora.dropout}; expected 0 <= dropout < 1.")
+
+
+def pretrained_params(task: Task) -> Flat:
+    """What the task starts from; NaN where that is nothing but random numbers."""
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
+    blank = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
+    return flat(task.start(blank))
+
+
+def trained_names(params: Flat, patterns) -> set[str]:
+    """Parameters that are trained beside the adapters: named by the patterns, or not pretrained."""
+    try:
+        return {
+            name
+            for name, x in params.items()
+            if any(re.fullmatch(p, name) for p in patterns) or np.isnan(x).any()
+        }
+    except re.error as error:
+        raise ValueError(
+            f"config.lora.trainable: {error.pattern!r} is no regular expression: {error}."
+        ) from None
+
+
+def targets(params: Flat, names) -> list[str]:
+    """Paths of the dense layers with these names, in order.
+
+    Raises:
+      ValueError: a name is of none; lists those there are.
+    """
+    layers = [
+        name.removesuffix("/kernel")
+        for name, x in params.items()
+        if name.endswith("/kernel") and x.ndim == 2 and "/" in name.removesuffix("/kernel")
+    ]
+    available = sorted({layer.rpartition("/")[2] for layer in layers})
+    if missing := sorted(set(names) - set(available)):
+        raise ValueError(
+            f"config.lora.targets: there is no layer {', '.join(missing)}; available: "
+            f"{', '.join(available)}."
+        )
+    if not names:
+        raise ValueError(f"config.lora.targets is empty; available: {', '.join(available)}.")
+    return [layer for layer in layers if layer.rpartition("/")[2] in names]
+
+
+def fingerprint(params: Flat) -> int:
+    """A checksum of names, shapes and float32 contents."""
+    crc = 0
+    for name in sorted(params):
+        x = np.ascontiguousarray(params[name], np.float32)
+        crc = zlib.crc32(repr((name, x.shape)).encode(), crc)
+        crc = zlib.crc32(x.view(np.uint8).reshape(-1), crc)
+    return crc
+
+
+def check_base(expected: Mapping | None, found: Mapping) -> None:
+    """Raises ValueError where adapters were trained on another base than they meet."""
+    if expected and expected["base_crc32"] != found["base_crc32"]:
+        raise ValueError(
+            f"The adapters belong to another base: they were trained on {expected['base']} "
+            f"(checksum {expected['base_crc32']:08x}), and {found['base']} has "
+            f"{found['base_crc32']:08x}. Give the base that they were trained on."
+        )
+
+
+def merge(trained: Mapping, base: Mapping, lora: Mapping) -> dict[str, Any]:
+    """All parameters with the adapters added to the kernels, nested, float32.
+
+    Args:
+      trained: what a checkpoint holds.
+      base: nested parameters of the whole network; those of the trained rest are replaced.
+      lora: as `ModelInfo.lora`.
+
+    Raises:
+      ValueError: it is another base.
+    """
+    trained, params = flat(trained), flat(base)
+    adapters = {name: x for name, x in trained.items() if name.startswith("lora/")}
+    rest = {name: x for name, x in trained.items() if name not in adapters}
+    frozen = {name: x for name, x in params.items() if name not in rest}
+    found = {"base": lora["base"], "base_crc32": fingerprint(frozen)}
+    check_base(lora, found)
+    params = frozen | rest
+    scale = lora["alpha"] / lora["rank"]
+    for name in adapters:
+        if name.endswith("/a"):
+            path = name.removeprefix("lora/").removesuffix("/a")
+            product = np.asarray(adapters[name]) @ np.asarray(adapters[f"lora/{path}/b"])
+            params[f"{path}/kernel"] = np.asarray(params[f"{path}/kernel"]) + scale * product
+    return nested({name: np.asarray(x, np.float32) for name, x in params.items()})
+
+
+def flat(tree: Mapping) -> Flat:
+    """{"a/b": x} of {"a": {"b": x}}."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def nested(tree: Flat) -> dict[str, Any]:
+    """{"a": {"b": x}} of {"a/b": x}."""
+    return traverse_util.unflatten_dict(tree, sep="/")
