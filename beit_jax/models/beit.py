@@ -13,7 +13,14 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import attention
-from beit_jax.models.layers import ACTIVATIONS, REMAT_POLICIES, Dense, DropPath, matmul
+from beit_jax.models.layers import (
+    ACTIVATIONS,
+    REMAT_POLICIES,
+    Dense,
+    DropPath,
+    Mlp,
+    PatchEmbeddings,
+)
 from beit_jax.models.position import (
     Grid,
     num_relative_positions,
@@ -175,22 +182,6 @@ class Attention(nn.Module):
         return Dense(width, self.output_init, dtype=dtype, name="output")(x)
 
 
-class Mlp(nn.Module):
-    """Two dense layers with an activation between them."""
-
-    config: BeitConfig
-    output_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, x):
-        dtype = jnp.dtype(self.config.dtype)
-        hidden = Dense(
-            self.config.intermediate_size, _normal(self.config), dtype=dtype, name="fc1"
-        )(x)
-        hidden = ACTIVATIONS[self.config.hidden_act](hidden)
-        return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden)
-
-
 class Layer(nn.Module):
     """Pre-norm transformer layer with layer scale and drop path."""
 
@@ -216,7 +207,14 @@ class Layer(nn.Module):
         attend = Attention(config, output_init, name="attention")
         normed = _norm(config, "layernorm_before")(x)
         x = residual(x, attend(normed, bias, deterministic=deterministic), "lambda_1")
-        mlp = Mlp(config, output_init, name="mlp")
+        mlp = Mlp(
+            config.intermediate_size,
+            config.hidden_act,
+            _normal(config),
+            output_init,
+            jnp.dtype(config.dtype),
+            name="mlp",
+        )
         return residual(x, mlp(_norm(config, "layernorm_after")(x)), "lambda_2")
 
 
@@ -228,7 +226,14 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, image, bool_masked_pos, *, deterministic):
         config = self.config
-        x = PatchEmbeddings(config, name="patch_embeddings")(image)
+        x = PatchEmbeddings(
+            config.hidden_size,
+            config.patch_size,
+            (*config.image_size, config.num_channels),
+            _normal(config),
+            jnp.dtype(config.dtype),
+            name="patch_embeddings",
+        )(image)
         batch, patches, width = x.shape
         if config.use_mask_token:
             mask_token = self.param("mask_token", _normal(config), (1, 1, width)).astype(x.dtype)
@@ -242,27 +247,6 @@ class Embeddings(nn.Module):
             shape = (1, 1 + patches, width)
             x += self.param("position_embeddings", _normal(config), shape).astype(x.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
-
-
-class PatchEmbeddings(nn.Module):
-    """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product."""
-
-    config: BeitConfig
-
-    @nn.compact
-    def __call__(self, image):
-        size, width = self.config.patch_size, self.config.hidden_size
-        batch, height, across, channels = image.shape
-        expected = (*self.config.image_size, self.config.num_channels)
-        if image.shape[1:] != expected:
-            raise ValueError(f"BEiT expects pictures of shape {expected}, got {image.shape[1:]}.")
-        kernel = self.param("kernel", _normal(self.config), (size, size, channels, width))
-        bias = self.param("bias", nn.initializers.zeros, (width,))
-        x = image.reshape(batch, height // size, size, across // size, size, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
-        dtype = jnp.dtype(self.config.dtype)
-        x = matmul(x.astype(dtype), kernel.reshape(-1, width))
-        return (x + bias.astype(x.dtype)).astype(dtype)
 
 
 class Beit(nn.Module):

@@ -91,3 +91,44 @@ ACTIVATIONS = {
     "gelu_new": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
 }
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an activation between them; keeps the width of its input."""
+
+    intermediate_size: int
+    hidden_act: str
+    kernel_init: nn.initializers.Initializer
+    output_init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = Dense(self.intermediate_size, self.kernel_init, dtype=self.dtype, name="fc1")(x)
+        hidden = ACTIVATIONS[self.hidden_act](hidden)
+        return Dense(x.shape[-1], self.output_init, dtype=self.dtype, name="fc2")(hidden)
+
+
+class PatchEmbeddings(nn.Module):
+    """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product."""
+
+    features: int
+    patch_size: int
+    image_shape: tuple[int, int, int]
+    kernel_init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image):
+        size = self.patch_size
+        batch, height, across, channels = image.shape
+        if image.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"The model expects pictures of shape {self.image_shape}, got {image.shape[1:]}."
+            )
+        kernel = self.param("kernel", self.kernel_init, (size, size, channels, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x = image.reshape(batch, height // size, size, across // size, size, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+        x = matmul(x.astype(self.dtype), kernel.reshape(-1, self.features))
+        return (x + bias.astype(x.dtype)).astype(self.dtype)
