@@ -38,7 +38,7 @@ def load(source: str, revision: str = "") -> Pretrained:
             "%s does not say how its pictures are prepared; taking %s", source, preprocessor.DEFAULT
         )
     info = ModelInfo(
-        model_name="beit",
+        model_name=loaded.model_name,
         task="classify",
         architecture=loaded.architecture,
         class_names=loaded.class_names,

@@ -364,9 +364,10 @@ def test_a_mix_of_formats_is_refused(saved):
 def test_no_beit(saved):
     directory, _ = saved
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
-    with pytest.raises(ValueError, match="'vit'"):
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    with pytest.raises(ValueError, match="'bert' model; known: beit, .*vit"):
         convert.load(directory)
+    (directory / "config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file({"w": np.zeros(2)}, directory / "model.safetensors")
     with pytest.raises(ValueError, match="not a BEiT checkpoint: its names, w"):
         convert.load(directory)

@@ -1,30 +1,42 @@
-"""Weights of other BEiTs in, weights of ours out.
+"""Weights of others in, weights of ours out.
 
-`load` reads HuggingFace, FlaxBeit, unilm and timm; `save_hf` writes a directory for HuggingFace's
-`from_pretrained`. Every array is accounted for, in both directions, or an error lists what is not.
-From a shell: `python -m beit_jax.convert`.
+`load` reads HuggingFace, and BEiTs of FlaxBeit, unilm and timm; `save_hf` writes a directory
+for HuggingFace's `from_pretrained`. Every array is accounted for, in both directions, or an error
+lists what is not. From a shell: `python -m beit_jax.convert`.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from beit_jax.convert import beit, files, preprocessor
+from beit_jax import modules
+from beit_jax.convert import files, hf_config, preprocessor
 from beit_jax.convert.files import CheckpointFormatError
 
-__all__ = ["Checkpoint", "CheckpointFormatError", "load", "save_hf"]
+__all__ = ["MODEL_TYPES", "Checkpoint", "CheckpointFormatError", "load", "save_hf"]
+
+SHARED = ("__main__", "files", "hf_config", "preprocessor", "rules", "verify")  # no families
+MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_jax/models
+    "beit": "beit",
+    "data2vec-vision": "beit",
+    "deit": "vit",
+    "vit": "vit",
+    "vit_mae": "vit",
+}
 
 
 class Checkpoint(NamedTuple):
     """A checkpoint in our words.
 
     Attributes:
-      params: nested dict of float32 arrays, as `beit_jax.models.beit.Model` has them.
+      params: nested dict of float32 arrays, as the family's `Model` has them.
       architecture: keyword arguments of that model.
       class_names: in the order of the logits, or None where the checkpoint has none.
       image: how its pictures are prepared (mean, std, interpolation, crop, crop_pct), or None.
       source: where it came from.
-      unfilled: paths of the parameters that `reset` left out of `params`.
+      unfilled: paths of parameters that are not in `params`: those that `reset` names, and a
+        pooler that the checkpoint does not have.
+      model_name: the family, a module in beit_jax/models.
     """
 
     params: dict[str, Any]
@@ -33,6 +45,7 @@ class Checkpoint(NamedTuple):
     image: dict[str, Any] | None
     source: str
     unfilled: tuple[str, ...] = ()
+    model_name: str = "beit"
 
 
 def load(
@@ -43,7 +56,7 @@ def load(
     reset: Iterable[str] = (),
     **overrides: Any,
 ) -> Checkpoint:
-    """Reads a BEiT checkpoint, in the architecture and resolution that it has.
+    """Reads a checkpoint, in the architecture and resolution that it has.
 
     A pretraining checkpoint for fine-tuning on 10 classes:
 
@@ -61,12 +74,14 @@ def load(
       FileNotFoundError: there is no such path, or the Hub has no such repository or no answer.
       CheckpointFormatError: a file is damaged or of an unknown kind.
       ValueError: listing all that is unexpected, missing, of the wrong shape or dtype, or not
-        finite.
+        finite; or the config.json is of a model_type that is not in `MODEL_TYPES`.
     """
     label = f"{source}@{revision}" if revision else str(source)
     tensors, config, processor = files.read(source, revision=revision)
-    architecture = beit.architecture_of(tensors, config, **overrides)
-    params, unfilled = beit.to_params(tensors, architecture, drop=drop, reset=reset, label=label)
+    model_name = _family(config)
+    family = modules.load("convert", model_name)
+    architecture = family.architecture_of(tensors, config, **overrides)
+    params, unfilled = family.to_params(tensors, architecture, drop=drop, reset=reset, label=label)
     return Checkpoint(
         params=params,
         architecture=architecture,
@@ -76,6 +91,7 @@ def load(
         else preprocessor.from_timm(config or {}),
         source=label,
         unfilled=unfilled,
+        model_name=model_name,
     )
 
 
@@ -85,6 +101,9 @@ def save_hf(
     architecture: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
     image: Mapping[str, Any] | None = None,
+    *,
+    model_name: str = "beit",
+    model_type: str | None = None,
 ) -> None:
     """Writes config.json, preprocessor_config.json, model.safetensors and export_manifest.json.
 
@@ -94,19 +113,38 @@ def save_hf(
     Args:
       dst: a new directory, or that of an earlier export, which is replaced.
       params: nested dict of float32 arrays that fits `architecture`.
-      architecture: keyword arguments of `beit_jax.models.beit.Model`.
+      architecture: keyword arguments of the family's `Model`.
       class_names: one per class; None writes LABEL_0, LABEL_1, ...
       image: how pictures are prepared, as in `Checkpoint`; None writes no preprocessor.
+      model_name: the family.
+      model_type: what config.json is to say where a family has several: "data2vec-vision"; None
+        takes the one that fits the architecture.
 
     Raises:
       FileExistsError: `dst` holds anything but an earlier export.
-      ValueError: the parameters, class names and architecture do not fit together.
+      ValueError: the parameters, class names and architecture do not fit together, or the family
+        has no such model_type.
     """
-    config = beit.architecture_to_hf(architecture, class_names)
+    available = [kind for kind, family in MODEL_TYPES.items() if family == model_name]
+    if model_type is not None and model_type not in available:
+        raise ValueError(
+            f"{model_name} has no model_type {model_type!r}; available: {', '.join(available)}"
+        )
+    family = modules.load("convert", model_name)
+    config = family.architecture_to_hf(architecture, class_names, model_type)
+    tensors = family.to_hf(params, architecture, model_type)
     processor = image and preprocessor.to_hf(image, config["image_size"])
-    files.write(dst, beit.to_hf(params, architecture), config, processor)
+    files.write(dst, tensors, config, processor)
+
+
+def _family(config) -> str:
+    model_type = (config or {}).get("model_type", "beit")  # unilm and timm have none
+    if model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ValueError(f"config.json is of a {model_type!r} model; known: {known}")
+    return MODEL_TYPES[model_type]
 
 
 def _class_names(config, params) -> list[str] | None:
-    names = beit.class_names_from_hf(config or {})
+    names = hf_config.class_names(config or {})
     return names if "classifier" in params else None

@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m beit_jax.convert", description=convert.__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    from_hf = commands.add_parser("from-hf", help="a BEiT of HuggingFace, unilm or timm to ours")
+    from_hf = commands.add_parser("from-hf", help="a model of HuggingFace, unilm or timm to ours")
     from_hf.add_argument("src", metavar="SRC", help="directory, file, or repository on the Hub")
     from_hf.add_argument("dst", metavar="DST", help="workdir to write; must be new")
     from_hf.add_argument("--revision", help="branch, tag or commit of the repository")
@@ -39,6 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("workdir", metavar="WORKDIR", help="workdir of a run, or of from-hf")
     to_hf.add_argument("dst", metavar="DST", help="directory to write: new, or an earlier export")
     to_hf.add_argument("--step", type=_step, default="best", help="best, latest or a number")
+    to_hf.add_argument(
+        "--model-type", help="of config.json, where there is a choice: data2vec-vision"
+    )
     to_hf.add_argument("--verify", action="store_true", help="compare the logits with torch's")
     to_hf.set_defaults(command=_to_hf)
     return parser
@@ -58,9 +61,11 @@ def _from_hf(args) -> int:
         if loaded.image is None:
             default = preprocessor.DEFAULT
             print(f"note: {args.src} does not say how pictures are prepared; taking {default}")
+        if loaded.unfilled:
+            print(f"note: {args.src} has no {', '.join(loaded.unfilled)}")
         head = loaded.architecture["head"]
         info = checkpoint.ModelInfo(
-            model_name="beit",
+            model_name=loaded.model_name,
             task=_TASKS[head],
             architecture=loaded.architecture,
             class_names=loaded.class_names,
@@ -70,18 +75,23 @@ def _from_hf(args) -> int:
         checkpoint.write_model_info(workdir, info)
         with checkpoint.Checkpointer(workdir) as saver:
             saver.save(0, {"params": loaded.params})
-    print(f"{args.dst}: {head} model, image_size {loaded.architecture['image_size']}")
+    size = loaded.architecture["image_size"]
+    print(f"{args.dst}: {loaded.model_name}, {head} model, image_size {size}")
     return 0
 
 
 def _to_hf(args) -> int:
     info = checkpoint.read_model_info(args.workdir)
-    if info.model_name != "beit":
-        raise ValueError(
-            f"{args.workdir} holds a {info.model_name!r} model; only 'beit' can be written"
-        )
     params = checkpoint.load_params(args.workdir, step=args.step)
-    convert.save_hf(args.dst, params, info.architecture, info.class_names, info.image)
+    convert.save_hf(
+        args.dst,
+        params,
+        info.architecture,
+        info.class_names,
+        info.image,
+        model_name=info.model_name,
+        model_type=args.model_type,
+    )
     print(f"{args.dst}: written")
     if not args.verify:
         return 0

@@ -7,6 +7,8 @@ The names in a checkpoint tell its format:
     flax   transformers' former FlaxBeit (flax_model.msgpack): beit.encoder.layer.0. ... .kernel
     unilm  microsoft/unilm and timm: blocks.0. ...
 
+data2vec-vision is a BEiT too, with "data2vec_vision." where BEiT has "beit.".
+
 An architecture is the dict of keyword arguments of `beit_jax.models.beit.Model`.
 """
 
@@ -15,66 +17,50 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
 
-from beit_jax.convert import rules
-from beit_jax.convert.rules import CONV, FUSED_QKV, IDENTITY, LINEAR, Op, Rule
+from beit_jax.convert import hf_config, rules
+from beit_jax.convert.hf_config import Tensors
+from beit_jax.convert.rules import CONV, FUSED_QKV, IDENTITY, LINEAR, Rule, array, linear, norm
 from beit_jax.models import beit
 
-Tensors = Mapping[str, np.ndarray]
-
-
-def _array(source: str, target: str) -> list[Rule]:
-    return [Rule(source, (target,))]
-
-
-def _linear(source: str, target: str, op: Op = LINEAR) -> list[Rule]:
-    weight = Rule(f"{source}.weight", (f"{target}/kernel",), op)
-    return [weight, Rule(f"{source}.bias", (f"{target}/bias",))]
-
-
-def _norm(source: str, target: str) -> list[Rule]:
-    weight = Rule(f"{source}.weight", (f"{target}/scale",))
-    return [weight, Rule(f"{source}.bias", (f"{target}/bias",))]
-
-
+_PREFIXES = {"beit": "beit.", "data2vec-vision": "data2vec_vision."}  # by model_type
 _BIAS_TABLE = "relative_position_bias_table"
 _LAYER = "{beit}encoder.layer.{i}."
 _HF = [  # {beit} is "beit.", or nothing in a BeitModel
-    *_array("{beit}embeddings.cls_token", "embeddings/cls_token"),
-    *_array("{beit}embeddings.mask_token", "embeddings/mask_token"),
-    *_array("{beit}embeddings.position_embeddings", "embeddings/position_embeddings"),
-    *_linear("{beit}embeddings.patch_embeddings.projection", "embeddings/patch_embeddings", CONV),
-    *_array("{beit}encoder.relative_position_bias." + _BIAS_TABLE, _BIAS_TABLE),
-    *_norm(_LAYER + "layernorm_before", "layer_{i}/layernorm_before"),
-    *_linear(_LAYER + "attention.attention.query", "layer_{i}/attention/query"),
+    *array("{beit}embeddings.cls_token", "embeddings/cls_token"),
+    *array("{beit}embeddings.mask_token", "embeddings/mask_token"),
+    *array("{beit}embeddings.position_embeddings", "embeddings/position_embeddings"),
+    *linear("{beit}embeddings.patch_embeddings.projection", "embeddings/patch_embeddings", CONV),
+    *array("{beit}encoder.relative_position_bias." + _BIAS_TABLE, _BIAS_TABLE),
+    *norm(_LAYER + "layernorm_before", "layer_{i}/layernorm_before"),
+    *linear(_LAYER + "attention.attention.query", "layer_{i}/attention/query"),
     Rule(_LAYER + "attention.attention.key.weight", ("layer_{i}/attention/key/kernel",), LINEAR),
-    *_linear(_LAYER + "attention.attention.value", "layer_{i}/attention/value"),
-    *_array(
+    *linear(_LAYER + "attention.attention.value", "layer_{i}/attention/value"),
+    *array(
         _LAYER + "attention.attention.relative_position_bias." + _BIAS_TABLE,
         "layer_{i}/attention/" + _BIAS_TABLE,
     ),
-    *_linear(_LAYER + "attention.output.dense", "layer_{i}/attention/output"),
-    *_array(_LAYER + "lambda_1", "layer_{i}/lambda_1"),
-    *_norm(_LAYER + "layernorm_after", "layer_{i}/layernorm_after"),
-    *_linear(_LAYER + "intermediate.dense", "layer_{i}/mlp/fc1"),
-    *_linear(_LAYER + "output.dense", "layer_{i}/mlp/fc2"),
-    *_array(_LAYER + "lambda_2", "layer_{i}/lambda_2"),
-    *_norm("{beit}layernorm", "layernorm"),
-    *_norm("{beit}pooler.layernorm", "pooler_layernorm"),
-    *_linear("classifier", "classifier"),
-    *_norm("layernorm", "lm_layernorm"),
-    *_linear("lm_head", "lm_head"),
+    *linear(_LAYER + "attention.output.dense", "layer_{i}/attention/output"),
+    *array(_LAYER + "lambda_1", "layer_{i}/lambda_1"),
+    *norm(_LAYER + "layernorm_after", "layer_{i}/layernorm_after"),
+    *linear(_LAYER + "intermediate.dense", "layer_{i}/mlp/fc1"),
+    *linear(_LAYER + "output.dense", "layer_{i}/mlp/fc2"),
+    *array(_LAYER + "lambda_2", "layer_{i}/lambda_2"),
+    *norm("{beit}layernorm", "layernorm"),
+    *norm("{beit}pooler.layernorm", "pooler_layernorm"),
+    *linear("classifier", "classifier"),
+    *norm("layernorm", "lm_layernorm"),
+    *linear("lm_head", "lm_head"),
 ]
 _UNILM = [  # and "norm", which is lm_layernorm in a pretraining checkpoint
-    *_array("cls_token", "embeddings/cls_token"),
-    *_array("mask_token", "embeddings/mask_token"),
-    *_array("pos_embed", "embeddings/position_embeddings"),
-    *_linear("patch_embed.proj", "embeddings/patch_embeddings", CONV),
-    *_array("rel_pos_bias." + _BIAS_TABLE, _BIAS_TABLE),
-    *_norm("blocks.{i}.norm1", "layer_{i}/layernorm_before"),
+    *array("cls_token", "embeddings/cls_token"),
+    *array("mask_token", "embeddings/mask_token"),
+    *array("pos_embed", "embeddings/position_embeddings"),
+    *linear("patch_embed.proj", "embeddings/patch_embeddings", CONV),
+    *array("rel_pos_bias." + _BIAS_TABLE, _BIAS_TABLE),
+    *norm("blocks.{i}.norm1", "layer_{i}/layernorm_before"),
     Rule(
         "blocks.{i}.attn.qkv.weight",
         (
@@ -84,18 +70,18 @@ _UNILM = [  # and "norm", which is lm_layernorm in a pretraining checkpoint
         ),
         FUSED_QKV,
     ),
-    *_array("blocks.{i}.attn.q_bias", "layer_{i}/attention/query/bias"),
-    *_array("blocks.{i}.attn.v_bias", "layer_{i}/attention/value/bias"),
-    *_array("blocks.{i}.attn." + _BIAS_TABLE, "layer_{i}/attention/" + _BIAS_TABLE),
-    *_linear("blocks.{i}.attn.proj", "layer_{i}/attention/output"),
-    *_array("blocks.{i}.gamma_1", "layer_{i}/lambda_1"),
-    *_norm("blocks.{i}.norm2", "layer_{i}/layernorm_after"),
-    *_linear("blocks.{i}.mlp.fc1", "layer_{i}/mlp/fc1"),
-    *_linear("blocks.{i}.mlp.fc2", "layer_{i}/mlp/fc2"),
-    *_array("blocks.{i}.gamma_2", "layer_{i}/lambda_2"),
-    *_norm("fc_norm", "pooler_layernorm"),
-    *_linear("head", "classifier"),
-    *_linear("lm_head", "lm_head"),
+    *array("blocks.{i}.attn.q_bias", "layer_{i}/attention/query/bias"),
+    *array("blocks.{i}.attn.v_bias", "layer_{i}/attention/value/bias"),
+    *array("blocks.{i}.attn." + _BIAS_TABLE, "layer_{i}/attention/" + _BIAS_TABLE),
+    *linear("blocks.{i}.attn.proj", "layer_{i}/attention/output"),
+    *array("blocks.{i}.gamma_1", "layer_{i}/lambda_1"),
+    *norm("blocks.{i}.norm2", "layer_{i}/layernorm_after"),
+    *linear("blocks.{i}.mlp.fc1", "layer_{i}/mlp/fc1"),
+    *linear("blocks.{i}.mlp.fc2", "layer_{i}/mlp/fc2"),
+    *array("blocks.{i}.gamma_2", "layer_{i}/lambda_2"),
+    *norm("fc_norm", "pooler_layernorm"),
+    *linear("head", "classifier"),
+    *linear("lm_head", "lm_head"),
 ]
 _HF5_NAMES = {  # in this order
     "encoder.layer.{i}.attention.attention.relative": "layers.{i}.relative",
@@ -134,11 +120,12 @@ def format_of(names: Iterable[str]) -> str:
       ValueError: they are not the names of a BEiT.
     """
     names = list(names)
+    prefix = "|".join(map(re.escape, _PREFIXES.values()))
     for name, pattern in (
         ("unilm", r"blocks\.\d+\.attn\.qkv\.weight"),
-        ("hf5", r"(beit\.)?layers\.\d+\.attention\.q_proj\.weight"),
-        ("flax", r"(beit\.)?encoder\.layer\.\d+\.attention\.attention\.query\.kernel"),
-        ("hf", r"(beit\.)?encoder\.layer\.\d+\.attention\.attention\.query\.weight"),
+        ("hf5", rf"({prefix})?layers\.\d+\.attention\.q_proj\.weight"),
+        ("flax", rf"({prefix})?encoder\.layer\.\d+\.attention\.attention\.query\.kernel"),
+        ("hf", rf"({prefix})?encoder\.layer\.\d+\.attention\.attention\.query\.weight"),
     ):
         if any(re.fullmatch(pattern, n) for n in names):
             return name
@@ -149,23 +136,13 @@ def format_of(names: Iterable[str]) -> str:
 
 
 def _table(names: Iterable[str]) -> list[Rule]:
-    norm = "lm_layernorm" if "lm_head.weight" in names else "layernorm"
+    last = "lm_layernorm" if "lm_head.weight" in names else "layernorm"
     return {
         "hf": _HF,
         "hf5": [_hf5(rule) for rule in _HF],
         "flax": [_flax(rule) for rule in _HF],
-        "unilm": _UNILM + _norm("norm", norm),
+        "unilm": _UNILM + norm("norm", last),
     }[format_of(names)]
-
-
-def parameter_shapes(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter of an architecture; traces the model, computes nothing."""
-    model = beit.Model(**architecture)
-    image_shape = (1, *model.config.image_size, model.config.num_channels)
-    image = jax.ShapeDtypeStruct(image_shape, "float32")
-    variables = jax.eval_shape(lambda image: model.init(jax.random.key(0), image), image)
-    flat = traverse_util.flatten_dict(variables["params"], sep="/")
-    return {path: value.shape for path, value in flat.items()}
 
 
 def to_params(
@@ -193,11 +170,14 @@ def to_params(
     Raises:
       ValueError: listing all that does not fit.
     """
-    prefix = "beit." if any(name.startswith("beit.") for name in tensors) else ""
+    found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
+    prefix = next(found, "")
+    if architecture["head"] == "none" and f"{prefix}pooler.layernorm.weight" not in tensors:
+        reset = (*([reset] if isinstance(reset, str) else reset), "pooler_layernorm")
     flat, unfilled = rules.to_params(
         {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
         rules.expand(_table(tensors), architecture["num_hidden_layers"], beit=prefix),
-        parameter_shapes(architecture),
+        hf_config.parameter_shapes(beit.Model(**architecture)),
         drop=drop,
         reset=reset,
         label=label,
@@ -205,18 +185,20 @@ def to_params(
     return traverse_util.unflatten_dict(flat, sep="/"), unfilled
 
 
-def to_hf(params: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_hf(
+    params: Mapping[str, Any], architecture: Mapping[str, Any], model_type: str | None = None
+) -> dict[str, np.ndarray]:
     """Parameters under the names that HuggingFace keeps on disk: name -> float32 array.
 
     Raises:
       ValueError: the parameters are not finite float32 arrays of this architecture.
     """
-    config = beit.Model(**architecture).config
-    prefix = "" if config.head == "none" else "beit."
+    model = beit.Model(**architecture)
+    prefix = "" if model.config.head == "none" else _PREFIXES[model_type or "beit"]
     return rules.to_tensors(
         traverse_util.flatten_dict(params, sep="/"),
-        rules.expand(_HF, config.num_hidden_layers, beit=prefix),
-        parameter_shapes(architecture),
+        rules.expand(_HF, model.config.num_hidden_layers, beit=prefix),
+        hf_config.parameter_shapes(model),
     )
 
 
@@ -224,6 +206,10 @@ HF_CLASSES = {
     "classifier": "BeitForImageClassification",
     "mim": "BeitForMaskedImageModeling",
     "none": "BeitModel",
+}
+_DATA2VEC_CLASSES = {
+    "classifier": "Data2VecVisionForImageClassification",
+    "none": "Data2VecVisionModel",
 }
 _HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any of them out
     "hidden_size": 768,
@@ -258,7 +244,7 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
       ValueError: no architecture is found.
     """
     if "image_size" in overrides:
-        overrides["image_size"] = _pair(overrides, "image_size", None)
+        overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
     if format_of(tensors) == "unilm":
         architecture = _architecture_from_shapes(tensors, **overrides)
     elif config is not None:
@@ -275,92 +261,52 @@ def architecture_from_hf(config: Mapping[str, Any], tensors: Tensors) -> dict[st
     use; so is the number of classes where it has no `id2label`.
 
     Raises:
-      ValueError: not the config of a BEiT, or a value of the wrong type.
+      ValueError: a value is of the wrong type.
     """
-    if config.get("model_type", "beit") != "beit":
-        raise ValueError(f"config.json is of a {config['model_type']!r} model, expected 'beit'")
-    architecture = {k: _typed(config, k, default) for k, default in _HF_DEFAULTS.items()}
-    patch_height, patch_width = _pair(config, "patch_size", 16)
-    if patch_height != patch_width:
-        raise ValueError(f"config.json: patch_size {config['patch_size']} is not square")
+    architecture = {k: hf_config.typed(config, k, default) for k, default in _HF_DEFAULTS.items()}
     return {
         **architecture,
-        "image_size": _pair(config, "image_size", 224),
-        "patch_size": patch_height,
-        "num_labels": _num_labels(config, tensors),
+        "image_size": hf_config.pair(config, "image_size", 224),
+        "patch_size": hf_config.patch_size(config, 16),
+        "num_labels": hf_config.num_labels(config, tensors),
         "head": _head(config, tensors),
     }
 
 
 def architecture_to_hf(
-    architecture: Mapping[str, Any], class_names: Sequence[str] | None = None
+    architecture: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
+    model_type: str | None = None,
 ) -> dict[str, Any]:
     """Writes a config.json of HuggingFace; the inverse of `architecture_from_hf`.
 
     How our model starts (head_init_scale, rescale_init) has no place there.
 
     Raises:
-      ValueError: a classifier has another number of classes than there are names.
+      ValueError: a classifier has another number of classes than there are names, or the head is
+        not one that the `model_type` ("beit" by default) has.
     """
     model = beit.Model(**architecture).config
-    height, width = model.image_size
-    if model.head != "classifier" or class_names is None:
-        class_names = [f"LABEL_{i}" for i in range(model.num_labels)]
-    elif len(class_names) != model.num_labels:
-        raise ValueError(f"{len(class_names)} class names for num_labels={model.num_labels}")
+    model_type = model_type or "beit"
+    classes = HF_CLASSES if model_type == "beit" else _DATA2VEC_CLASSES
+    if model.head not in classes:
+        raise ValueError(f"{model_type} has no head {model.head!r}; write it as 'beit'")
     # transformers 5 takes no int for a float
     values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
     return {
-        "architectures": [HF_CLASSES[model.head]],
-        "model_type": "beit",
+        "architectures": [classes[model.head]],
+        "model_type": model_type,
         **values,
-        "image_size": height if height == width else [height, width],
+        "image_size": hf_config.image_size(model),
         "patch_size": model.patch_size,
-        "id2label": {str(i): name for i, name in enumerate(class_names)},
-        "label2id": {name: i for i, name in enumerate(class_names)},
+        **hf_config.labels(model, class_names),
         "dtype": "float32",
     }
 
 
-def class_names_from_hf(config: Mapping[str, Any]) -> list[str] | None:
-    """The names in `id2label` in order; None where there are none, or only LABEL_0, LABEL_1, ...
-
-    Raises:
-      ValueError: `id2label` does not number its classes 0, 1, ...
-    """
-    names = _labels(config) or []
-    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
-
-
-def _labels(config):
-    id2label = config.get("id2label")
-    try:
-        return id2label and [str(id2label[str(i)]) for i in range(len(id2label))]
-    except (KeyError, TypeError):
-        raise ValueError(
-            "config.json: id2label must name classes '0', '1', ... in a dict"
-        ) from None
-
-
-def _typed(config, key, default):
-    value = config.get(key, default)
-    is_number = type(default) is float and type(value) is int
-    if type(value) is not type(default) and not is_number:
-        expected = type(default).__name__
-        raise ValueError(f"config.json: {key} must be of type {expected}, got {value!r}")
-    return type(default)(value)
-
-
-def _pair(config, key, default) -> tuple[int, int]:
-    value = config.get(key, default)
-    pair = (value, value) if type(value) is int else value
-    if not isinstance(pair, list | tuple) or [type(n) for n in pair] != [int, int]:
-        raise ValueError(f"{key} must be one or two ints, got {value!r}")
-    return tuple(pair)
-
-
 def _head(config, tensors) -> str:
-    heads = {name: head for head, name in HF_CLASSES.items()}
+    classes = (*HF_CLASSES.items(), *_DATA2VEC_CLASSES.items())
+    heads = {name: head for head, name in classes}
     named = [heads[name] for name in config.get("architectures") or () if name in heads]
     return named[0] if named else _head_of_names(tensors)
 
@@ -370,14 +316,6 @@ def _head_of_names(names) -> str:
     if "lm_head" in parts:
         return "mim"
     return "classifier" if parts & {"classifier", "head"} else "none"
-
-
-def _num_labels(config, tensors) -> int:
-    if (labels := _labels(config)) is not None:
-        return len(labels)
-    if "classifier.bias" in tensors:
-        return len(tensors["classifier.bias"])
-    return config.get("num_labels", 2)
 
 
 def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, Any]:

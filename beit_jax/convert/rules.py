@@ -37,6 +37,23 @@ class Rule(NamedTuple):
     op: Op = IDENTITY
 
 
+def array(source: str, target: str) -> list[Rule]:
+    """The rule of an array that is kept as it is."""
+    return [Rule(source, (target,))]
+
+
+def linear(source: str, target: str, op: Op = LINEAR) -> list[Rule]:
+    """The rules of an affine layer's weight and bias."""
+    weight = Rule(f"{source}.weight", (f"{target}/kernel",), op)
+    return [weight, Rule(f"{source}.bias", (f"{target}/bias",))]
+
+
+def norm(source: str, target: str) -> list[Rule]:
+    """The rules of a norm's weight and bias."""
+    weight = Rule(f"{source}.weight", (f"{target}/scale",))
+    return [weight, Rule(f"{source}.bias", (f"{target}/bias",))]
+
+
 def expand(rules: Iterable[Rule], num_layers: int, **fields: str) -> list[Rule]:
     """Writes a table out: one rule per layer for `{i}`, other fields of a source from `fields`."""
     return [

@@ -1,5 +1,6 @@
 """Does HuggingFace compute what we compute? Needs torch and transformers."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax.convert import beit
-from beit_jax.models.beit import Model
+from beit_jax import modules
+from beit_jax.convert import MODEL_TYPES, files
 
 
 def max_difference(
@@ -34,22 +35,34 @@ def max_difference(
             f"comparing with transformers needs torch and transformers: {error}. "
             "`pip install torch transformers`"
         ) from None
-    model = Model(**architecture)
+    written = json.loads((Path(directory) / files.CONFIG).read_text(encoding="utf-8"))
+    model_type = written["model_type"]
+    model = modules.load("models", MODEL_TYPES[model_type]).Model(**architecture)
     config = model.config
-    hf_class = getattr(transformers, beit.HF_CLASSES[config.head])
-    theirs, report = hf_class.from_pretrained(directory, output_loading_info=True)
+    options = {}
+    if model_type == "vit_mae":
+        options["mask_ratio"] = 0.0
+    elif config.head == "none" and "pooler" not in params and "pooler_layernorm" not in params:
+        options["add_pooling_layer"] = False
+    hf_class = getattr(transformers, written["architectures"][0])
+    theirs, report = hf_class.from_pretrained(directory, output_loading_info=True, **options)
     if any(report.values()):
         raise ValueError(f"transformers does not load {directory} completely: {report}")
 
     rng = np.random.default_rng(0)
     image = rng.standard_normal((2, *config.image_size, config.num_channels), np.float32)
     inputs = {"pixel_values": torch.from_numpy(image.transpose(0, 3, 1, 2))}
-    is_masked = None
+    is_masked = ()
     if config.head == "mim" and config.use_mask_token:
-        is_masked = rng.random((2, math.prod(config.grid))) < 0.4
-        inputs["bool_masked_pos"] = torch.from_numpy(is_masked)
+        is_masked = (rng.random((2, math.prod(config.grid))) < 0.4,)
+        inputs["bool_masked_pos"] = torch.from_numpy(*is_masked)
     with torch.no_grad():
         outputs = theirs.eval()(**inputs)
-    expected = outputs.pooler_output if config.head == "none" else outputs.logits
-    ours = model.apply({"params": params}, jnp.asarray(image), is_masked)
+    if config.head != "none":
+        expected = outputs.logits
+    elif getattr(outputs, "pooler_output", None) is not None:
+        expected = outputs.pooler_output
+    else:
+        expected = outputs.last_hidden_state[:, 0]
+    ours = model.apply({"params": params}, jnp.asarray(image), *is_masked)
     return float(np.abs(np.asarray(ours) - expected.numpy()).max())

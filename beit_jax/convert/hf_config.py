@@ -1,0 +1,109 @@
+"""What the converters share: values of a config.json, class names, shapes of parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def parameter_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter of a model; traces it, computes nothing."""
+    image_shape = (1, *model.config.image_size, model.config.num_channels)
+    image = jax.ShapeDtypeStruct(image_shape, "float32")
+    variables = jax.eval_shape(lambda image: model.init(jax.random.key(0), image), image)
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    return {path: value.shape for path, value in flat.items()}
+
+
+def typed(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A value of a config.json, of the type of its default.
+
+    Raises:
+      ValueError: it is of another type.
+    """
+    value = config.get(key, default)
+    is_number = type(default) is float and type(value) is int
+    if type(value) is not type(default) and not is_number:
+        expected = type(default).__name__
+        raise ValueError(f"config.json: {key} must be of type {expected}, got {value!r}")
+    return type(default)(value)
+
+
+def pair(config: Mapping[str, Any], key: str, default: Any) -> tuple[int, int]:
+    """A size (height, width) that is given as one int or two.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    value = config.get(key, default)
+    size = (value, value) if type(value) is int else value
+    if not isinstance(size, list | tuple) or [type(n) for n in size] != [int, int]:
+        raise ValueError(f"{key} must be one or two ints, got {value!r}")
+    return tuple(size)
+
+
+def patch_size(config: Mapping[str, Any], default: int) -> int:
+    """The side of a patch.
+
+    Raises:
+      ValueError: patches are not square.
+    """
+    height, width = pair(config, "patch_size", default)
+    if height != width:
+        raise ValueError(f"config.json: patch_size {config['patch_size']} is not square")
+    return height
+
+
+def class_names(config: Mapping[str, Any]) -> list[str] | None:
+    """The names in `id2label` in order; None where there are none, or only LABEL_0, LABEL_1, ...
+
+    Raises:
+      ValueError: `id2label` does not number its classes 0, 1, ...
+    """
+    names = _labels(config) or []
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def num_labels(config: Mapping[str, Any], tensors: Tensors, head: str = "classifier") -> int:
+    """How many classes `id2label` has, or else the bias of the `head`."""
+    if (labels := _labels(config)) is not None:
+        return len(labels)
+    if f"{head}.bias" in tensors:
+        return len(tensors[f"{head}.bias"])
+    return config.get("num_labels", 2)
+
+
+def labels(model, names: Sequence[str] | None) -> dict[str, dict]:
+    """`id2label` and `label2id` of a model with these class names; None writes LABEL_0, ...
+
+    Raises:
+      ValueError: a classifier has another number of classes than there are names.
+    """
+    if model.head != "classifier" or names is None:
+        names = [f"LABEL_{i}" for i in range(model.num_labels)]
+    elif len(names) != model.num_labels:
+        raise ValueError(f"{len(names)} class names for num_labels={model.num_labels}")
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def image_size(model) -> int | list[int]:
+    """The picture's side, or height and width where they differ."""
+    height, width = model.image_size
+    return height if height == width else [height, width]
+
+
+def _labels(config):
+    id2label = config.get("id2label")
+    try:
+        return id2label and [str(id2label[str(i)]) for i in range(len(id2label))]
+    except (KeyError, TypeError):
+        raise ValueError(
+            "config.json: id2label must name classes '0', '1', ... in a dict"
+        ) from None
