@@ -41,7 +41,6 @@ PRESETS = {
     "large_192to384": dict(swin.LARGE, image_size=384, window_size=24, **_FROM_192),
 }
 _MAX_LOGIT_SCALE = math.log(100)
-_BIAS_WIDTH = 512  # of the network that computes the position bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,20 @@ def _unit(x):
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
+class ContinuousPositionBias(nn.Module):
+    """The bias of every offset, [R, 2] to [R, H], between 0 and 16, in float32."""
+
+    num_heads: int
+    kernel_init: nn.initializers.Initializer
+    width: int = 512
+
+    @nn.compact
+    def __call__(self, offsets):
+        hidden = nn.relu(Dense(self.width, self.kernel_init, name="expand")(offsets))
+        bias = Dense(self.num_heads, self.kernel_init, use_bias=False, name="project")(hidden)
+        return 16 * nn.sigmoid(bias)
+
+
 class Attention(swin.Attention):
     """Cosine attention, with a learned temperature for every head; the key has no bias."""
 
@@ -108,17 +121,10 @@ class Attention(swin.Attention):
         return scaled.astype(query.dtype), _unit(key).astype(key.dtype)
 
     def table(self):
-        stage, kernel_init = self.stage, normal(self.config)
-        bias = nn.Sequential(
-            [
-                Dense(_BIAS_WIDTH, kernel_init),
-                nn.relu,
-                Dense(stage.num_heads, kernel_init, use_bias=False),
-            ],
-            name="continuous_position_bias_mlp",
+        bias = ContinuousPositionBias(
+            self.stage.num_heads, normal(self.config), name="continuous_position_bias_mlp"
         )
-        offsets = _offsets(stage.window, stage.pretrained_window)
-        return 16 * nn.sigmoid(bias(offsets))
+        return bias(_offsets(self.stage.window, self.stage.pretrained_window))
 
 
 class Layer(swin.Layer):
