@@ -52,6 +52,17 @@ def get_config() -> ConfigDict:
     model.initializer_range = config_dict.placeholder(float)
     model.head_init_scale = config_dict.placeholder(float)
     model.rescale_init = config_dict.placeholder(bool)
+
+    # Of swin and swinv2 alone, names as in transformers' SwinConfig and Swinv2Config.
+    model.embed_dim = config_dict.placeholder(int)
+    model.depths = config_dict.placeholder(tuple)  # layers of each stage
+    model.num_heads = config_dict.placeholder(tuple)
+    model.window_size = config_dict.placeholder(int)
+    model.mlp_ratio = config_dict.placeholder(float)
+    model.qkv_bias = config_dict.placeholder(bool)
+    model.use_absolute_embeddings = config_dict.placeholder(bool)
+    model.pretrained_window_sizes = config_dict.placeholder(tuple)  # of swinv2
+
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
@@ -111,7 +122,7 @@ def get_config() -> ConfigDict:
     optim.nesterov = False  # of sgd
     optim.weight_decay = 0.0
     optim.no_decay = ()  # more parameters (regexes) without decay than biases, norms, scales
-    optim.decay_position_bias = True  # as unilm; timm does not
+    optim.decay_position_bias = True  # as unilm; timm and Swin do not
     optim.layer_decay = 1.0  # learning rate of each layer against the one above
     optim.clip_norm = 0.0  # of the gradient; 0 is off
     optim.freeze = ()  # parameters (regexes) that do not learn
