@@ -78,7 +78,7 @@ class Swinv2Config(swin.SwinConfig):
         return window, shift, self.pretrained_window_sizes[index]
 
 
-def _offsets(window: int, pretrained_window: int) -> np.ndarray:
+def log_offsets(window: int, pretrained_window: int) -> np.ndarray:
     """Log-spaced offsets between two tokens of a window, float32 [(2 window - 1)^2, 2]."""
     offset = np.arange(1 - window, window, dtype=np.float32)
     offset = 8 * offset / np.float32(max((pretrained_window or window) - 1, 1))
@@ -124,7 +124,7 @@ class Attention(swin.Attention):
         bias = ContinuousPositionBias(
             self.stage.num_heads, normal(self.config), name="continuous_position_bias_mlp"
         )
-        return bias(_offsets(self.stage.window, self.stage.pretrained_window))
+        return bias(log_offsets(self.stage.window, self.stage.pretrained_window))
 
 
 class Layer(swin.Layer):
