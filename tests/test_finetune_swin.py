@@ -1,4 +1,4 @@
-"""Swin and Swin v2 through whole runs: from scratch, predictions, export, and fine-tuning of that."""
+"""Swin and Swin v2 in whole runs: from scratch, predictions, export, and fine-tuning of that."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from flax import traverse_util
 from PIL import Image
 from sklearn import datasets
 
-from beit_jax import checkpoint, convert
+from beit_jax import checkpoint, convert, predict
 from beit_jax.convert import verify
 
 SWIN = {
@@ -30,11 +30,12 @@ OF_BEIT = (  # keys that the quickstart sets for its BEiT
 )
 SWIN |= {f"model.{key}": None for key in OF_BEIT}
 RUN = {
-    "data.train": "train[:1000]",
-    "total_steps": 60,
+    "augment.crop": "squash",
+    "data.train": "train",
+    "total_steps": 250,
     "eval_every": "0",
-    "save_every": "60",
-    "log_every": "60",
+    "save_every": "0",
+    "log_every": "50",
     "optim.learning_rate": 5e-3,
 }
 
@@ -59,24 +60,27 @@ def test_it_learns_digits(trained):
     assert tuple(info.architecture["depths"]) == (2, 1)
 
 
-def test_predictions(trained, tmp_path, start):
-    _, workdir, results = trained
+def test_predictions(trained, tmp_path):
+    _, workdir, _ = trained
     digits = datasets.load_digits()
     chosen = np.arange(0, 1797, 60)
     (tmp_path / "pictures").mkdir()
     for index in chosen:
         pixels = (digits.images[index] / 16 * 255).round().astype(np.uint8)
         Image.fromarray(pixels).convert("RGB").save(tmp_path / "pictures" / f"{index:04}.png")
-    arguments = ("--checkpoint", workdir, "--images", tmp_path / "pictures")
-    done = start("beit_jax.predict", *arguments, "--out", tmp_path / "out.csv").wait()
-    assert done.status == 0, done.output
+    arguments = {
+        "checkpoint": workdir,
+        "images": tmp_path / "pictures",
+        "out": tmp_path / "out.csv",
+    }
+    assert predict.main([f"--{key}={path}" for key, path in arguments.items()]) == 0
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     is_right = [int(row["label"]) == digits.target[i] for i, row in zip(chosen, rows, strict=True)]
     assert np.mean(is_right) > 0.6
 
 
 def test_finetuning_of_its_export_in_larger_windows(trained, tmp_path, train):
-    name, workdir, results = trained
+    name, workdir, _ = trained
     info = checkpoint.read_model_info(workdir)
     params = checkpoint.load_params(workdir)
     convert.save_hf(
