@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-_NO_DECAY = {"bias", "scale", "lambda_1", "lambda_2", "cls_token", "position_embeddings"}
+_NO_DECAY = {
+    "bias",
+    "scale",
+    "lambda_1",
+    "lambda_2",
+    "cls_token",
+    "distillation_token",
+    "position_embeddings",
+}
 _POSITION_BIAS = re.compile(r"relative_position_bias_table$|continuous_position_bias_mlp/")
 
 
@@ -171,10 +179,10 @@ def make_optimizer(
 def decay_mask(params, *, no_decay: Sequence[str] = (), decay_position_bias: bool = True):
     """True for the parameters with weight decay, in a tree like `params`.
 
-    Not decayed are vectors and scalars, biases, norm scales, layer scales, the class token and
-    position embeddings; the mask token is, as are relative position bias tables, and what computes
-    them in Swin v2, by default (unilm's rule; its `--disable_weight_decay_on_rel_pos_bias`, and
-    what Swin does, is `decay_position_bias=False`).
+    Not decayed are vectors and scalars, biases, norm scales, layer scales, class and distillation
+    token and position embeddings; the mask token is, as are relative position bias tables, and what
+    computes them in Swin v2, by default (unilm's rule; its
+    `--disable_weight_decay_on_rel_pos_bias`, and what Swin does, is `decay_position_bias=False`).
     """
 
     def is_decayed(path, leaf):

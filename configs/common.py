@@ -20,15 +20,16 @@ def get_config() -> ConfigDict:
     config.pretrained = ""
     config.pretrained_revision = ""  # of a hub id: branch, tag or commit
     config.pretrained_reset = (  # parameters (regexes) that may differ from the checkpoint
-        "classifier/.*",
+        "(distillation_)?classifier/.*",
         "(pooler_|lm_)?layernorm/.*",
+        "pooler/.*",
         "lm_head/.*",
         "embeddings/mask_token",
     )
     config.resize_method = "unilm"  # of position tables at another resolution: unilm, timm, hf
-    config.preset = "base"  # architecture without `pretrained`: cifar, tiny, small, base, large
+    config.preset = "base"  # architecture without `pretrained`: the model's, such as tiny, base
 
-    config.model = model = ConfigDict()  # names as in transformers' BeitConfig
+    config.model = model = ConfigDict()  # names as in transformers' configs
     model.image_size = config_dict.placeholder(object)  # pixels: 224 or (192, 256)
     model.patch_size = config_dict.placeholder(int)
     model.num_channels = config_dict.placeholder(int)
@@ -52,17 +53,21 @@ def get_config() -> ConfigDict:
     model.initializer_range = config_dict.placeholder(float)
     model.head_init_scale = config_dict.placeholder(float)
     model.rescale_init = config_dict.placeholder(bool)
-
-    # Of swin and swinv2 alone, names as in transformers' SwinConfig and Swinv2Config.
-    model.embed_dim = config_dict.placeholder(int)
-    model.depths = config_dict.placeholder(tuple)  # layers of each stage
-    model.num_heads = config_dict.placeholder(tuple)
-    model.window_size = config_dict.placeholder(int)
-    model.mlp_ratio = config_dict.placeholder(float)
-    model.qkv_bias = config_dict.placeholder(bool)
-    model.use_absolute_embeddings = config_dict.placeholder(bool)
-    model.pretrained_window_sizes = config_dict.placeholder(tuple)  # of swinv2
-
+    model.use_post_norm = config_dict.placeholder(bool)  # of vit: norms after the sums
+    model.qkv_bias = config_dict.placeholder(bool)  # of vit, swin
+    model.use_distillation_token = config_dict.placeholder(bool)  # of vit: DeiT
+    model.use_distillation_classifier = config_dict.placeholder(bool)  # of vit: DeiT's second head
+    model.use_sincos_position_embeddings = config_dict.placeholder(bool)  # of vit: MAE's, fixed
+    model.conv_channels = config_dict.placeholder(tuple)  # of cnn
+    model.kernel_size = config_dict.placeholder(int)  # of cnn
+    model.hidden_sizes = config_dict.placeholder(tuple)  # of cnn: dense layers
+    model.embed_dim = config_dict.placeholder(int)  # of swin: width of the first stage
+    model.depths = config_dict.placeholder(tuple)  # of swin: layers of each stage
+    model.num_heads = config_dict.placeholder(tuple)  # of swin: heads of each stage
+    model.window_size = config_dict.placeholder(int)  # of swin
+    model.mlp_ratio = config_dict.placeholder(float)  # of swin: intermediate size / width
+    model.use_absolute_embeddings = config_dict.placeholder(bool)  # of swin
+    model.pretrained_window_sizes = config_dict.placeholder(tuple)  # of swinv2, for each stage
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time

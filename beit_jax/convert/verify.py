@@ -54,6 +54,8 @@ def max_difference(
     rng = np.random.default_rng(0)
     image = rng.standard_normal((2, *config.image_size, config.num_channels), np.float32)
     inputs = {"pixel_values": torch.from_numpy(image.transpose(0, 3, 1, 2))}
+    if model_type == "vit_mae":  # which shuffles the patches that it keeps, here all
+        inputs["noise"] = torch.arange(math.prod(config.grid)).expand(2, -1)
     is_masked = ()
     if config.head == "mim" and config.use_mask_token:
         is_masked = (rng.random((2, math.prod(config.grid))) < 0.4,)

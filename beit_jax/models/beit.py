@@ -4,33 +4,32 @@ B batch, T tokens (1 + N), N patches, P patch size, D hidden, K classes, V visua
 """
 
 import dataclasses
-import functools
-import re
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from beit_jax.models import attention
+from beit_jax.models import layers
 from beit_jax.models.layers import (
-    ACTIVATIONS,
     REMAT_POLICIES,
+    Attention,
     Dense,
     DropPath,
     Mlp,
     PatchEmbeddings,
+    layer_id,
+    norm,
+    normal,
 )
 from beit_jax.models.position import (
-    Grid,
-    num_relative_positions,
     relative_position_bias,
     resize_position_embeddings,
     resize_relative_position_bias_table,
 )
 
-HEADS = ("classifier", "mim", "none")
-DTYPES = ("float32", "bfloat16")
+__all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
+
 PRESETS = {
     "cifar": dict(
         hidden_size=192,
@@ -60,126 +59,29 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class BeitConfig:
+class BeitConfig(layers.TransformerConfig):
     """Architecture; the defaults are BEiT-base with per-layer bias and mean pooling, for
     ImageNet-1k.
 
-    Attributes beyond transformers' `BeitConfig`:
-      image_size, patch_size: pixels, one number or (height, width); the patch is square.
+    Attributes beyond transformers' `BeitConfig`, and those of `TransformerConfig`:
       head: "classifier" -> logits [B, K], "mim" -> logits [B, N, V], "none" -> pooled features [B,
       D].
-      head_init_scale: the classifier starts this much smaller than other layers.
       rescale_init: output projections of layer l start sqrt(2 l) smaller, as in BEiT pre-training.
-      dtype: computation type; parameters are float32, logits too.
-      attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
-      remat: "none", "full" or "dots": what the backward pass computes again to save memory.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    layer_norm_eps: float = 1e-12
-    image_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    num_channels: int = 3
+    FAMILY: ClassVar[str] = "BEiT"
+    HEADS: ClassVar[tuple[str, ...]] = ("classifier", "mim", "none")
+
+    drop_path_rate: float = 0.1
+    use_mean_pooling: bool = True
+    head_init_scale: float = 0.001
     use_mask_token: bool = False
     use_absolute_position_embeddings: bool = False
     use_relative_position_bias: bool = True
     use_shared_relative_position_bias: bool = False
     layer_scale_init_value: float = 0.1
-    drop_path_rate: float = 0.1
-    use_mean_pooling: bool = True
     vocab_size: int = 8192
-    num_labels: int = 1000
-    head: str = "classifier"
-    initializer_range: float = 0.02
-    head_init_scale: float = 0.001
     rescale_init: bool = False
-    dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "none"
-
-    def __post_init__(self):
-        size = self.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        object.__setattr__(self, "image_size", size)
-        _expect(self.head in HEADS, f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
-        _expect(
-            self.hidden_act in ACTIVATIONS,
-            f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {self.hidden_act!r}",
-        )
-        _expect(
-            self.remat in REMAT_POLICIES,
-            f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}",
-        )
-        _expect(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
-            f"{self.num_attention_heads}",
-        )
-        _expect(
-            len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
-            f"image_size {size} must be a multiple of patch_size {self.patch_size}",
-        )
-        _expect(
-            self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}"
-        )
-        attention.get(self.attention)
-
-    @property
-    def grid(self) -> Grid:
-        """Patches (down, across)."""
-        return tuple(n // self.patch_size for n in self.image_size)
-
-
-def _expect(condition, message):
-    if not condition:
-        raise ValueError(f"BEiT: {message}.")
-
-
-def _norm(config, name):
-    dtype = jnp.dtype(config.dtype)
-    return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def _bias_table(module, config):
-    shape = (num_relative_positions(config.grid), config.num_attention_heads)
-    return module.param("relative_position_bias_table", nn.initializers.zeros, shape)
-
-
-def _normal(config, scale=1.0):
-    return nn.initializers.truncated_normal(config.initializer_range * scale)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; the key has no bias, which softmax would cancel."""
-
-    config: BeitConfig
-    output_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, x, bias, *, deterministic):
-        config = self.config
-        heads, width, dtype = config.num_attention_heads, x.shape[-1], jnp.dtype(config.dtype)
-
-        def project(name):
-            y = Dense(width, _normal(config), use_bias=name != "key", dtype=dtype, name=name)(x)
-            return y.reshape(*x.shape[:-1], heads, width // heads)  # [B, T, H, D / H]
-
-        if config.use_relative_position_bias:
-            own_bias = relative_position_bias(_bias_table(self, config), config.grid)
-            bias = own_bias if bias is None else bias + own_bias
-        attend = attention.get(config.attention)
-        if config.attention_probs_dropout_prob and not deterministic:
-            dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
-            attend = functools.partial(attention.plain, dropout=dropout)
-        x = attend(project("query"), project("key"), project("value"), bias)
-        x = x.reshape(*x.shape[:-2], width)
-        return Dense(width, self.output_init, dtype=dtype, name="output")(x)
 
 
 class Layer(nn.Module):
@@ -195,7 +97,7 @@ class Layer(nn.Module):
         drop_path = DropPath(config.drop_path_rate * self.index / depth)
         dropout = nn.Dropout(config.hidden_dropout_prob)
         rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
-        output_init = _normal(config, rescale)
+        output_init = normal(config, rescale)
 
         def residual(x, branch, scale_name):
             branch = dropout(branch, deterministic=deterministic)
@@ -204,18 +106,17 @@ class Layer(nn.Module):
                 branch *= self.param(scale_name, initial, (x.shape[-1],)).astype(branch.dtype)
             return x + drop_path(branch, deterministic=deterministic)
 
-        attend = Attention(config, output_init, name="attention")
-        normed = _norm(config, "layernorm_before")(x)
-        x = residual(x, attend(normed, bias, deterministic=deterministic), "lambda_1")
-        mlp = Mlp(
-            config.intermediate_size,
-            config.hidden_act,
-            _normal(config),
+        attend = Attention(
+            config,
             output_init,
-            jnp.dtype(config.dtype),
-            name="mlp",
+            biased=("query", "value"),  # softmax would cancel one of the key
+            has_bias_table=config.use_relative_position_bias,
+            name="attention",
         )
-        return residual(x, mlp(_norm(config, "layernorm_after")(x)), "lambda_2")
+        normed = norm(config, "layernorm_before")(x)
+        x = residual(x, attend(normed, bias, deterministic=deterministic), "lambda_1")
+        mlp = Mlp(config, output_init, name="mlp")
+        return residual(x, mlp(norm(config, "layernorm_after")(x)), "lambda_2")
 
 
 class Embeddings(nn.Module):
@@ -226,26 +127,21 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, image, bool_masked_pos, *, deterministic):
         config = self.config
-        x = PatchEmbeddings(
-            config.hidden_size,
-            config.patch_size,
-            (*config.image_size, config.num_channels),
-            _normal(config),
-            jnp.dtype(config.dtype),
-            name="patch_embeddings",
-        )(image)
+        x = PatchEmbeddings(config, name="patch_embeddings")(image)
         batch, patches, width = x.shape
         if config.use_mask_token:
-            mask_token = self.param("mask_token", _normal(config), (1, 1, width)).astype(x.dtype)
+            mask_token = self.param("mask_token", normal(config), (1, 1, width)).astype(x.dtype)
         if bool_masked_pos is not None:
-            _expect(config.use_mask_token, "bool_masked_pos needs use_mask_token=True")
+            layers.expect(
+                config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True"
+            )
             masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
             x = jnp.where(masked, mask_token, x)
-        class_token = self.param("cls_token", _normal(config), (1, 1, width)).astype(x.dtype)
+        class_token = self.param("cls_token", normal(config), (1, 1, width)).astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, width)), x], axis=1)
         if config.use_absolute_position_embeddings:
             shape = (1, 1 + patches, width)
-            x += self.param("position_embeddings", _normal(config), shape).astype(x.dtype)
+            x += self.param("position_embeddings", normal(config), shape).astype(x.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -273,39 +169,27 @@ class Beit(nn.Module):
         )
         bias = None
         if config.use_shared_relative_position_bias:
-            bias = relative_position_bias(_bias_table(self, config), config.grid)
+            bias = relative_position_bias(layers.bias_table(self, config), config.grid)
         policy = REMAT_POLICIES[config.remat]
         layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
         for index in range(config.num_hidden_layers):
             x = layer(config, index, name=f"layer_{index}")(x, bias, deterministic)  # [B, T, D]
         if not config.use_mean_pooling:
-            x = _norm(config, "layernorm")(x)
+            x = norm(config, "layernorm")(x)
         if config.head == "mim":
-            x = _norm(config, "lm_layernorm")(x[:, 1:])
-            return Dense(config.vocab_size, _normal(config), dtype=x.dtype, name="lm_head")(
+            x = norm(config, "lm_layernorm")(x[:, 1:])
+            return Dense(config.vocab_size, normal(config), dtype=x.dtype, name="lm_head")(
                 x
             ).astype(jnp.float32)
-        x = self.mean_pool(x) if config.use_mean_pooling else x[:, 0]
+        x = layers.pooled_patches(config, x) if config.use_mean_pooling else x[:, 0]
         if config.head == "none" or config.num_labels == 0:
             return x.astype(jnp.float32)
-        initial = _normal(config, config.head_init_scale)
-        return Dense(config.num_labels, initial, name="classifier")(x.astype(jnp.float32))
-
-    def mean_pool(self, x):
-        """Norm of the mean of the patch tokens, [B, D], in float32."""
-        x = x[:, 1:].astype(jnp.float32).mean(1)
-        epsilon = self.config.layer_norm_eps
-        return nn.LayerNorm(epsilon, use_fast_variance=False, name="pooler_layernorm")(x)
+        return layers.classifier(config, x)
 
 
 def Model(**architecture: Any) -> Beit:
     """The network of an architecture, the keyword arguments of `BeitConfig`."""
-    known = [field.name for field in dataclasses.fields(BeitConfig)]
-    unknown = sorted(set(architecture) - set(known))
-    _expect(
-        not unknown, f"unknown architecture keys {', '.join(unknown)}; known: {', '.join(known)}"
-    )
-    return Beit(BeitConfig(**architecture))
+    return Beit(layers.make_config(BeitConfig, architecture))
 
 
 def for_finetuning(architecture: dict) -> dict:
@@ -315,18 +199,6 @@ def for_finetuning(architecture: dict) -> dict:
         architecture["use_shared_relative_position_bias"] = False
         architecture["use_relative_position_bias"] = True
     return architecture
-
-
-def layer_id(name: str, num_layers: int) -> int:
-    """Depth of a parameter for layer-wise learning-rate decay: 0 embeddings, l + 1 layer l,
-    num_layers + 1 the rest.
-
-    As in microsoft/unilm `beit/optim_factory.py`; a shared position bias belongs to the rest.
-    """
-    layer = re.match(r"layer_(\d+)/", name)
-    if layer:
-        return int(layer[1]) + 1
-    return 0 if name.startswith("embeddings/") else num_layers + 1
 
 
 def adapt_params(params: dict, old: BeitConfig, new: BeitConfig, method: str = "unilm") -> dict:

@@ -1,10 +1,22 @@
-"""Layers that the model families share."""
+"""What the model families share: layers, their configuration, and where a layer stands.
+
+B batch, T tokens, N patches, P patch size, D hidden.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from beit_jax.models import attention
+from beit_jax.models.position import Grid, num_relative_positions, relative_position_bias
+
+DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -93,42 +105,221 @@ ACTIVATIONS = {
 }
 
 
-class Mlp(nn.Module):
-    """Two dense layers with an activation between them; keeps the width of its input."""
+def expect(config, condition: bool, message: str) -> None:
+    """Raises ValueError, in the name of the family, where the condition does not hold."""
+    if not condition:
+        raise ValueError(f"{config.FAMILY}: {message}.")
 
-    intermediate_size: int
-    hidden_act: str
-    kernel_init: nn.initializers.Initializer
+
+def expect_one_of(config, **choices) -> None:
+    """Raises ValueError where a field of the configuration has none of its choices."""
+    for name, available in choices.items():
+        value = getattr(config, name)
+        message = f"{name} must be one of {', '.join(available)}, got {value!r}"
+        expect(config, value in available, message)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """What the architectures of vision transformers share; named as in transformers' configs.
+
+    Attributes:
+      image_size: pixels, one number or (height, width).
+      patch_size: pixels; the patch is square.
+      head: what the network gives, see the family's `HEADS`.
+      head_init_scale: the classifier starts this much smaller than other layers.
+      dtype: computation type; parameters are float32, logits too.
+      attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
+      remat: "none", "full" or "dots": what the backward pass computes again to save memory.
+    """
+
+    FAMILY: ClassVar[str] = "The model"
+    HEADS: ClassVar[tuple[str, ...]] = ("classifier", "none")
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    layer_norm_eps: float = 1e-12
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    drop_path_rate: float = 0.0
+    use_mean_pooling: bool = False
+    num_labels: int = 1000
+    head: str = "classifier"
+    initializer_range: float = 0.02
+    head_init_scale: float = 1.0
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+
+    def __post_init__(self):
+        size = self.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        object.__setattr__(self, "image_size", size)
+        expect_one_of(self, head=self.HEADS, hidden_act=ACTIVATIONS, remat=REMAT_POLICIES)
+        expect(
+            self,
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+            f"{self.num_attention_heads}",
+        )
+        expect(
+            self,
+            len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
+            f"image_size {size} must be a multiple of patch_size {self.patch_size}",
+        )
+        expect_one_of(self, dtype=DTYPES)
+        attention.get(self.attention)
+
+    @property
+    def grid(self) -> Grid:
+        """Patches (down, across)."""
+        return tuple(n // self.patch_size for n in self.image_size)
+
+
+def make_config(config_class, architecture: dict[str, Any]):
+    """The configuration of an architecture; unknown keys are an error that lists the known."""
+    known = [field.name for field in dataclasses.fields(config_class)]
+    if unknown := sorted(set(architecture) - set(known)):
+        raise ValueError(
+            f"{config_class.FAMILY}: unknown architecture keys {', '.join(unknown)}; "
+            f"known: {', '.join(known)}."
+        )
+    return config_class(**architecture)
+
+
+def normal(config: TransformerConfig, scale: float = 1.0):
+    """The initializer of kernels, tokens and positions."""
+    return nn.initializers.truncated_normal(config.initializer_range * scale)
+
+
+def norm(config: TransformerConfig, name: str, epsilon: float | None = None) -> nn.LayerNorm:
+    """A LayerNorm; its statistics are float32. Its `epsilon` is the configured one by default."""
+    epsilon, dtype = epsilon or config.layer_norm_eps, jnp.dtype(config.dtype)
+    return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
+    """A parameter of `module`: one row of attention biases for each offset between patches."""
+    shape = (num_relative_positions(config.grid), config.num_attention_heads)
+    return module.param("relative_position_bias_table", nn.initializers.zeros, shape)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Attributes:
+      output_init: of the kernel of the output projection.
+      biased: which of query, key and value have a bias.
+      has_bias_table: adds a relative position bias of its own to the logits.
+    """
+
+    config: TransformerConfig
     output_init: nn.initializers.Initializer
-    dtype: jnp.dtype = jnp.float32
+    biased: tuple[str, ...] = ("query", "key", "value")
+    has_bias_table: bool = False
+
+    @nn.compact
+    def __call__(self, x, bias, *, deterministic):
+        config = self.config
+        heads, width, dtype = config.num_attention_heads, x.shape[-1], jnp.dtype(config.dtype)
+
+        def project(name):
+            dense = Dense(width, normal(config), name in self.biased, dtype, name=name)
+            return dense(x).reshape(*x.shape[:-1], heads, width // heads)  # [B, T, H, D / H]
+
+        if self.has_bias_table:
+            own_bias = relative_position_bias(bias_table(self, config), config.grid)
+            bias = own_bias if bias is None else bias + own_bias
+        attend = attention.get(config.attention)
+        if config.attention_probs_dropout_prob and not deterministic:
+            dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
+            attend = functools.partial(attention.plain, dropout=dropout)
+        x = attend(project("query"), project("key"), project("value"), bias)
+        x = x.reshape(*x.shape[:-2], width)
+        return Dense(width, self.output_init, dtype=dtype, name="output")(x)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an activation between them.
+
+    Attributes:
+      output_init: of the kernel of the second layer.
+      width: between them; None is the configured intermediate_size.
+    """
+
+    config: TransformerConfig
+    output_init: nn.initializers.Initializer
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x):
-        hidden = Dense(self.intermediate_size, self.kernel_init, dtype=self.dtype, name="fc1")(x)
-        hidden = ACTIVATIONS[self.hidden_act](hidden)
-        return Dense(x.shape[-1], self.output_init, dtype=self.dtype, name="fc2")(hidden)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        width = self.width or config.intermediate_size
+        hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
+        hidden = ACTIVATIONS[config.hidden_act](hidden)
+        return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden)
 
 
 class PatchEmbeddings(nn.Module):
-    """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product."""
+    """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product.
 
-    features: int
-    patch_size: int
-    image_shape: tuple[int, int, int]
-    kernel_init: nn.initializers.Initializer
-    dtype: jnp.dtype = jnp.float32
+    Attributes:
+      width: D; None is the configured hidden_size.
+    """
+
+    config: TransformerConfig
+    width: int | None = None
 
     @nn.compact
     def __call__(self, image):
-        size = self.patch_size
+        config, size = self.config, self.config.patch_size
+        width = self.width or config.hidden_size
+        check_image(config, image)
         batch, height, across, channels = image.shape
-        if image.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"The model expects pictures of shape {self.image_shape}, got {image.shape[1:]}."
-            )
-        kernel = self.param("kernel", self.kernel_init, (size, size, channels, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", normal(config), (size, size, channels, width))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
         x = image.reshape(batch, height // size, size, across // size, size, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
-        x = matmul(x.astype(self.dtype), kernel.reshape(-1, self.features))
-        return (x + bias.astype(x.dtype)).astype(self.dtype)
+        dtype = jnp.dtype(config.dtype)
+        x = matmul(x.astype(dtype), kernel.reshape(-1, width))
+        return (x + bias.astype(x.dtype)).astype(dtype)
+
+
+def check_image(config, image):
+    """Raises ValueError where pictures [B, H, W, C] are not of the configured shape."""
+    expected = (*config.image_size, config.num_channels)
+    if image.shape[1:] != expected:
+        raise ValueError(
+            f"{config.FAMILY} expects pictures of shape {expected}, got {image.shape[1:]}."
+        )
+
+
+def pooled_patches(config: TransformerConfig, x, num_prefix: int = 1):
+    """Norm of the mean of the patch tokens, [B, D], in float32; the first tokens are no patches."""
+    x = x[:, num_prefix:].astype(jnp.float32).mean(1)
+    name = "pooler_layernorm"
+    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)(x)
+
+
+def classifier(config: TransformerConfig, x, name: str = "classifier"):
+    """Logits [B, K] of features [B, D], in float32."""
+    initial = normal(config, config.head_init_scale)
+    return Dense(config.num_labels, initial, name=name)(x.astype(jnp.float32))
+
+
+def layer_id(name: str, num_layers: int) -> int:
+    """Depth of a parameter for layer-wise learning-rate decay: 0 embeddings, l + 1 layer l,
+    num_layers + 1 the rest.
+
+    As in microsoft/unilm `beit/optim_factory.py`; a shared position bias belongs to the rest.
+    """
+    layer = re.match(r"layer_(\d+)/", name)
+    if layer:
+        return int(layer[1]) + 1
+    return 0 if name.startswith("embeddings/") else num_layers + 1

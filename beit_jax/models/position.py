@@ -149,10 +149,14 @@ def _geometric_places(old: int, new: int) -> np.ndarray:
 
 
 def resize_position_embeddings(
-    embeddings: np.ndarray, old_grid: Grid, new_grid: Grid, method: str = "unilm"
+    embeddings: np.ndarray,
+    old_grid: Grid,
+    new_grid: Grid,
+    method: str = "unilm",
+    num_prefix: int = 1,
 ) -> np.ndarray:
-    """Resizes absolute position embeddings [1, 1+N, D] to another patch grid; the class token's
-    stays.
+    """Resizes absolute position embeddings [1, 1+N, D] to another patch grid; those of the class
+    token, or of all `num_prefix` tokens before the patches, stay.
 
     All of unilm, timm and transformers resize bicubically; timm with antialiasing.
 
@@ -161,18 +165,35 @@ def resize_position_embeddings(
     """
     _check_method(method)
     embeddings = np.asarray(embeddings)
-    if embeddings.shape[1] != 1 + math.prod(old_grid):
+    num_tokens = num_prefix + math.prod(old_grid)
+    if embeddings.shape[1] != num_tokens:
         raise ValueError(
-            f"Position embeddings of grid {old_grid} have {1 + math.prod(old_grid)} tokens, "
+            f"Position embeddings of grid {old_grid} have {num_tokens} tokens, "
             f"got {embeddings.shape[1]}."
         )
     if tuple(old_grid) == tuple(new_grid):
         return embeddings
-    patches = embeddings[0, 1:].reshape(*old_grid, -1).astype(np.float64)
+    patches = embeddings[0, num_prefix:].reshape(*old_grid, -1).astype(np.float64)
     resized = resize_bicubic(patches, new_grid, antialias=method == "timm").reshape(
         -1, embeddings.shape[-1]
     )
-    return np.concatenate([embeddings[:, :1], resized[None].astype(embeddings.dtype)], axis=1)
+    return np.concatenate(
+        [embeddings[:, :num_prefix], resized[None].astype(embeddings.dtype)], axis=1
+    )
+
+
+def sincos_position_embeddings(grid: Grid, width: int, num_prefix: int = 1) -> np.ndarray:
+    """MAE's fixed positions, float32 [1, num_prefix + N, D]; zero for tokens before the patches.
+
+    A quarter of the channels each: sine and cosine of x, sine and cosine of y
+    (facebookresearch/mae `util/pos_embed.py`). `width` must be a multiple of 4.
+    """
+    y, x = np.divmod(np.arange(math.prod(grid)), grid[1])
+    frequency = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+    angles = [position[:, None] * frequency for position in (x, y)]
+    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    patches = np.concatenate(waves, axis=1)
+    return np.concatenate([np.zeros((num_prefix, width)), patches])[None].astype(np.float32)
 
 
 def _bilinear(image, shape):

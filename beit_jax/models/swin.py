@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,21 @@ from flax import linen as nn
 from beit_jax.models import attention
 from beit_jax.models.layers import (
     ACTIVATIONS,
+    DTYPES,
     REMAT_POLICIES,
     Dense,
     DropPath,
     Mlp,
     PatchEmbeddings,
+    classifier,
+    expect,
+    expect_one_of,
+    make_config,
+    norm,
+    normal,
 )
 from beit_jax.models.position import Grid, relative_position_bias, resize_bicubic
 
-HEADS = ("classifier", "none")
-DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "plain", "xla")
 EMBEDDING_NORM_EPS = 1e-5  # of norms that transformers' layer_norm_eps does not reach
 BASE = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
@@ -78,6 +83,9 @@ class SwinConfig:
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
     """
 
+    FAMILY: ClassVar[str] = "Swin"
+    HEADS: ClassVar[tuple[str, ...]] = ("classifier", "none")
+
     image_size: int | tuple[int, int] = 224
     patch_size: int = 4
     num_channels: int = 3
@@ -107,26 +115,28 @@ class SwinConfig:
         object.__setattr__(self, "image_size", size)
         for name in ("depths", "num_heads"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, known in (
-            ("head", HEADS),
-            ("hidden_act", ACTIVATIONS),
-            ("remat", REMAT_POLICIES),
-            ("dtype", DTYPES),
-            ("attention", ATTENTIONS),
-        ):
-            value = getattr(self, name)
-            expect(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
+        expect_one_of(
+            self,
+            head=self.HEADS,
+            hidden_act=ACTIVATIONS,
+            remat=REMAT_POLICIES,
+            dtype=DTYPES,
+            attention=ATTENTIONS,
+        )
         expect(
+            self,
             len(self.depths) == len(self.num_heads) > 0 and min(self.depths) > 0,
             f"depths {self.depths} and num_heads {self.num_heads} must name the same stages",
         )
         expect(
+            self,
             len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
-        expect(self.window_size > 1, f"window_size must be above 1, got {self.window_size}")
+        expect(self, self.window_size > 1, f"window_size must be above 1, got {self.window_size}")
         for stage in self.stages:
             expect(
+                self,
                 stage.width % stage.num_heads == 0,
                 f"a stage of width {stage.width} cannot have {stage.num_heads} heads; embed_dim "
                 "doubles from stage to stage, and num_heads must divide it",
@@ -160,29 +170,13 @@ class SwinConfig:
     def windows(self, index: int, grid: Grid) -> tuple[int, ...]:
         """Window, shift and window in pretraining (0: the same) of a stage."""
         expect(
+            self,
             self.window_size <= min(grid),
             f"window_size {self.window_size} does not fit into stage {index + 1}, whose grid is "
             f"{grid[0]} x {grid[1]}; take a window_size of at most {min(grid)}, a larger "
             "image_size or a smaller patch_size",
         )
         return self.window_size, 0 if min(grid) == self.window_size else self.window_size // 2, 0
-
-
-def expect(condition, message):
-    """Raises ValueError for an architecture that cannot be."""
-    if not condition:
-        raise ValueError(f"Swin: {message}.")
-
-
-def norm(config, name, epsilon=None):
-    """The LayerNorm of that name."""
-    epsilon, dtype = epsilon or config.layer_norm_eps, jnp.dtype(config.dtype)
-    return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def normal(config, scale=1.0):
-    """How kernels start."""
-    return nn.initializers.truncated_normal(config.initializer_range * scale)
 
 
 def split_windows(x, window: int):
@@ -274,14 +268,8 @@ class Layer(nn.Module):
         drop_path = DropPath(config.drop_path_rate * self.index / last)
         dropout = nn.Dropout(config.hidden_dropout_prob)
         attend = self.attention(config, self.stage, name="attention")
-        mlp = Mlp(
-            int(config.mlp_ratio * self.stage.width),
-            config.hidden_act,
-            normal(config),
-            normal(config),
-            jnp.dtype(config.dtype),
-            name="mlp",
-        )
+        width = int(config.mlp_ratio * self.stage.width)
+        mlp = Mlp(config, normal(config), width, name="mlp")
 
         def attend_windows(x):
             return self.over_windows(functools.partial(attend, deterministic=deterministic), x)
@@ -345,14 +333,7 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, image, *, deterministic):
         config = self.config
-        x = PatchEmbeddings(
-            config.embed_dim,
-            config.patch_size,
-            (*config.image_size, config.num_channels),
-            normal(config),
-            jnp.dtype(config.dtype),
-            name="patch_embeddings",
-        )(image)
+        x = PatchEmbeddings(config, config.embed_dim, name="patch_embeddings")(image)
         x = norm(config, "layernorm", EMBEDDING_NORM_EPS)(x)
         if config.use_absolute_embeddings:
             shape = (1, *x.shape[1:])
@@ -393,23 +374,12 @@ class Swin(nn.Module):
         x = norm(config, "layernorm")(x).astype(jnp.float32).mean(1)
         if config.head == "none" or config.num_labels == 0:
             return x
-        initial = normal(config, config.head_init_scale)
-        return Dense(config.num_labels, initial, name="classifier")(x)
-
-
-def check_names(architecture: dict, config: type) -> None:
-    """Raises ValueError where a keyword is no field of the configuration."""
-    known = [field.name for field in dataclasses.fields(config)]
-    unknown = sorted(set(architecture) - set(known))
-    expect(
-        not unknown, f"unknown architecture keys {', '.join(unknown)}; known: {', '.join(known)}"
-    )
+        return classifier(config, x)
 
 
 def Model(**architecture: Any) -> Swin:
     """The network of an architecture, the keyword arguments of `SwinConfig`."""
-    check_names(architecture, SwinConfig)
-    return Swin(SwinConfig(**architecture))
+    return Swin(make_config(SwinConfig, architecture))
 
 
 def for_finetuning(architecture: dict) -> dict:

@@ -5,7 +5,7 @@ offsets, so that windows of any size share its weights.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import swin
-from beit_jax.models.layers import Dense
+from beit_jax.models.layers import Dense, expect, make_config, normal
 from beit_jax.models.position import Grid
-from beit_jax.models.swin import Swin, check_names, expect, layer_id, normal
+from beit_jax.models.swin import Swin, layer_id
 
 __all__ = ["PRESETS", "Model", "Swinv2Config", "adapt_params", "for_finetuning", "layer_id"]
 
@@ -53,17 +53,21 @@ class Swinv2Config(swin.SwinConfig):
       pretrained_window_sizes: of each stage, what offsets are measured by; 0 is the present window.
     """
 
+    FAMILY: ClassVar[str] = "Swin v2"
+
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)
 
     def __post_init__(self):
         sizes = tuple(self.pretrained_window_sizes)
         object.__setattr__(self, "pretrained_window_sizes", sizes)
         expect(
+            self,
             len(sizes) >= len(self.depths) and not {1} & set(sizes) and min(sizes) >= 0,
             f"pretrained_window_sizes {sizes} must be 0 or above 1, for each of the "
             f"{len(self.depths)} stages",
         )
         expect(
+            self,
             not self.use_absolute_embeddings,
             "v2 has no absolute position embeddings; set use_absolute_embeddings=False",
         )
@@ -72,7 +76,9 @@ class Swinv2Config(swin.SwinConfig):
     def windows(self, index: int, grid: Grid) -> tuple[int, int, int]:
         """Window, shift and window in pretraining of a stage; transformers looks at the height."""
         height = self.grid[0] // 2**index
-        expect(height > 0, f"a picture of {self.image_size} is too small for stage {index + 1}")
+        expect(
+            self, height > 0, f"a picture of {self.image_size} is too small for stage {index + 1}"
+        )
         window = min(self.window_size, height)
         shift = 0 if height <= window else self.window_size // 2
         return window, shift, self.pretrained_window_sizes[index]
@@ -145,8 +151,7 @@ class PatchMerging(swin.PatchMerging):
 
 def Model(**architecture: Any) -> Swin:
     """The network of an architecture, the keyword arguments of `Swinv2Config`."""
-    check_names(architecture, Swinv2Config)
-    return Swin(Swinv2Config(**architecture), Layer, PatchMerging)
+    return Swin(make_config(Swinv2Config, architecture), Layer, PatchMerging)
 
 
 def for_finetuning(architecture: dict) -> dict:

@@ -175,20 +175,21 @@ def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
 
 
 def _with_head_for(start: Pretrained, class_names) -> Pretrained:
-    """The checkpoint with its classifier in the order of `class_names`; without it if they differ.
+    """The checkpoint with its classifiers in the order of `class_names`; without if they differ.
 
     Names such as LABEL_0 say nothing and are taken for the same classes.
     """
     old = start.info.class_names
-    if "classifier" not in start.params or old is None or list(old) == list(class_names):
+    heads = [name for name in start.params if name.endswith("classifier")]
+    if not heads or old is None or list(old) == list(class_names):
         return start
     if all(re.fullmatch(r"LABEL_\d+", name) for name in old):
         return start
-    params = dict(start.params)
-    head = params.pop("classifier")
+    params = {name: value for name, value in start.params.items() if name not in heads}
     if sorted(old) == sorted(class_names) and len(set(old)) == len(old):
         order = np.asarray([list(old).index(name) for name in class_names])
-        params["classifier"] = {key: np.asarray(value)[..., order] for key, value in head.items()}
+        for head in heads:
+            params[head] = {k: np.asarray(v)[..., order] for k, v in start.params[head].items()}
     return start._replace(params=params)
 
 

@@ -1,0 +1,205 @@
+"""ViT checkpoints of HuggingFace, as `save_pretrained` writes them: ViT (and DINO), DeiT, MAE.
+
+An architecture is the dict of keyword arguments of `beit_jax.models.vit.Model`. Of an MAE only the
+encoder is read; its decoder is left out, as is the head that ViTForMaskedImageModeling has.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from beit_jax.convert import hf_config, rules
+from beit_jax.convert.hf_config import Tensors
+from beit_jax.convert.rules import CONV, array, linear, norm
+from beit_jax.models import vit
+
+_PREFIXES = {"vit": "vit.", "deit": "deit.", "vit_mae": "vit."}  # by model_type
+_LAYER = "{prefix}encoder.layer.{i}."
+_HF = [  # {prefix} is one of the above, or nothing in a model without a head
+    *array("{prefix}embeddings.cls_token", "embeddings/cls_token"),
+    *array("{prefix}embeddings.distillation_token", "embeddings/distillation_token"),
+    *array("{prefix}embeddings.position_embeddings", "embeddings/position_embeddings"),
+    *linear("{prefix}embeddings.patch_embeddings.projection", "embeddings/patch_embeddings", CONV),
+    *norm(_LAYER + "layernorm_before", "layer_{i}/layernorm_before"),
+    *linear(_LAYER + "attention.attention.query", "layer_{i}/attention/query"),
+    *linear(_LAYER + "attention.attention.key", "layer_{i}/attention/key"),
+    *linear(_LAYER + "attention.attention.value", "layer_{i}/attention/value"),
+    *linear(_LAYER + "attention.output.dense", "layer_{i}/attention/output"),
+    *norm(_LAYER + "layernorm_after", "layer_{i}/layernorm_after"),
+    *linear(_LAYER + "intermediate.dense", "layer_{i}/mlp/fc1"),
+    *linear(_LAYER + "output.dense", "layer_{i}/mlp/fc2"),
+    *norm("{prefix}layernorm", "layernorm"),
+    *linear("{prefix}pooler.dense", "pooler"),
+    *linear("{head}", "classifier"),
+    *linear("distillation_classifier", "distillation_classifier"),
+]
+_TEACHER = "DeiTForImageClassificationWithTeacher"
+_CLASSES = {
+    ("vit", "classifier"): "ViTForImageClassification",
+    ("vit", "none"): "ViTModel",
+    ("deit", "classifier"): "DeiTForImageClassification",
+    ("deit", "none"): "DeiTModel",
+    ("vit_mae", "none"): "ViTMAEModel",
+}
+_DEFAULTS = {  # of ViTConfig, where they count: a config.json may leave any of them out
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "num_channels": 3,
+    "qkv_bias": True,
+}
+
+
+def to_params(
+    tensors: Tensors,
+    architecture: Mapping[str, Any],
+    *,
+    drop: Iterable[str] = (),
+    reset: Iterable[str] = (),
+    label: str = "the checkpoint",
+) -> tuple[dict, tuple[str, ...]]:
+    """Converts a checkpoint, all of it or an error; arguments and result as of `convert.beit`'s.
+
+    Raises:
+      ValueError: listing all that does not fit.
+    """
+    found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
+    flat, unfilled = rules.to_params(
+        tensors,
+        _rules(architecture, next(found, "")),
+        hf_config.parameter_shapes(vit.Model(**architecture)),
+        drop=(*([drop] if isinstance(drop, str) else drop), "decoder"),
+        reset=reset,
+        label=label,
+    )
+    return traverse_util.unflatten_dict(flat, sep="/"), unfilled
+
+
+def to_hf(
+    params: Mapping[str, Any], architecture: Mapping[str, Any], model_type: str | None = None
+) -> dict[str, np.ndarray]:
+    """Parameters under the names that HuggingFace keeps on disk: name -> float32 array.
+
+    Raises:
+      ValueError: the parameters are not finite float32 arrays of this architecture.
+    """
+    model = vit.Model(**architecture)
+    model_type = model_type or _model_type(model.config)
+    prefix = "" if model.config.head == "none" else _PREFIXES[model_type]
+    return rules.to_tensors(
+        traverse_util.flatten_dict(params, sep="/"),
+        _rules(architecture, prefix),
+        hf_config.parameter_shapes(model),
+    )
+
+
+def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
+    """The architecture of a checkpoint, from its config.json.
+
+    The head is that of its `architectures`, or of the names in `tensors` where it says nothing of
+    use; so is the number of classes where it has no `id2label`.
+
+    Args:
+      tensors: name -> array.
+      config: its config.json.
+      **overrides: keyword arguments of the model that replace what was found.
+
+    Raises:
+      ValueError: a value is of the wrong type, or asks for what the model does not have.
+    """
+    config = config or {}
+    named = set(config.get("architectures") or ())
+    model_type = config.get("model_type", "vit")
+    if "image_size" in overrides:
+        overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
+    if not any(name.endswith("patch_embeddings.projection.weight") for name in tensors):
+        raise ValueError(
+            f"not a checkpoint of HuggingFace's {model_type}: its names, "
+            f"{', '.join(list(tensors)[:3]) or 'none at all'} ..., are not those"
+        )
+    has_classifier = any(name.endswith("classifier.weight") for name in tensors)
+    has_teacher = _TEACHER in named or "distillation_classifier.weight" in tensors
+    if named & {*_CLASSES.values(), _TEACHER}:
+        has_classifier = any(name.endswith(("Classification", "Teacher")) for name in named)
+    has_pooler = not has_classifier and "pooler.dense.weight" in tensors
+    architecture = {
+        **{key: hf_config.typed(config, key, default) for key, default in _DEFAULTS.items()},
+        "image_size": hf_config.pair(config, "image_size", 224),
+        "patch_size": hf_config.patch_size(config, 16),
+        "num_labels": hf_config.num_labels(config, tensors, _head(has_teacher)),
+        "head": "classifier" if has_classifier else "none",
+        "use_distillation_token": model_type == "deit",
+        "use_distillation_classifier": model_type == "deit" and has_teacher,
+        "use_sincos_position_embeddings": model_type == "vit_mae",
+        "use_pooler": has_pooler,
+    }
+    if has_pooler and config.get("pooler_act", "tanh") != "tanh":
+        raise ValueError(f"config.json: pooler_act must be 'tanh', got {config['pooler_act']!r}")
+    return {**architecture, **overrides}
+
+
+def architecture_to_hf(
+    architecture: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
+    model_type: str | None = None,
+) -> dict[str, Any]:
+    """Writes a config.json of HuggingFace; the inverse of `architecture_of`.
+
+    Raises:
+      ValueError: a classifier has another number of classes than there are names, or transformers
+        has no such model.
+    """
+    model = vit.Model(**architecture).config
+    model_type = model_type or _model_type(model)
+    _check_exportable(model, model_type)
+    # transformers 5 takes no int for a float
+    values = {k: type(default)(getattr(model, k)) for k, default in _DEFAULTS.items()}
+    hf_class = _TEACHER if model.use_distillation_classifier else _CLASSES[model_type, model.head]
+    return {
+        "architectures": [hf_class],
+        "model_type": model_type,
+        **values,
+        "image_size": hf_config.image_size(model),
+        "patch_size": model.patch_size,
+        **hf_config.labels(model, class_names),
+        "dtype": "float32",
+    }
+
+
+def _rules(architecture, prefix):
+    head = _head(architecture.get("use_distillation_classifier", False))
+    num_layers = vit.Model(**architecture).config.num_hidden_layers
+    return rules.expand(_HF, num_layers, prefix=prefix, head=head)
+
+
+def _head(has_teacher: bool) -> str:
+    return "cls_classifier" if has_teacher else "classifier"
+
+
+def _model_type(model) -> str:
+    if model.use_distillation_token:
+        return "deit"
+    is_mae = model.use_sincos_position_embeddings and model.head == "none" and not model.use_pooler
+    return "vit_mae" if is_mae else "vit"
+
+
+def _check_exportable(model, model_type):
+    problems = [
+        f"{key}=True" for key in ("use_post_norm", "use_mean_pooling") if getattr(model, key)
+    ]
+    if model.use_distillation_token != (model_type == "deit"):
+        problems.append(f"use_distillation_token={model.use_distillation_token}")
+    if model_type == "vit_mae" and (model.head != "none" or model.use_pooler):
+        problems.append("a head")
+    if problems:
+        raise ValueError(
+            f"transformers has no {model_type!r} model with {', '.join(problems)}: this network "
+            "cannot be written for it"
+        )

@@ -1,0 +1,233 @@
+"""ViT (arXiv:2010.11929) and its kin: DeiT (arXiv:2012.12877), DINO and MAE encoders, and the
+post-norm ViT for small pictures. Names as in transformers' `ViTConfig`.
+
+B batch, T tokens (class token, distillation token?, N patches), D hidden, K classes.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from beit_jax.models import layers
+from beit_jax.models.layers import (
+    REMAT_POLICIES,
+    Attention,
+    Dense,
+    DropPath,
+    Mlp,
+    PatchEmbeddings,
+    layer_id,
+    norm,
+    normal,
+)
+from beit_jax.models.position import resize_position_embeddings, sincos_position_embeddings
+
+__all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
+
+PRESETS = {
+    "cifar": dict(
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=32,
+        patch_size=4,
+    ),
+    "cifar_8m": dict(  # 8,223,882 parameters with 10 classes, 8,223,306 with use_post_norm
+        hidden_size=288,
+        num_hidden_layers=13,
+        num_attention_heads=9,
+        intermediate_size=512,
+        image_size=32,
+        patch_size=4,
+    ),
+    "tiny": dict(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768
+    ),
+    "small": dict(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+    ),
+    "base": dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    ),
+    "large": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(layers.TransformerConfig):
+    """Architecture; the defaults are ViT-base/16 for ImageNet-1k.
+
+    Attributes beyond those of `TransformerConfig`:
+      head: "classifier" -> logits [B, K], "none" -> features [B, D].
+      use_mean_pooling: features are the norm of the mean of the patches, as in MAE's fine-tuning,
+        and not the class token of the normed sequence.
+      qkv_bias: whether query, key and value have a bias.
+      use_distillation_token: DeiT's second token.
+      use_distillation_classifier: DeiT's second classifier, on that token; logits are the mean of
+        both, in training too.
+      use_sincos_position_embeddings: positions start as MAE's sines and cosines and do not learn.
+      use_post_norm: norms after the sums of attention and MLP, as in arXiv:1706.03762, and no last
+        norm.
+      use_pooler: features of head "none" go through a tanh layer.
+    """
+
+    FAMILY: ClassVar[str] = "ViT"
+
+    qkv_bias: bool = True
+    use_distillation_token: bool = False
+    use_distillation_classifier: bool = False
+    use_sincos_position_embeddings: bool = False
+    use_post_norm: bool = False
+    use_pooler: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        layers.expect(
+            self,
+            self.use_distillation_token or not self.use_distillation_classifier,
+            "use_distillation_classifier needs use_distillation_token=True",
+        )
+        layers.expect(
+            self,
+            not (self.use_mean_pooling and self.use_distillation_classifier),
+            "use_distillation_classifier is for tokens, not for use_mean_pooling",
+        )
+        layers.expect(
+            self,
+            self.hidden_size % 4 == 0 or not self.use_sincos_position_embeddings,
+            f"use_sincos_position_embeddings needs a hidden_size that is a multiple of 4, got "
+            f"{self.hidden_size}",
+        )
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches."""
+        return 2 if self.use_distillation_token else 1
+
+
+class Layer(nn.Module):
+    """Transformer layer, its norms before attention and MLP or after them, with drop path."""
+
+    config: ViTConfig
+    index: int
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        config = self.config
+        depth = max(config.num_hidden_layers - 1, 1)
+        drop_path = DropPath(config.drop_path_rate * self.index / depth)
+        dropout = nn.Dropout(config.hidden_dropout_prob)
+        biased = ("query", "key", "value") if config.qkv_bias else ()
+        attention = Attention(config, normal(config), biased, name="attention")
+        mlp = Mlp(config, normal(config), name="mlp")
+
+        def residual(x, branch):
+            branch = dropout(branch, deterministic=deterministic)
+            return x + drop_path(branch, deterministic=deterministic)
+
+        if config.use_post_norm:
+            x = residual(x, attention(x, None, deterministic=deterministic))
+            x = norm(config, "attention_layernorm")(x)
+            return norm(config, "mlp_layernorm")(residual(x, mlp(x)))
+        normed = norm(config, "layernorm_before")(x)
+        x = residual(x, attention(normed, None, deterministic=deterministic))
+        return residual(x, mlp(norm(config, "layernorm_after")(x)))
+
+
+class Embeddings(nn.Module):
+    """Patches to tokens [B, T, D]: class and distillation token first, positions added."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, image, *, deterministic):
+        config = self.config
+        x = PatchEmbeddings(config, name="patch_embeddings")(image)
+        batch, patches, width = x.shape
+        names = ("cls_token", "distillation_token")[: config.num_prefix]
+        tokens = [self.param(name, normal(config), (1, 1, width)) for name in names]
+        tokens = [jnp.broadcast_to(t.astype(x.dtype), (batch, 1, width)) for t in tokens]
+        x = jnp.concatenate([*tokens, x], axis=1)
+        shape = (1, config.num_prefix + patches, width)
+        if config.use_sincos_position_embeddings:
+            initial = sincos_position_embeddings(config.grid, width, config.num_prefix)
+            positions = self.param("position_embeddings", lambda rng: jnp.asarray(initial))
+            positions = jax.lax.stop_gradient(positions)
+        else:
+            positions = self.param("position_embeddings", normal(config), shape)
+        x += positions.astype(x.dtype)
+        return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
+
+
+class ViT(nn.Module):
+    """The whole network, embeddings to head."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, image, *, deterministic=True):
+        """Runs the network.
+
+        Args:
+          image: normalised pictures [B, H, W, C].
+          deterministic: False applies dropout and drop path and needs the rng "dropout".
+
+        Returns:
+          float32 logits [B, K] ("classifier") or features [B, D] ("none").
+        """
+        config = self.config
+        x = Embeddings(config, name="embeddings")(image, deterministic=deterministic)
+        policy = REMAT_POLICIES[config.remat]
+        layer = nn.remat(Layer, policy=policy, static_argnums=(2,)) if policy else Layer
+        for index in range(config.num_hidden_layers):
+            x = layer(config, index, name=f"layer_{index}")(x, deterministic)  # [B, T, D]
+        if config.use_mean_pooling:
+            features = layers.pooled_patches(config, x, config.num_prefix)
+        else:
+            x = x if config.use_post_norm else norm(config, "layernorm")(x)
+            features = x[:, 0].astype(jnp.float32)
+        if config.head == "none" or config.num_labels == 0:
+            if not config.use_pooler:
+                return features
+            return jnp.tanh(Dense(config.hidden_size, normal(config), name="pooler")(features))
+        logits = layers.classifier(config, features)
+        if config.use_distillation_classifier:
+            logits += layers.classifier(config, x[:, 1], "distillation_classifier")
+            logits /= 2
+        return logits
+
+
+def Model(**architecture: Any) -> ViT:
+    """The network of an architecture, the keyword arguments of `ViTConfig`."""
+    return ViT(layers.make_config(ViTConfig, architecture))
+
+
+def for_finetuning(architecture: dict) -> dict:
+    """The architecture that fine-tunes a pretrained one: no pooler, and positions that learn, as in
+    MAE's own fine-tuning."""
+    return dict(architecture, use_pooler=False, use_sincos_position_embeddings=False)
+
+
+def adapt_params(params: dict, old: ViTConfig, new: ViTConfig, method: str = "unilm") -> dict:
+    """Resizes the position embeddings of `params` from the patch grid of `old` to that of `new`.
+
+    Bicubically, see `models/position.py`. Other parameters stay as they are, and `params` too.
+    """
+    if old.grid == new.grid:
+        return params
+    embeddings = dict(params["embeddings"])
+    embeddings["position_embeddings"] = resize_position_embeddings(
+        np.asarray(embeddings["position_embeddings"]),
+        old.grid,
+        new.grid,
+        method,
+        num_prefix=old.num_prefix,
+    )
+    return {**params, "embeddings": embeddings}

@@ -1,0 +1,256 @@
+"""ViT, DeiT, MAE and data2vec-vision of transformers: logits, both directions, what is refused."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from beit_jax import checkpoint, convert, modules, pretrained
+from beit_jax.convert import __main__ as command
+from beit_jax.convert import verify
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+TEACHER = "DeiTForImageClassificationWithTeacher"
+MAE = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+TABLES = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+MODELS = {  # class, config, keywords of the class, family, model_type that is written
+    "vit": ("ViTForImageClassification", {}, {}, "vit", None),
+    "vit, large eps": ("ViTForImageClassification", {"layer_norm_eps": 0.1}, {}, "vit", None),
+    "vit, no bias": ("ViTForImageClassification", {"qkv_bias": False}, {}, "vit", None),
+    "vit, two classes": ("ViTForImageClassification", {"num_labels": 2}, {}, "vit", None),
+    "vit, rectangle": ("ViTForImageClassification", {"image_size": (16, 24)}, {}, "vit", None),
+    "vit, pooler": ("ViTModel", {}, {}, "vit", None),
+    "dino": ("ViTModel", {"layer_norm_eps": 1e-6}, {"add_pooling_layer": False}, "vit", None),
+    "deit": ("DeiTForImageClassification", {}, {}, "vit", None),
+    "deit, teacher": (TEACHER, {}, {}, "vit", None),
+    "deit, features": ("DeiTModel", {}, {}, "vit", None),
+    "mae": ("ViTMAEModel", MAE | {"mask_ratio": 0.0}, {}, "vit", None),
+    "data2vec": (
+        "Data2VecVisionForImageClassification",
+        {"use_relative_position_bias": True},
+        {},
+        "beit",
+        "data2vec-vision",
+    ),
+    "data2vec, shared": (
+        "Data2VecVisionForImageClassification",
+        TABLES | {"use_mean_pooling": False},
+        {},
+        "beit",
+        "data2vec-vision",
+    ),
+}
+
+
+def hf_model(name, **changes):
+    """A model of transformers with every parameter random."""
+    class_name, config, keywords, *_ = MODELS[name]
+    hf_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = hf_class(hf_class.config_class(**{**TINY, **config, **changes}), **keywords)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+def torch_output(model, image):
+    inputs = {"pixel_values": torch.from_numpy(image.transpose(0, 3, 1, 2))}
+    if model.config.model_type == "vit_mae":
+        inputs["noise"] = torch.arange(16.0).expand(len(image), -1)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    if hasattr(outputs, "logits"):
+        return outputs.logits.numpy()
+    pooled = getattr(outputs, "pooler_output", None)
+    return (outputs.last_hidden_state[:, 0] if pooled is None else pooled).numpy()
+
+
+def our_output(loaded, image):
+    model = modules.load("models", loaded.model_name).Model(**loaded.architecture)
+    return np.asarray(model.apply({"params": loaded.params}, jnp.asarray(image)))
+
+
+def pictures(loaded):
+    shape = (3, *loaded.architecture["image_size"], 3)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def tensors_of(directory):
+    return safetensors.numpy.load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_round_trip(tmp_path, name):
+    class_name, _, keywords, family, model_type = MODELS[name]
+    model = hf_model(name)
+    model.save_pretrained(tmp_path / "hf")
+    loaded = convert.load(tmp_path / "hf")
+    assert loaded.model_name == family
+    image = pictures(loaded)
+    expected = torch_output(model, image)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(our_output(loaded, image), expected, atol=1e-5, rtol=1e-5)
+
+    out = tmp_path / "out"
+    convert.save_hf(
+        out, loaded.params, loaded.architecture, model_name=family, model_type=model_type
+    )
+    original, exported = tensors_of(tmp_path / "hf"), tensors_of(out)
+    assert exported.keys() == original.keys()
+    assert all(np.array_equal(exported[key], original[key]) for key in original)
+    again = convert.load(out)
+    assert again.architecture == loaded.architecture
+    flat, flat_again = (traverse_util.flatten_dict(x.params, sep="/") for x in (loaded, again))
+    assert flat.keys() == flat_again.keys()
+    assert all(np.array_equal(flat[key], flat_again[key]) for key in flat)
+
+    hf_class = getattr(transformers, class_name)
+    options = keywords | ({"mask_ratio": 0.0} if name == "mae" else {})
+    theirs, info = hf_class.from_pretrained(out, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    np.testing.assert_array_equal(torch_output(theirs.eval(), image), expected)
+    assert verify.max_difference(out, loaded.params, loaded.architecture) < 1e-5
+
+
+def test_encoder_of_an_mae_pretraining_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ViTMAEConfig(**{**TINY, **MAE, "mask_ratio": 0.0})
+    model = transformers.ViTMAEForPreTraining(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = convert.load(tmp_path)
+    assert loaded.architecture["head"] == "none"
+    assert loaded.architecture["use_sincos_position_embeddings"]
+    image = pictures(loaded)
+    np.testing.assert_allclose(
+        our_output(loaded, image), torch_output(model.vit, image), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_data2vec_encoder_without_a_pooler(tmp_path):
+    config = transformers.Data2VecVisionConfig(**TINY, use_shared_relative_position_bias=True)
+    transformers.Data2VecVisionModel(config).save_pretrained(tmp_path)
+    loaded = convert.load(tmp_path)
+    assert set(loaded.unfilled) == {"pooler_layernorm/scale", "pooler_layernorm/bias"}
+    assert "relative_position_bias_table" in loaded.params
+
+
+def test_class_names_and_processor(tmp_path):
+    names = ["cat", "dog", "Käfer", "crane", "emu"]
+    hf_model("deit, teacher", id2label=dict(enumerate(names))).save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}, resample=2)
+    processor.save_pretrained(tmp_path)
+    start = pretrained.load(str(tmp_path))
+    assert start.info.model_name == "vit"
+    assert start.info.class_names == names
+    assert start.info.image["interpolation"] == "bilinear"
+    assert start.info.architecture["num_labels"] == 5
+
+
+@pytest.mark.parametrize("name", ["deit, teacher", "mae", "data2vec"])
+def test_commands(tmp_path, name, capsys):
+    *_, family, model_type = MODELS[name]
+    hf_model(name).save_pretrained(tmp_path / "hf")
+    workdir, out = str(tmp_path / "workdir"), str(tmp_path / "out")
+    assert command.main(["from-hf", str(tmp_path / "hf"), workdir]) == 0
+    assert checkpoint.read_model_info(workdir).model_name == family
+    option = ["--model-type", model_type] if model_type else []
+    assert command.main(["to-hf", workdir, out, "--verify", *option]) == 0
+    assert "(ok)" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    source = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["model_type"] == source["model_type"]
+
+
+def test_verify_sees_a_difference(tmp_path):
+    hf_model("mae").save_pretrained(tmp_path)
+    loaded = convert.load(tmp_path)
+    loaded.params["layer_1"]["mlp"]["fc2"]["bias"][0] += 0.1
+    assert verify.max_difference(tmp_path, loaded.params, loaded.architecture) > 1e-3
+
+
+def test_unknown_model_type(tmp_path):
+    hf_model("vit").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"vit"', '"resnet"'))
+    with pytest.raises(ValueError, match="'resnet' model; known: beit, data2vec-vision, deit, "):
+        convert.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_size": "24"}, "hidden_size must be of type int"),
+        ({"patch_size": [4, 2]}, "not square"),
+        ({"id2label": {"1": "a"}}, "id2label"),
+        ({"num_attention_heads": 5}, "ViT: hidden_size 24 must be a multiple"),
+        ({"image_size": 32}, r"wrong shape: vit.embeddings.position_embeddings \[1, 17, 24\]"),
+        ({"model_type": "deit"}, "missing: .*distillation_token"),
+    ],
+    ids=str,
+)
+def test_bad_config(tmp_path, change, message):
+    hf_model("vit").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        convert.load(tmp_path)
+
+
+def test_bad_weights(tmp_path):
+    hf_model("vit").save_pretrained(tmp_path)
+    tensors = tensors_of(tmp_path)
+    tensors["extra"] = np.zeros(2, np.float32)
+    del tensors["vit.layernorm.bias"]
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)unexpected: extra.*missing: vit.layernorm.bias"):
+        convert.load(tmp_path)
+    safetensors.numpy.save_file({"w": np.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not a checkpoint of HuggingFace's vit: its names, w"):
+        convert.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "architecture, model_type, message",
+    [
+        ({"use_post_norm": True}, None, "use_post_norm=True"),
+        ({"use_mean_pooling": True}, None, "use_mean_pooling=True"),
+        ({}, "deit", "use_distillation_token=False"),
+        ({"use_distillation_token": True}, "vit", "use_distillation_token=True"),
+        ({}, "vit_mae", "a head"),
+        ({}, "beit", "vit has no model_type 'beit'; available: deit, vit, vit_mae"),
+    ],
+)
+def test_what_transformers_does_not_have(tmp_path, architecture, model_type, message):
+    with pytest.raises(ValueError, match=message):
+        convert.save_hf(tmp_path / "out", {}, architecture, model_name="vit", model_type=model_type)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_without_a_converter(tmp_path):
+    with pytest.raises(ValueError, match="Unknown name 'cnn' in convert; available: beit, "):
+        convert.save_hf(tmp_path / "out", {}, {}, model_name="cnn")
+
+
+def test_config_json_defaults_are_those_of_transformers():
+    from beit_jax.convert import vit
+
+    name = "embeddings.patch_embeddings.projection.weight"
+    ours = vit.architecture_of({name: np.zeros(1)}, {"architectures": ["ViTModel"]})
+    theirs = transformers.ViTConfig()
+    for key in vit._DEFAULTS:
+        assert ours[key] == getattr(theirs, key), key
+    assert ours["image_size"] == (theirs.image_size, theirs.image_size)

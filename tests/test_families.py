@@ -1,0 +1,173 @@
+"""Every family by its name in the config: from scratch, from a checkpoint, to predictions."""
+
+import numpy as np
+import pytest
+from flax import traverse_util
+from PIL import Image
+
+from beit_jax import checkpoint, predict, pretrained, report, train
+from configs import common, vit_cifar10
+
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "patch_size": 4,
+}
+RUN = {
+    "data.name": "digits",
+    "batch_size": 32,
+    "eval_batch_size": 90,
+    "log_every": "10",
+    "optim.warmup": "0",
+    "tensorboard": False,
+    "mistakes": 0,
+    "compile_cache": "",
+}
+MILD = {  # augmentation that digits of 8 x 8 do not stand, and an average over few steps
+    "augment.crop": "squash",
+    "augment.flip": 0.0,
+    "augment.randaugment": "",
+    "augment.erasing": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+    "ema_decay": 0.9,
+}
+HF = {
+    "vit": ("ViTForImageClassification", "vit", {}),
+    "deit": ("DeiTForImageClassificationWithTeacher", "vit", {}),
+    "mae": ("ViTMAEModel", "vit", {}),
+    "data2vec": (
+        "Data2VecVisionForImageClassification",
+        "beit",
+        {"use_relative_position_bias": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve digits as files, and their classes."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    directory, digits = tmp_path_factory.mktemp("digits"), datasets.load_digits()
+    paths = [directory / f"{i:02d}.png" for i in range(12)]
+    for path, image in zip(paths, digits.images, strict=False):
+        Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(path)
+    return paths, [str(label) for label in digits.target[:12]]
+
+
+@pytest.fixture(scope="module")
+def hf_directories(tmp_path_factory):
+    """hf_directories(name) -> a directory with a random model of ten digits."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+
+    def save(name):
+        class_name, _, changes = HF[name]
+        hf_class = getattr(transformers, class_name)
+        torch.manual_seed(0)
+        labels = {i: str((i + 3) % 10) for i in range(10)}
+        config = hf_class.config_class(**TINY, image_size=16, id2label=labels, **changes)
+        path = tmp_path_factory.mktemp(name)
+        hf_class(config).save_pretrained(path)
+        return path
+
+    return save
+
+
+def recipe(argument, workdir, changes):
+    config = vit_cifar10.get_config(argument)
+    sizes = {**TINY, "hidden_size": 32, "num_hidden_layers": 1, "initializer_range": 0.1}
+    sizes = {} if argument == "cnn" else {f"model.{key}": value for key, value in sizes.items()}
+    config.update_from_flattened_dict(RUN | sizes | {"model.image_size": 16} | changes)
+    return train.run(config, str(workdir))
+
+
+def finetune(workdir, source, family, changes=()):
+    config = common.get_config()
+    values = {"model_name": family, "pretrained": str(source), "total_steps": 1, "data.val": ""}
+    values |= {"data.test": "test[:90]", "optim.name": "sgd", "optim.momentum": 0.0}
+    config.update_from_flattened_dict(RUN | values | dict(changes))
+    return train.run(config, str(workdir))
+
+
+def params_of(workdir):
+    return traverse_util.flatten_dict(checkpoint.load_params(workdir), sep="/")
+
+
+@pytest.mark.parametrize(
+    "argument, rate, least", [("", 3e-3, 0.5), ("cnn", 3e-3, 0.7), ("modern", 1e-2, 0.5)]
+)
+def test_from_scratch(tmp_path, pictures, argument, rate, least):
+    """The recipes on digits: accuracy on the test split as it goes, and nothing chosen by it."""
+    results = recipe(
+        argument,
+        tmp_path,
+        {
+            "total_steps": 400,
+            "eval_every": "100",
+            "save_every": "100",
+            "optim.learning_rate": rate,
+        }
+        | (MILD if argument == "modern" else {}),
+    )
+    curve = [x["val/accuracy"] for x in report.read_metrics(tmp_path) if "val/accuracy" in x]
+    assert len(curve) >= 4
+    assert results["step"] == 400
+    assert results["test"]["accuracy"] == curve[-1] == results["val"]["accuracy"]
+    assert results["test"]["accuracy"] > least
+    start = pretrained.load(str(tmp_path))
+    assert start.info.model_name == ("cnn" if argument == "cnn" else "vit")
+    paths, labels = pictures
+    rows = list(predict.predict(start, paths, top_k=10))
+    assert all(row["error"] is None and len(row["top"]) == 10 for row in rows)
+    right = np.mean([row["label"] == label for row, label in zip(rows, labels, strict=True)])
+    assert right >= 0.5
+
+
+def test_recipe_of_the_report():
+    config = vit_cifar10.get_config()
+    assert (config.optim.name, config.optim.learning_rate) == ("adam", 1.5e-4)
+    assert (config.optim.b1, config.optim.b2, config.num_epochs) == (0.9, 0.999, 300)
+    assert config.data.val == config.data.test == "test" and config.eval_every == "5ep"
+    assert config.model.use_post_norm and vit_cifar10.get_config("cnn").num_epochs == 500
+    assert not vit_cifar10.get_config("modern").model.use_post_norm
+
+
+@pytest.mark.parametrize("name", ["deit", "mae", "data2vec"])
+def test_from_a_checkpoint(tmp_path, hf_directories, pictures, name):
+    """At another resolution; a classifier of the same classes is put in their order."""
+    source, family = hf_directories(name), HF[name][1]
+    still = {"optim.learning_rate": 0.0, "optim.layer_decay": 0.75}
+    finetune(tmp_path, source, family, still | {"model.image_size": 24})
+    info = checkpoint.read_model_info(tmp_path)
+    assert info.model_name == family and tuple(info.architecture["image_size"]) == (24, 24)
+    expected = traverse_util.flatten_dict(pretrained.load(str(source)).params, sep="/")
+    actual = params_of(tmp_path)
+    order = [(i - 3) % 10 for i in range(10)]
+    for path, array in actual.items():
+        if path.endswith(("position_embeddings", "relative_position_bias_table")):
+            assert array.shape != expected[path].shape
+        elif "classifier/" in path and path in expected:
+            np.testing.assert_array_equal(array, expected[path][..., order])
+        elif path in expected:
+            np.testing.assert_array_equal(array, expected[path], err_msg=path)
+        else:
+            assert path.startswith("classifier/") and name == "mae"
+    if name == "mae":
+        assert info.architecture["use_sincos_position_embeddings"] is False
+    rows = list(predict.predict(pretrained.load(str(tmp_path)), pictures[0][:2]))
+    assert all(row["label"] in "0123456789" for row in rows)
+
+
+def test_wrong_family(tmp_path, hf_directories):
+    with pytest.raises(ValueError, match="is a vit; set config.model_name to it"):
+        finetune(tmp_path, hf_directories("vit"), "beit")
+
+
+def test_key_of_another_family(tmp_path):
+    changes = {"model_name": "cnn", "preset": "cifar", "model.hidden_size": 8}
+    config = vit_cifar10.get_config()
+    config.update_from_flattened_dict(RUN | changes)
+    with pytest.raises(ValueError, match="CNN: unknown architecture keys hidden_size, use_post"):
+        train.run(config, str(tmp_path))
