@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         "lm_head/.*",
         "embeddings/mask_token",
     )
-    config.resize_method = "unilm"  # of position tables at another resolution: unilm, timm, hf
+    config.resize_method = "unilm"  # of position tables: unilm, timm, hf; swin is always bicubic
     config.preset = "base"  # architecture without `pretrained`: the model's, such as tiny, base
 
     config.model = model = ConfigDict()  # names as in transformers' configs

@@ -80,13 +80,13 @@ def test_predictions(trained, tmp_path):
 
 
 def test_finetuning_of_its_export_in_larger_windows(trained, tmp_path, train):
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
     name, workdir, _ = trained
     info = checkpoint.read_model_info(workdir)
     params = checkpoint.load_params(workdir)
     convert.save_hf(
         tmp_path / "hf", params, info.architecture, info.class_names, info.image, model_name=name
     )
-    pytest.importorskip("transformers")
     assert verify.max_difference(tmp_path / "hf", params, info.architecture) < 1e-5
 
     larger = {"model.image_size": 12, "model.window_size": 5, "data.test": "test[:100]"}

@@ -137,15 +137,15 @@ def test_dropout_is_random_in_training_alone(family, key):
     assert np.any(np.abs(first - other) > 1e-3) and np.any(np.abs(first - exact) > 1e-3)
 
 
-def test_drop_path_grows_linearly_through_all_stages():
+def test_drop_path_grows_linearly_through_all_stages(family, monkeypatch):
     rates = []
 
-    class Layer(swin.Layer):
-        def __call__(self, x, deterministic):
-            rates.append(self.config.drop_path_rate * self.index / 4)
-            return super().__call__(x, deterministic)
+    def drop_path(rate):
+        rates.append(rate)
+        return lambda x, deterministic: x
 
-    model = swin.Swin(swin.SwinConfig(**TINY | dict(depths=(2, 3), drop_path_rate=0.4)), Layer)
+    monkeypatch.setattr(swin, "DropPath", drop_path)
+    model = family.Model(**TINY | dict(depths=(2, 3), drop_path_rate=0.4))
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 12, 20, 3)))
     np.testing.assert_allclose(rates, np.linspace(0, 0.4, 5))
 
