@@ -16,8 +16,9 @@ from flax import serialization, traverse_util
 from PIL import Image
 
 from beit_jax import convert
-from beit_jax.convert import CheckpointFormatError, beit
+from beit_jax.convert import CheckpointFormatError, hf_config
 from beit_jax.convert.__main__ import main
+from beit_jax.models.beit import Model
 
 ARCHITECTURE = {
     "hidden_size": 8,
@@ -56,7 +57,7 @@ CENTER = {**SQUASH, "interpolation": "bilinear", "crop": "center", "crop_pct": 0
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    shapes = beit.parameter_shapes(ARCHITECTURE)
+    shapes = hf_config.parameter_shapes(Model(**ARCHITECTURE))
     flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -97,7 +98,7 @@ def test_round_trip(tmp_path, params, image):
     checkpoint = convert.load(tmp_path / "hf")
     assert_same(checkpoint.params, params)
     assert checkpoint.architecture == ARCHITECTURE
-    assert checkpoint[2:] == (NAMES, image, str(tmp_path / "hf"), ())
+    assert checkpoint[2:] == (NAMES, image, str(tmp_path / "hf"), (), "beit")
     with safetensors.safe_open(tmp_path / "hf/model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 

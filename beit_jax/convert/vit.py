@@ -1,7 +1,7 @@
 """ViT checkpoints of HuggingFace, as `save_pretrained` writes them: ViT (and DINO), DeiT, MAE.
 
 An architecture is the dict of keyword arguments of `beit_jax.models.vit.Model`. Of an MAE only the
-encoder is read; its decoder is left out, as is the head that ViTForMaskedImageModeling has.
+encoder is read; its decoder is left out.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
