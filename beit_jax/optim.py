@@ -22,6 +22,7 @@ _NO_DECAY = {
     "distillation_token",
     "position_embeddings",
 }
+_POSITION_BIAS = re.compile(r"relative_position_bias_table$|continuous_position_bias_mlp/")
 
 
 def _half_cosine(progress):
@@ -179,15 +180,15 @@ def decay_mask(params, *, no_decay: Sequence[str] = (), decay_position_bias: boo
     """True for the parameters with weight decay, in a tree like `params`.
 
     Not decayed are vectors and scalars, biases, norm scales, layer scales, class and distillation
-    token and position embeddings; the mask token is, as are relative position bias tables by
-    default (unilm's rule; its `--disable_weight_decay_on_rel_pos_bias` is
-    `decay_position_bias=False`).
+    token and position embeddings; the mask token is, as are relative position bias tables, and what
+    computes them in Swin v2, by default (unilm's rule; its
+    `--disable_weight_decay_on_rel_pos_bias`, and what Swin does, is `decay_position_bias=False`).
     """
 
     def is_decayed(path, leaf):
         name = path_name(path)
         last = name.rpartition("/")[2]
-        skipped = last == "relative_position_bias_table" and not decay_position_bias
+        skipped = bool(_POSITION_BIAS.search(name)) and not decay_position_bias
         skipped = skipped or last in _NO_DECAY or _matches(name, no_decay)
         return leaf.ndim > 1 and not skipped
 

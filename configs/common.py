@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         "lm_head/.*",
         "embeddings/mask_token",
     )
-    config.resize_method = "unilm"  # of position tables at another resolution: unilm, timm, hf
+    config.resize_method = "unilm"  # of position tables: unilm, timm, hf; swin is always bicubic
     config.preset = "base"  # architecture without `pretrained`: the model's, such as tiny, base
 
     config.model = model = ConfigDict()  # names as in transformers' configs
@@ -54,13 +54,20 @@ def get_config() -> ConfigDict:
     model.head_init_scale = config_dict.placeholder(float)
     model.rescale_init = config_dict.placeholder(bool)
     model.use_post_norm = config_dict.placeholder(bool)  # of vit: norms after the sums
-    model.qkv_bias = config_dict.placeholder(bool)  # of vit
+    model.qkv_bias = config_dict.placeholder(bool)  # of vit, swin
     model.use_distillation_token = config_dict.placeholder(bool)  # of vit: DeiT
     model.use_distillation_classifier = config_dict.placeholder(bool)  # of vit: DeiT's second head
     model.use_sincos_position_embeddings = config_dict.placeholder(bool)  # of vit: MAE's, fixed
     model.conv_channels = config_dict.placeholder(tuple)  # of cnn
     model.kernel_size = config_dict.placeholder(int)  # of cnn
     model.hidden_sizes = config_dict.placeholder(tuple)  # of cnn: dense layers
+    model.embed_dim = config_dict.placeholder(int)  # of swin: width of the first stage
+    model.depths = config_dict.placeholder(tuple)  # of swin: layers of each stage
+    model.num_heads = config_dict.placeholder(tuple)  # of swin: heads of each stage
+    model.window_size = config_dict.placeholder(int)  # of swin
+    model.mlp_ratio = config_dict.placeholder(float)  # of swin: intermediate size / width
+    model.use_absolute_embeddings = config_dict.placeholder(bool)  # of swin
+    model.pretrained_window_sizes = config_dict.placeholder(tuple)  # of swinv2, for each stage
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
@@ -132,7 +139,7 @@ def get_config() -> ConfigDict:
     optim.nesterov = False  # of sgd
     optim.weight_decay = 0.0
     optim.no_decay = ()  # more parameters (regexes) without decay than biases, norms, scales
-    optim.decay_position_bias = True  # as unilm; timm does not
+    optim.decay_position_bias = True  # as unilm; timm and Swin do not
     optim.layer_decay = 1.0  # learning rate of each layer against the one above
     optim.clip_norm = 0.0  # of the gradient; 0 is off
     optim.freeze = ()  # parameters (regexes) that do not learn

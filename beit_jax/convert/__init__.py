@@ -28,6 +28,8 @@ MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_ja
     "beit": "beit",
     "data2vec-vision": "beit",
     "deit": "vit",
+    "swin": "swin",
+    "swinv2": "swinv2",
     "vit": "vit",
     "vit_mae": "vit",
 }

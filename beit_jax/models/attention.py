@@ -2,7 +2,7 @@
 
 `plain` is the definition; `xla` the same with a gradient that is faster and holds fewer residuals;
 `cudnn` NVIDIA's fused kernel. Shapes: query, key, value [B, T, H, K], bias [H, T, T] or None,
-result [B, T, H, K].
+result [B, T, H, K]; `plain` takes any leading axes, [..., T, H, K], and a bias that broadcasts.
 """
 
 import jax
@@ -18,13 +18,14 @@ def plain(query, key, value, bias, *, dropout=None):
     `dropout` is a function applied to the attention probabilities.
     """
     scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhk,bthk->bhqt", query, key, preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("...qhk,...thk->...hqt", query, key, preferred_element_type=jnp.float32)
+    logits *= scale
     if bias is not None:
-        logits += bias.astype(jnp.float32)
+        logits = logits + bias.astype(jnp.float32)
     probabilities = jax.nn.softmax(logits)
     if dropout is not None:
         probabilities = dropout(probabilities)
-    return jnp.einsum("bhqt,bthk->bqhk", probabilities.astype(value.dtype), value)
+    return jnp.einsum("...hqt,...thk->...qhk", probabilities.astype(value.dtype), value)
 
 
 def xla(query, key, value, bias):

@@ -209,10 +209,10 @@ def normal(config: TransformerConfig, scale: float = 1.0):
     return nn.initializers.truncated_normal(config.initializer_range * scale)
 
 
-def norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
-    """A LayerNorm; its statistics are float32."""
-    dtype = jnp.dtype(config.dtype)
-    return nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+def norm(config: TransformerConfig, name: str, epsilon: float | None = None) -> nn.LayerNorm:
+    """A LayerNorm; its statistics are float32. Its `epsilon` is the configured one by default."""
+    epsilon, dtype = epsilon or config.layer_norm_eps, jnp.dtype(config.dtype)
+    return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
@@ -257,27 +257,40 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with an activation between them."""
+    """Two dense layers with an activation between them.
+
+    Attributes:
+      output_init: of the kernel of the second layer.
+      width: between them; None is the configured intermediate_size.
+    """
 
     config: TransformerConfig
     output_init: nn.initializers.Initializer
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        hidden = Dense(config.intermediate_size, normal(config), dtype=dtype, name="fc1")(x)
+        width = self.width or config.intermediate_size
+        hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
         hidden = ACTIVATIONS[config.hidden_act](hidden)
         return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden)
 
 
 class PatchEmbeddings(nn.Module):
-    """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product."""
+    """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product.
+
+    Attributes:
+      width: D; None is the configured hidden_size.
+    """
 
     config: TransformerConfig
+    width: int | None = None
 
     @nn.compact
     def __call__(self, image):
-        config, size, width = self.config, self.config.patch_size, self.config.hidden_size
+        config, size = self.config, self.config.patch_size
+        width = self.width or config.hidden_size
         check_image(config, image)
         batch, height, across, channels = image.shape
         kernel = self.param("kernel", normal(config), (size, size, channels, width))

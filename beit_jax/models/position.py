@@ -174,7 +174,7 @@ def resize_position_embeddings(
     if tuple(old_grid) == tuple(new_grid):
         return embeddings
     patches = embeddings[0, num_prefix:].reshape(*old_grid, -1).astype(np.float64)
-    resized = _bicubic(patches, new_grid, antialias=method == "timm").reshape(
+    resized = resize_bicubic(patches, new_grid, antialias=method == "timm").reshape(
         -1, embeddings.shape[-1]
     )
     return np.concatenate(
@@ -200,7 +200,8 @@ def _bilinear(image, shape):
     return _separable(image, shape, lambda x: np.maximum(0, 1 - np.abs(x)), 1, antialias=False)
 
 
-def _bicubic(image, shape, antialias):
+def resize_bicubic(image: np.ndarray, shape: Grid, *, antialias: bool = False) -> np.ndarray:
+    """Resizes [h, w, D] as torch's `interpolate(mode="bicubic")`."""
     a = -0.5 if antialias else -0.75  # as torch.nn.functional.interpolate
 
     def kernel(x):

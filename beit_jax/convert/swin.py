@@ -1,0 +1,234 @@
+"""Swin checkpoints of HuggingFace; `swinv2` converts its own with what is here.
+
+An architecture is the dict of keyword arguments of `beit_jax.models.swin.Model`. Layers have one
+number through all stages here, and a stage and a block there.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from beit_jax.convert import hf_config, rules
+from beit_jax.convert.hf_config import Tensors
+from beit_jax.convert.rules import CONV, LINEAR, Rule, array, linear, norm
+from beit_jax.models import swin
+
+_BIAS_TABLE = "relative_position_bias_table"
+_EMBEDDINGS = [  # {model} is "swin." or "swinv2.", or nothing in a SwinModel
+    *linear("{model}embeddings.patch_embeddings.projection", "embeddings/patch_embeddings", CONV),
+    *norm("{model}embeddings.norm", "embeddings/layernorm"),
+    *array("{model}embeddings.position_embeddings", "embeddings/position_embeddings"),
+]
+BLOCK, SELF = "{model}encoder.layers.{stage}.blocks.{block}.", "attention.self."
+LAYER = [
+    *norm(BLOCK + "layernorm_before", "layer_{i}/layernorm_before"),
+    *linear(BLOCK + SELF + "query", "layer_{i}/attention/query"),
+    *linear(BLOCK + SELF + "key", "layer_{i}/attention/key"),
+    *linear(BLOCK + SELF + "value", "layer_{i}/attention/value"),
+    *linear(BLOCK + "attention.output.dense", "layer_{i}/attention/output"),
+    *norm(BLOCK + "layernorm_after", "layer_{i}/layernorm_after"),
+    *linear(BLOCK + "intermediate.dense", "layer_{i}/mlp/fc1"),
+    *linear(BLOCK + "output.dense", "layer_{i}/mlp/fc2"),
+]
+_BIAS = array(BLOCK + SELF + _BIAS_TABLE, "layer_{i}/attention/" + _BIAS_TABLE)
+_DOWNSAMPLE = [  # `i` is the last layer before it
+    *norm("{model}encoder.layers.{stage}.downsample.norm", "downsample_{i}/layernorm"),
+    Rule(
+        "{model}encoder.layers.{stage}.downsample.reduction.weight",
+        ("downsample_{i}/reduction/kernel",),
+        LINEAR,
+    ),
+]
+_TOP = [*norm("{model}layernorm", "layernorm"), *linear("classifier", "classifier")]
+_IGNORED = re.compile(r".*\.(relative_position_index|relative_coords_table|attn_mask)")  # buffers
+# transformers 5 in memory: hf -> hf5, in this order
+_HF5_NAMES = {
+    "attention.self.relative": "attention.relative_position_bias.relative",
+    "attention.self.query": "attention.q_proj",
+    "attention.self.key": "attention.k_proj",
+    "attention.self.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_HF_DEFAULTS = {  # of SwinConfig and Swinv2Config, where they count
+    "num_channels": 3,
+    "embed_dim": 96,
+    "window_size": 7,
+    "mlp_ratio": 4.0,
+    "qkv_bias": True,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "drop_path_rate": 0.1,
+    "hidden_act": "gelu",
+    "use_absolute_embeddings": False,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-5,
+}
+
+
+class Family(NamedTuple):
+    """The conversion of one version.
+
+    Attributes:
+      model_name: as in config.json, and a module of `beit_jax.models`.
+      model: that module.
+      layer: the rules of a layer.
+      hf_name: what HuggingFace's classes begin with.
+      sequences: fields of the architecture with one number per stage, and their defaults.
+    """
+
+    model_name: str
+    model: ModuleType
+    layer: list[Rule]
+    hf_name: str
+    sequences: dict[str, tuple[int, ...]]
+
+    @property
+    def hf_classes(self) -> dict[str, str]:
+        """HuggingFace's class of each head."""
+        return {
+            "classifier": f"{self.hf_name}ForImageClassification",
+            "none": f"{self.hf_name}Model",
+        }
+
+    def architecture_of(
+        self, tensors: Tensors, config: Mapping[str, Any], **overrides: Any
+    ) -> dict[str, Any]:
+        """The architecture that a config.json describes, with `overrides` in place.
+
+        Raises:
+          ValueError: a value is of the wrong type.
+        """
+        sizes = {key: _integers(config, key, value) for key, value in self.sequences.items()}
+        if "image_size" in overrides:
+            overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
+        return {
+            **{key: hf_config.typed(config, key, default) for key, default in _HF_DEFAULTS.items()},
+            **sizes,
+            "image_size": hf_config.pair(config, "image_size", 224),
+            "patch_size": hf_config.patch_size(config, 4),
+            "num_labels": hf_config.num_labels(config, tensors),
+            "head": self.head(config, tensors),
+            **overrides,
+        }
+
+    def to_params(
+        self,
+        tensors: Tensors,
+        architecture: Mapping[str, Any],
+        *,
+        drop: Iterable[str] = (),
+        reset: Iterable[str] = (),
+        label: str = "the checkpoint",
+    ) -> tuple[dict, tuple[str, ...]]:
+        """Converts a checkpoint, all of it or an error; as `convert.beit.to_params`."""
+        prefix = f"{self.model_name}."
+        prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
+        table = self.table(architecture, prefix)
+        if any(".attention.q_proj." in name for name in tensors):
+            table = [_hf5(rule) for rule in table]
+        flat, unfilled = rules.to_params(
+            {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
+            table,
+            hf_config.parameter_shapes(self.model.Model(**architecture)),
+            drop=drop,
+            reset=reset,
+            label=label,
+        )
+        return traverse_util.unflatten_dict(flat, sep="/"), unfilled
+
+    def to_hf(
+        self,
+        params: Mapping[str, Any],
+        architecture: Mapping[str, Any],
+        model_type: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Parameters under the names that HuggingFace keeps on disk: name -> float32 array.
+
+        Raises:
+          ValueError: the parameters are not finite float32 arrays of this architecture.
+        """
+        model = self.model.Model(**architecture)
+        prefix = "" if model.config.head == "none" else f"{self.model_name}."
+        return rules.to_tensors(
+            traverse_util.flatten_dict(params, sep="/"),
+            self.table(architecture, prefix),
+            hf_config.parameter_shapes(model),
+        )
+
+    def architecture_to_hf(
+        self,
+        architecture: Mapping[str, Any],
+        class_names: Sequence[str] | None = None,
+        model_type: str | None = None,
+    ) -> dict[str, Any]:
+        """Writes a config.json of HuggingFace; the inverse of `architecture_of`.
+
+        Raises:
+          ValueError: a classifier has another number of classes than there are names.
+        """
+        model = self.model.Model(**architecture).config
+        values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
+        return {
+            "architectures": [self.hf_classes[model.head]],
+            "model_type": self.model_name,
+            **values,
+            **{key: list(getattr(model, key)) for key in self.sequences},
+            "image_size": hf_config.image_size(model),
+            "patch_size": model.patch_size,
+            **hf_config.labels(model, class_names),
+            "dtype": "float32",
+        }
+
+    def head(self, config: Mapping[str, Any], tensors: Tensors) -> str:
+        """The head of the class that config.json names, or else of the names of the arrays."""
+        heads = {name: head for head, name in self.hf_classes.items()}
+        named = [heads[name] for name in config.get("architectures") or () if name in heads]
+        return (named or ["classifier" if "classifier.bias" in tensors else "none"])[0]
+
+    def table(self, architecture: Mapping[str, Any], prefix: str) -> list[Rule]:
+        """The rules of an architecture, written out."""
+        depths = self.model.Model(**architecture).config.depths
+        table = [*_filled(_EMBEDDINGS, model=prefix), *_filled(_TOP, model=prefix)]
+        index = itertools.count()
+        for stage, depth in enumerate(depths):
+            fields = {"model": prefix, "stage": stage}
+            for block in range(depth):
+                last = next(index)
+                table += _filled(self.layer, block=block, i=last, **fields)
+            table += _filled(_DOWNSAMPLE, i=last, **fields)
+        return table
+
+
+def _filled(table: Iterable[Rule], **fields: Any) -> list[Rule]:
+    return [
+        Rule(rule.source.format(**fields), tuple(t.format(**fields) for t in rule.targets), rule.op)
+        for rule in table
+    ]
+
+
+def _hf5(rule: Rule) -> Rule:
+    source = rule.source
+    for old, new in _HF5_NAMES.items():
+        source = source.replace(old, new)
+    return rule._replace(source=source)
+
+
+def _integers(config, key, default) -> tuple[int, ...]:
+    values = config.get(key, default)
+    if not isinstance(values, list | tuple) or not all(type(n) is int for n in values):
+        raise ValueError(f"config.json: {key} must be a list of ints, got {values!r}")
+    return tuple(values)
+
+
+STAGES = {"depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+
+_family = Family("swin", swin, LAYER + _BIAS, "Swin", STAGES)
+architecture_of, architecture_to_hf = _family.architecture_of, _family.architecture_to_hf
+to_params, to_hf = _family.to_params, _family.to_hf
