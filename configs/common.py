@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
         "(pooler_|lm_)?layernorm/.*",
         "lm_head/.*",
         "embeddings/mask_token",
+        r"(decoder|cls_pt_\w+)/.*",
     )
     config.resize_method = "unilm"  # of position tables at another resolution: unilm, timm, hf
     config.preset = "base"  # architecture without `pretrained`: cifar, tiny, small, base, large
@@ -52,9 +53,36 @@ def get_config() -> ConfigDict:
     model.initializer_range = config_dict.placeholder(float)
     model.head_init_scale = config_dict.placeholder(float)
     model.rescale_init = config_dict.placeholder(bool)
+    model.early_layers = config_dict.placeholder(int)  # BEiT v2's patch aggregation: 9 of 12
+    model.head_layers = config_dict.placeholder(int)
+    model.shared_lm_head = config_dict.placeholder(bool)
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
+
+    # Pre-training.
+    config.objective = "tokens"  # a file in beit_jax/objectives: tokens, simmim, mae, data2vec
+    config.tokenizer = ""  # a workdir, or a directory with OpenAI's encoder.pkl and decoder.pkl
+    config.tokenizer_interpolation = "lanczos"  # of the pictures that it sees
+    config.mask = mask = ConfigDict()
+    mask.kind = "blockwise"  # of exact count; beit_v1: perhaps fewer; random; simmim
+    mask.ratio = 0.4  # of the patches
+    mask.num_mask_patches = config_dict.placeholder(int)  # overrides ratio
+    mask.min_mask_patches_per_block = 16
+    mask.max_mask_patches_per_block = config_dict.placeholder(int)
+    mask.unit = 1  # side of simmim's squares, in patches
+    mask.bank = 65536  # masks drawn before the first step; each step takes some of them
+    config.decoder = decoder = ConfigDict()  # of mae
+    decoder.hidden_size = 512
+    decoder.num_hidden_layers = 8
+    decoder.num_attention_heads = 16
+    decoder.norm_pixels = True  # each patch has mean 0 and standard deviation 1
+    config.data2vec = data2vec = ConfigDict()
+    data2vec.layers = 6  # last ones of the teacher, averaged
+    data2vec.beta = 2.0  # where smooth L1 turns from quadratic to linear
+    data2vec.decay = 0.9998  # of the teacher's average, at first
+    data2vec.end_decay = 0.9998
+    data2vec.decay_steps = 0  # from one to the other
 
     config.data = data = ConfigDict()
     data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, folder:PATH
@@ -62,6 +90,7 @@ def get_config() -> ConfigDict:
     data.train = "train[:90%]"
     data.val = "train[90%:]"  # "" for no validation
     data.test = "test"  # "" for no final test
+    data.labelled = True  # False: pictures alone, of a folder at any depth
     data.on_bad_image = "error"  # or skip: leave out, and count, what cannot be decoded
     data.resident_bytes = 4 << 30  # splits of one picture size, up to this each, stay on the device
     data.threads = 0  # that decode; 0: one per core

@@ -102,6 +102,7 @@ def save_hf(
       FileExistsError: `dst` holds anything but an earlier export.
       ValueError: the parameters, class names and architecture do not fit together.
     """
+    params, architecture = beit.without_aggregation(params, architecture)
     config = beit.architecture_to_hf(architecture, class_names)
     processor = image and preprocessor.to_hf(image, config["image_size"])
     files.write(dst, beit.to_hf(params, architecture), config, processor)

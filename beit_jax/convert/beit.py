@@ -220,6 +220,12 @@ def to_hf(params: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[st
     )
 
 
+def without_aggregation(params: Mapping[str, Any], architecture: Mapping[str, Any]):
+    """Parameters and architecture without the extra layers of BEiT v2's patch aggregation."""
+    params = {name: tree for name, tree in params.items() if not name.startswith("cls_pt_")}
+    return params, {**architecture, "early_layers": 0}
+
+
 HF_CLASSES = {
     "classifier": "BeitForImageClassification",
     "mim": "BeitForMaskedImageModeling",
@@ -303,6 +309,11 @@ def architecture_to_hf(
       ValueError: a classifier has another number of classes than there are names.
     """
     model = beit.Model(**architecture).config
+    if model.head not in HF_CLASSES:
+        raise ValueError(
+            f"HuggingFace has no BEiT with head {model.head!r}, only {', '.join(HF_CLASSES)}; "
+            "fine-tune the model first"
+        )
     height, width = model.image_size
     if model.head != "classifier" or class_names is None:
         class_names = [f"LABEL_{i}" for i in range(model.num_labels)]

@@ -43,6 +43,7 @@ def open_splits(config, mesh: Mesh, names=("train", "val", "test")) -> dict[str,
             config[name],
             data_dir=config.data_dir or None,
             on_bad_image=config.on_bad_image,
+            labelled=config.labelled,
         )
         for name in names
         if config[name]

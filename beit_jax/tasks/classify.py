@@ -36,7 +36,10 @@ def make_task(config, class_names, *, resized: bool, start: Pretrained | None, i
       ValueError: the number of classes, the architecture or the weights do not fit.
     """
     if class_names is None:
-        raise ValueError(f"Classification needs labels, which {config.data.name} does not have.")
+        raise ValueError(
+            f"Classification needs labels, which {config.data.name} does not have, or "
+            "config.data.labelled leaves out."
+        )
     if info is None:
         info = _model_info(config, class_names, start.info if start else None)
     elif list(info.class_names) != list(class_names):
@@ -153,7 +156,7 @@ def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Arr
     return model.apply({"params": params}, view)
 
 
-def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
+def draw(workdir, results, outputs, split, params, *, num_mistakes: int) -> None:
     """Pictures of a classifier's test: confusion matrix, calibration, most confident mistakes."""
     names = split.source.class_names
     if results["confusion"] is not None:
