@@ -60,6 +60,7 @@ def _digits(config):
     config.model.num_hidden_layers = 4
     config.model.num_attention_heads = 4
     config.model.intermediate_size = 128
+    config.model.use_absolute_position_embeddings = True  # as quickstart.py, which fine-tunes it
     config.model.initializer_range = 0.1  # 0.02 is for wide networks
     config.model.layer_scale_init_value = 1.0
     config.model.drop_path_rate = 0.0
