@@ -384,7 +384,9 @@ def Model(**architecture: Any) -> Beit:
 
 def for_finetuning(architecture: dict) -> dict:
     """The architecture that fine-tunes a pretrained one: a position table for every layer."""
-    architecture = dict(architecture, use_mask_token=False, early_layers=0)
+    architecture = dict(architecture, use_mask_token=False)
+    if architecture.get("early_layers"):
+        architecture["early_layers"] = 0
     if architecture.get("use_shared_relative_position_bias"):
         architecture["use_shared_relative_position_bias"] = False
         architecture["use_relative_position_bias"] = True
