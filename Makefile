@@ -19,7 +19,7 @@ quickstart: setup
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow --durations=10
@@ -43,7 +43,7 @@ $(VENV)/.done: requirements.txt requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	sed 's/cuda12/$(CUDA)/' $(REQUIREMENTS) > .requirements.txt
-	$(BIN)/python -m pip install -q -r .requirements.txt pytest pytest-cov
+	$(BIN)/python -m pip install -q -r .requirements.txt pytest pytest-cov pytest-xdist
 	touch $@
 
 lint:

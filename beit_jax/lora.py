@@ -95,12 +95,17 @@ def wrap(task: Task, config, base: str) -> Task:
 
         return with_adapters(function, trained, frozen, None)
 
+    def draw(workdir, metrics, outputs, split, trained):
+        everything = merge(jax.device_get(trained), nested(params), identity)
+        task.draw(workdir, metrics, outputs, split, everything)
+
     return task._replace(
         init=init,
         start=start,
         frozen={"task": task.frozen, "base": base_params},
         loss=loss,
         evaluate=evaluate,
+        draw=draw,
         layer_id=lambda name: task.layer_id(name.removeprefix("lora/")),
         info=task.info._replace(lora=identity),
         num_frozen=sum(x.size for x in frozen.values()),

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
         "pooler/.*",
         "lm_head/.*",
         "embeddings/mask_token",
+        r"(decoder|cls_pt_\w+)/.*",
     )
     config.resize_method = "unilm"  # of position tables: unilm, timm, hf; swin is always bicubic
     config.preset = "base"  # architecture without `pretrained`: the model's, such as tiny, base
@@ -68,6 +69,9 @@ def get_config() -> ConfigDict:
     model.mlp_ratio = config_dict.placeholder(float)  # of swin: intermediate size / width
     model.use_absolute_embeddings = config_dict.placeholder(bool)  # of swin
     model.pretrained_window_sizes = config_dict.placeholder(tuple)  # of swinv2, for each stage
+    model.early_layers = config_dict.placeholder(int)  # BEiT v2's patch aggregation: 9 of 12
+    model.head_layers = config_dict.placeholder(int)
+    model.shared_lm_head = config_dict.placeholder(bool)
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
@@ -80,6 +84,29 @@ def get_config() -> ConfigDict:
     lora.targets = ("query", "value")  # also key, output, fc1, fc2
     lora.trainable = ("(distillation_)?classifier/.*",)  # parameters (regexes) trained beside them
     lora.base_dtype = "float32"  # of what is frozen; bfloat16 halves its memory
+    # Pre-training.
+    config.objective = "tokens"  # a file in beit_jax/objectives: tokens, simmim, mae, data2vec
+    config.tokenizer = ""  # a workdir, or a directory with OpenAI's encoder.pkl and decoder.pkl
+    config.tokenizer_interpolation = "lanczos"  # of the pictures that it sees
+    config.mask = mask = ConfigDict()
+    mask.kind = "blockwise"  # of exact count; beit_v1: perhaps fewer; random; simmim
+    mask.ratio = 0.4  # of the patches
+    mask.num_mask_patches = config_dict.placeholder(int)  # overrides ratio
+    mask.min_mask_patches_per_block = 16
+    mask.max_mask_patches_per_block = config_dict.placeholder(int)
+    mask.unit = 1  # side of simmim's squares, in patches
+    mask.bank = 65536  # masks drawn before the first step; each step takes some of them
+    config.decoder = decoder = ConfigDict()  # of mae
+    decoder.hidden_size = 512
+    decoder.num_hidden_layers = 8
+    decoder.num_attention_heads = 16
+    decoder.norm_pixels = True  # each patch has mean 0 and standard deviation 1
+    config.data2vec = data2vec = ConfigDict()
+    data2vec.layers = 6  # last ones of the teacher, averaged
+    data2vec.beta = 2.0  # where smooth L1 turns from quadratic to linear
+    data2vec.decay = 0.9998  # of the teacher's average, at first
+    data2vec.end_decay = 0.9998
+    data2vec.decay_steps = 0  # from one to the other
 
     config.data = data = ConfigDict()
     data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, folder:PATH
@@ -89,6 +116,7 @@ def get_config() -> ConfigDict:
     data.test = "test"  # "" for no final test
     data.folds = 0  # of stratified cross-validation over train + val; val is then one fold of it
     data.fold = 0  # which, from 0
+    data.labelled = True  # False: pictures alone, of a folder at any depth
     data.on_bad_image = "error"  # or skip: leave out, and count, what cannot be decoded
     data.resident_bytes = 4 << 30  # splits of one picture size, up to this each, stay on the device
     data.threads = 0  # that decode; 0: one per core

@@ -98,7 +98,10 @@ def test_stray_argument(flags, fails, tmp_path):
     ("changes", "messages"),
     [
         ({"task_name": "clasify"}, ["'clasify' in tasks", "available: classify"]),
-        ({"model_name": "resnet"}, ["'resnet' in models", "available: beit, cnn, vit"]),
+        (
+            {"model_name": "resnet"},
+            ["'resnet' in models", "available: beit, cnn, swin, swinv2, vit"],
+        ),
         ({"preset": "huge"}, ["Unknown preset 'huge'", "base", "large"]),
         ({"data.name": "cifar11"}, ["cifar11", "digits", "cifar10", "tfds:NAME", "folder:PATH"]),
         ({"data.train": "training"}, ["training", "train", "test"]),

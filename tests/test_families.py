@@ -119,7 +119,7 @@ def test_from_scratch(tmp_path, pictures, argument, rate, least):
     start = pretrained.load(str(tmp_path))
     assert start.info.model_name == ("cnn" if argument == "cnn" else "vit")
     paths, labels = pictures
-    rows = list(predict.predict(start, paths, top_k=10))
+    rows = list(predict.predict([start], paths, top_k=10))
     assert all(row["error"] is None and len(row["top"]) == 10 for row in rows)
     right = np.mean([row["label"] == label for row, label in zip(rows, labels, strict=True)])
     assert right >= 0.5
@@ -156,7 +156,7 @@ def test_from_a_checkpoint(tmp_path, hf_directories, pictures, name):
             assert path.startswith("classifier/") and name == "mae"
     if name == "mae":
         assert info.architecture["use_sincos_position_embeddings"] is False
-    rows = list(predict.predict(pretrained.load(str(tmp_path)), pictures[0][:2]))
+    rows = list(predict.predict([pretrained.load(str(tmp_path))], pictures[0][:2]))
     assert all(row["label"] in "0123456789" for row in rows)
 
 

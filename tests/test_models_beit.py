@@ -582,7 +582,7 @@ def test_for_finetuning():
     "architecture, message",
     [
         ({"hidden_dim": 8}, "unknown architecture keys hidden_dim; known: hidden_size, "),
-        ({"head": "linear"}, "head must be one of classifier, mim, none, got 'linear'"),
+        ({"head": "linear"}, "head must be one of classifier, mim, tokens, none, got 'linear'"),
         ({"hidden_act": "tanh"}, "hidden_act must be one of gelu, .*, got 'tanh'"),
         ({"remat": "some"}, "remat must be one of none, full, dots, got 'some'"),
         ({"dtype": "half"}, "dtype must be one of float32, bfloat16, got 'half'"),

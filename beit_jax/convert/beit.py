@@ -190,9 +190,12 @@ def to_hf(
 ) -> dict[str, np.ndarray]:
     """Parameters under the names that HuggingFace keeps on disk: name -> float32 array.
 
+    The extra layers of BEiT v2's patch aggregation have no place there and are left out.
+
     Raises:
       ValueError: the parameters are not finite float32 arrays of this architecture.
     """
+    params, architecture = _without_aggregation(params, architecture)
     model = beit.Model(**architecture)
     prefix = "" if model.config.head == "none" else _PREFIXES[model_type or "beit"]
     return rules.to_tensors(
@@ -200,6 +203,12 @@ def to_hf(
         rules.expand(_HF, model.config.num_hidden_layers, beit=prefix),
         hf_config.parameter_shapes(model),
     )
+
+
+def _without_aggregation(params: Mapping[str, Any], architecture: Mapping[str, Any]):
+    """Parameters and architecture without the extra layers of BEiT v2's patch aggregation."""
+    params = {name: tree for name, tree in params.items() if not name.startswith("cls_pt_")}
+    return params, {**architecture, "early_layers": 0}
 
 
 HF_CLASSES = {
@@ -290,7 +299,10 @@ def architecture_to_hf(
     model_type = model_type or "beit"
     classes = HF_CLASSES if model_type == "beit" else _DATA2VEC_CLASSES
     if model.head not in classes:
-        raise ValueError(f"{model_type} has no head {model.head!r}; write it as 'beit'")
+        raise ValueError(
+            f"{model_type} has no head {model.head!r}, only {', '.join(classes)}; fine-tune the "
+            "model first, or write it as another type"
+        )
     # transformers 5 takes no int for a float
     values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
     return {

@@ -50,6 +50,7 @@ def _open(config, names):
             split,
             data_dir=config.data_dir or None,
             on_bad_image=config.on_bad_image,
+            labelled=config.labelled,
         )
 
     found = {}

@@ -3,4 +3,4 @@
 Each has `Model(**architecture)`, `PRESETS`, `layer_id` and `adapt_params`.
 """
 
-SHARED = ("attention", "features", "layers", "position")  # modules that are no family
+SHARED = ("attention", "features", "layers", "mae", "position")  # modules that are no family

@@ -64,13 +64,16 @@ class BeitConfig(layers.TransformerConfig):
     ImageNet-1k.
 
     Attributes beyond transformers' `BeitConfig`, and those of `TransformerConfig`:
-      head: "classifier" -> logits [B, K], "mim" -> logits [B, N, V], "none" -> pooled features [B,
-      D].
+      head: "classifier" -> logits [B, K], "mim" -> logits [B, N, V], "tokens" -> normed tokens
+      [B, T, D], "none" -> pooled features [B, D].
+      early_layers, head_layers, shared_lm_head: patch aggregation of BEiT v2 (arXiv:2208.06366) for
+      head "mim": class token and patches of layer `early_layers` pass `head_layers` more layers and
+      the head, or a second one; 0 early layers is off.
       rescale_init: output projections of layer l start sqrt(2 l) smaller, as in BEiT pre-training.
     """
 
     FAMILY: ClassVar[str] = "BEiT"
-    HEADS: ClassVar[tuple[str, ...]] = ("classifier", "mim", "none")
+    HEADS: ClassVar[tuple[str, ...]] = ("classifier", "mim", "tokens", "none")
 
     drop_path_rate: float = 0.1
     use_mean_pooling: bool = True
@@ -82,6 +85,17 @@ class BeitConfig(layers.TransformerConfig):
     layer_scale_init_value: float = 0.1
     vocab_size: int = 8192
     rescale_init: bool = False
+    early_layers: int = 0
+    head_layers: int = 2
+    shared_lm_head: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        layers.expect(
+            self,
+            0 <= self.early_layers <= self.num_hidden_layers,
+            f"early_layers must be at most {self.num_hidden_layers}, got {self.early_layers}",
+        )
 
 
 class Layer(nn.Module):
@@ -119,13 +133,32 @@ class Layer(nn.Module):
         return residual(x, mlp(norm(config, "layernorm_after")(x)), "lambda_2")
 
 
+def _gather(x, index):
+    """Tokens [B, M, D] of x [B, N, D] at index [B, M]."""
+    return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
+def _lm_head(config, prefix):
+    """Norm and logits of patches [B, N, D], all of them or those of an index [B, M]."""
+    normed = norm(config, f"{prefix}layernorm")
+    dtype = jnp.dtype(config.dtype)
+    name = f"{prefix}head" if prefix == "lm_" else f"{prefix}lm_head"
+    dense = Dense(config.vocab_size, normal(config), dtype=dtype, name=name)
+
+    def logits(x, index):
+        x = x if index is None else _gather(x, index)
+        return dense(normed(x)).astype(jnp.float32)
+
+    return logits
+
+
 class Embeddings(nn.Module):
     """Patches to tokens [B, T, D]: masked ones replaced, class token first, positions added."""
 
     config: BeitConfig
 
     @nn.compact
-    def __call__(self, image, bool_masked_pos, *, deterministic):
+    def __call__(self, image, bool_masked_pos, visible_index, *, deterministic):
         config = self.config
         x = PatchEmbeddings(config, name="patch_embeddings")(image)
         batch, patches, width = x.shape
@@ -142,6 +175,8 @@ class Embeddings(nn.Module):
         if config.use_absolute_position_embeddings:
             shape = (1, 1 + patches, width)
             x += self.param("position_embeddings", normal(config), shape).astype(x.dtype)
+        if visible_index is not None:
+            x = jnp.concatenate([x[:, :1], _gather(x[:, 1:], visible_index)], axis=1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -151,21 +186,38 @@ class Beit(nn.Module):
     config: BeitConfig
 
     @nn.compact
-    def __call__(self, image, bool_masked_pos=None, *, deterministic=True):
+    def __call__(
+        self,
+        image,
+        bool_masked_pos=None,
+        *,
+        masked_index=None,
+        visible_index=None,
+        deterministic=True,
+    ):
         """Runs the network.
 
         Args:
           image: normalised pictures [B, H, W, C].
           bool_masked_pos: patches replaced by the mask token, bool [B, N] or [B, h, w]; None masks
           nothing.
+          masked_index: the patches [B, M] to which "mim" and "tokens" confine their result.
+          visible_index: the only patches [B, S] that the network sees; needs absolute positions.
           deterministic: False applies dropout and drop path and needs the rng "dropout".
 
         Returns:
-          float32 logits [B, K] ("classifier") or [B, N, V] ("mim"), or features [B, D] ("none").
+          float32 logits [B, K] ("classifier") or [B, N, V] ("mim"), tokens [B, T, D] ("tokens"), or
+          features [B, D] ("none"). Logits of patch aggregation are sown as aggregation/logits.
         """
         config = self.config
+        layers.expect(
+            config,
+            visible_index is None
+            or not (config.use_relative_position_bias or config.use_shared_relative_position_bias),
+            "visible_index needs positions without a relative bias",
+        )
         x = Embeddings(config, name="embeddings")(
-            image, bool_masked_pos, deterministic=deterministic
+            image, bool_masked_pos, visible_index, deterministic=deterministic
         )
         bias = None
         if config.use_shared_relative_position_bias:
@@ -174,13 +226,24 @@ class Beit(nn.Module):
         layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
         for index in range(config.num_hidden_layers):
             x = layer(config, index, name=f"layer_{index}")(x, bias, deterministic)  # [B, T, D]
+            if index + 1 == config.early_layers:
+                early = x[:, 1:]
+        if config.head == "mim" and config.early_layers:
+            aggregated = jnp.concatenate([x[:, :1], early], axis=1)
+            for index in range(config.head_layers):
+                extra = layer(config, config.early_layers + index, name=f"cls_pt_layer_{index}")
+                aggregated = extra(aggregated, bias, deterministic)
         if not config.use_mean_pooling:
             x = norm(config, "layernorm")(x)
+        if config.head == "tokens":
+            x = x if masked_index is None else _gather(x[:, 1:], masked_index)
+            return norm(config, "lm_layernorm")(x)
         if config.head == "mim":
-            x = norm(config, "lm_layernorm")(x[:, 1:])
-            return Dense(config.vocab_size, normal(config), dtype=x.dtype, name="lm_head")(
-                x
-            ).astype(jnp.float32)
+            head = _lm_head(config, "lm_")
+            if config.early_layers:
+                other = head if config.shared_lm_head else _lm_head(config, "cls_pt_")
+                self.sow("aggregation", "logits", other(aggregated[:, 1:], masked_index))
+            return head(x[:, 1:], masked_index)
         x = layers.pooled_patches(config, x) if config.use_mean_pooling else x[:, 0]
         if config.head == "none" or config.num_labels == 0:
             return x.astype(jnp.float32)
@@ -195,6 +258,8 @@ def Model(**architecture: Any) -> Beit:
 def for_finetuning(architecture: dict) -> dict:
     """The architecture that fine-tunes a pretrained one: a position table for every layer."""
     architecture = dict(architecture, use_mask_token=False)
+    if architecture.get("early_layers"):
+        architecture["early_layers"] = 0
     if architecture.get("use_shared_relative_position_bias"):
         architecture["use_shared_relative_position_bias"] = False
         architecture["use_relative_position_bias"] = True

@@ -20,7 +20,7 @@ from beit_jax.data import augment, images
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.task import Data, Task
 
-_RUNTIME = ("dtype", "attention", "remat")  # of config.model; the same weights run with any
+RUNTIME = ("dtype", "attention", "remat")  # of config.model; the same weights run with any
 
 
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
@@ -37,7 +37,10 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     """
     class_names, resized = data.class_names, data.resized
     if class_names is None:
-        raise ValueError(f"Classification needs labels, which {config.data.name} does not have.")
+        raise ValueError(
+            f"Classification needs labels, which {config.data.name} does not have, or "
+            "config.data.labelled leaves out."
+        )
     if info is None:
         info = _model_info(config, class_names, start.info if start else None)
     elif list(info.class_names) != list(class_names):
@@ -131,7 +134,7 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
 
 def runtime(config) -> dict:
     """How the network is computed, which is no part of its architecture."""
-    return {key: config.model[key] for key in _RUNTIME}
+    return {key: config.model[key] for key in RUNTIME}
 
 
 def make_model(info: ModelInfo, *, dtype="auto", attention="auto", remat="none"):
@@ -189,7 +192,7 @@ def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Arr
     return model.apply({"params": params}, view)
 
 
-def draw(workdir, results, outputs, split, *, num_mistakes: int) -> None:
+def draw(workdir, results, outputs, split, params, *, num_mistakes: int) -> None:
     """Pictures of a classifier's test: confusion matrix, calibration, most confident mistakes."""
     names = split.source.class_names
     if results["confusion"] is not None:
@@ -253,7 +256,7 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
                 f"{config.pretrained} is a {start.model_name}; set config.model_name to it."
             )
         architecture = family.for_finetuning(start.architecture)
-    overrides = {k: v for k, v in config.model.items() if v is not None and k not in _RUNTIME}
+    overrides = {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
     num_labels = overrides.setdefault("num_labels", len(class_names))
     if num_labels != len(class_names):
         raise ValueError(
@@ -262,7 +265,7 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
         )
     architecture.update(overrides, head="classifier")
     architecture = dataclasses.asdict(family.Model(**architecture).config)
-    architecture = {key: value for key, value in architecture.items() if key not in _RUNTIME}
+    architecture = {key: value for key, value in architecture.items() if key not in RUNTIME}
     image = preprocessor.DEFAULT | ((start.image if start else None) or {})
     image |= {key: value for key, value in config.image.items() if value is not None}
     return ModelInfo(

@@ -129,7 +129,7 @@ def summarize(sums) -> dict:
     }
 
 
-def draw(workdir, metrics, outputs, split) -> None:
+def draw(workdir, metrics, outputs, split, params) -> None:
     """The accuracy over the layers."""
     accuracy = [value for key, value in metrics.items() if key.startswith("accuracy_layer_")]
     plots.layers(accuracy, f"{workdir}/layers.png", title="Linear probe of each layer")

@@ -38,7 +38,8 @@ class Task(NamedTuple):
       evaluate: (params, model_state, frozen, batch) -> (sums, outputs). The sums of all batches are
         added up, examples of "weight" 0 left out; outputs are arrays of one entry per example.
       summarize: sums -> dict of metrics; floats are logged.
-      draw: (workdir, metrics, outputs, split) -> None, writes pictures of a final evaluation.
+      draw: (workdir, metrics, outputs, split, params) -> None, writes pictures of a final
+        evaluation.
       layer_id: parameter name -> depth, for layer-wise learning-rate decay.
       num_layers: of the network.
       image_size: (height, width) that the network sees.

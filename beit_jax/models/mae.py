@@ -1,0 +1,36 @@
+"""The decoder of a masked autoencoder (arXiv:2111.06377), from visible tokens to pixels.
+
+B batch, S visible patches of N, D encoder width, E decoder width, P patch size, C channels.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from beit_jax.models.beit import BeitConfig, Layer
+from beit_jax.models.layers import Dense
+from beit_jax.models.position import sincos_position_embeddings
+
+
+class Decoder(nn.Module):
+    """Tokens of the visible patches to pixels of all patches; `config` is of its own layers."""
+
+    config: BeitConfig
+
+    @nn.compact
+    def __call__(self, x, visible_index):
+        """Tokens [B, 1 + S, D] and their patches [B, S] to pixels float32 [B, N, P P C]."""
+        config = self.config
+        normal, dtype = nn.initializers.truncated_normal(0.02), jnp.dtype(config.dtype)
+        width, patches = config.hidden_size, config.grid[0] * config.grid[1]
+        x = Dense(width, normal, dtype=dtype, name="embed")(x)
+        mask_token = self.param("mask_token", normal, (1, 1, width)).astype(dtype)
+        tokens = jnp.broadcast_to(mask_token, (x.shape[0], patches, width))
+        rows = jnp.arange(x.shape[0])[:, None]
+        tokens = tokens.at[rows, visible_index].set(x[:, 1:])
+        tokens += sincos_position_embeddings(config.grid, width, 0).astype(dtype)
+        x = jnp.concatenate([x[:, :1], tokens], axis=1)
+        for index in range(config.num_hidden_layers):
+            x = Layer(config, index, name=f"layer_{index}")(x, None, True)
+        x = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="layernorm")(x[:, 1:])
+        pixels = config.patch_size**2 * config.num_channels
+        return Dense(pixels, normal, dtype=dtype, name="pixels")(x).astype(jnp.float32)

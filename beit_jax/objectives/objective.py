@@ -1,0 +1,53 @@
+"""What the task knows of an objective."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Views(NamedTuple):
+    """One view of a picture, rendered for the model and, where it has one, for the tokenizer.
+
+    Attributes:
+      image: float [B, H, W, C], normalised.
+      target: float [B, h, w, C] in [0, 1], or None.
+    """
+
+    image: jax.Array
+    target: jax.Array | None
+
+
+class Objective(NamedTuple):
+    """Pure functions; sums are of masked patches and weighted, so that they can be added up.
+
+    Attributes:
+      init: rng -> (params, model_state), the encoder's parameters at the top.
+      frozen: a pytree of arrays.
+      loss: (params, model_state, frozen, views, masks, rng) -> (sums, model_state), with "loss" and
+        "weight" among the sums; rng None is evaluation. `masks.weight` leaves patches out.
+      summarize: sums -> dict of scalars.
+      reconstruct: (params, frozen, views, masks) -> pictures [B, h, w, C] in [0, 1] with the
+        masked patches as predicted; or None.
+      target_size: (height, width) of `Views.target`, or None.
+    """
+
+    init: Callable
+    frozen: Any
+    loss: Callable
+    summarize: Callable
+    reconstruct: Callable | None
+    target_size: tuple[int, int] | None = None
+
+
+def apply_options(rng) -> dict:
+    """The arguments of `model.apply` in training, or without `rng` in evaluation."""
+    if rng is None:
+        return {"deterministic": True}
+    return {"deterministic": False, "rngs": {"dropout": rng}}
+
+
+def init_params(model, rng) -> dict:
+    """Initial parameters of a network that takes one picture."""
+    image = jax.numpy.zeros((1, *model.config.image_size, model.config.num_channels))
+    return model.init(rng, image)["params"]

@@ -1,0 +1,44 @@
+"""Pictures as patches of pixels, and what objectives of pixels measure.
+
+B batch, N patches, P patch size, C channels, Q = P P C pixels of a patch.
+"""
+
+import jax.numpy as jnp
+
+
+def patchify(image, size: int):
+    """Pictures [B, H, W, C] to patches [B, N, Q]."""
+    batch, height, width, channels = image.shape
+    x = image.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+
+
+def unpatchify(patches, grid: tuple[int, int], size: int):
+    """Patches [B, N, Q] to pictures [B, H, W, C]."""
+    x = patches.reshape(patches.shape[0], *grid, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], grid[0] * size, grid[1] * size, -1)
+
+
+def gather(patches, index):
+    """Patches [B, M, Q] at index [B, M]."""
+    return jnp.take_along_axis(patches, index[..., None], axis=1)
+
+
+def fill(patches, index, predicted):
+    """Patches [B, N, Q] with those at index [B, M] replaced by [B, M, Q]."""
+    return patches.at[jnp.arange(index.shape[0])[:, None], index].set(predicted)
+
+
+def sums(loss, baseline, weight):
+    """Sums of a loss per patch [B, M], and of that of a constant prediction."""
+    return {
+        "loss": (loss * weight).sum(),
+        "baseline": (baseline * weight).sum(),
+        "weight": weight.sum(),
+    }
+
+
+def summarize(sums) -> dict:
+    """Means: the loss, and what saying the mean colour of all would cost."""
+    total = jnp.maximum(sums["weight"], 1)
+    return {"loss": sums["loss"] / total, "baseline_loss": sums["baseline"] / total}

@@ -1,0 +1,112 @@
+"""BEiT (arXiv:2106.08254): the visual tokens of masked patches, as a frozen tokenizer sees them.
+
+B batch, N patches, M masked ones, V visual tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from beit_jax import losses
+from beit_jax.data import masking
+from beit_jax.objectives.objective import Objective, apply_options, init_params
+
+ARCHITECTURE = {"head": "mim", "use_mask_token": True}
+
+
+def check(config) -> None:
+    """Raises ValueError where there is no tokenizer."""
+    if not config.tokenizer:
+        raise ValueError(
+            "config.objective 'tokens' needs config.tokenizer: the workdir of a trained tokenizer, "
+            "or a directory with OpenAI's encoder.pkl and decoder.pkl. Without one, "
+            "config.objective can be simmim, mae or data2vec."
+        )
+
+
+def fields(config) -> dict:
+    """What the tokenizer decides of the architecture, where config.model leaves it open."""
+    vocab_size = _load(config.tokenizer).model.config.vocab_size
+    return {"vocab_size": vocab_size}
+
+
+def _load(source):
+    from beit_jax import tokenizers
+
+    return tokenizers.load(source)
+
+
+def make(config, model) -> Objective:
+    """The objective for a network with head "mim".
+
+    Raises:
+      ValueError: the tokenizer's grid or vocabulary is not the network's.
+    """
+    from beit_jax import tokenizers
+
+    tokenizer = tokenizers.load(config.tokenizer)
+    c, t = model.config, tokenizer.model.config
+    if tuple(t.grid) != tuple(c.grid):
+        raise ValueError(
+            f"The tokenizer {config.tokenizer} makes {t.grid[0]} x {t.grid[1]} tokens of a "
+            f"picture, the network has {c.grid[0]} x {c.grid[1]} patches; change "
+            "config.model.image_size or patch_size, or take a tokenizer of that grid."
+        )
+    if t.vocab_size != c.vocab_size:
+        raise ValueError(
+            f"The tokenizer {config.tokenizer} has {t.vocab_size} tokens, the network's "
+            f"vocab_size is {c.vocab_size}; leave config.model.vocab_size unset to take its."
+        )
+    patches = c.grid[0] * c.grid[1]
+
+    def predict(params, views, masks, rng):
+        """Logits [B, M, V], and a tuple of those of patch aggregation."""
+        logits, state = model.apply(
+            {"params": params},
+            views.image,
+            masking.to_bool(masks.index, patches),
+            masked_index=masks.index,
+            mutable=["aggregation"],
+            **apply_options(rng),
+        )
+        return logits, state.get("aggregation", {}).get("logits", ())
+
+    def loss(params, model_state, frozen, views, masks, rng):
+        token = tokenizers.tokenize(tokenizer.model, frozen["tokenizer"], views.target)
+        token = jax.lax.stop_gradient(jnp.take_along_axis(token, masks.index, axis=1))
+        logits, aggregated = predict(params, views, masks, rng)
+        value = sum(losses.softmax_cross_entropy(x, token) for x in (logits, *aggregated))
+        counts = jnp.zeros(c.vocab_size).at[token].add(masks.weight)
+        return {
+            "loss": (value * masks.weight).sum(),
+            "correct": ((logits.argmax(-1) == token) * masks.weight).sum(),
+            "counts": counts,
+            "weight": masks.weight.sum(),
+        }, model_state
+
+    def reconstruct(params, frozen, views, masks):
+        token = tokenizers.tokenize(tokenizer.model, frozen["tokenizer"], views.target)
+        predicted = predict(params, views, masks, None)[0].argmax(-1)
+        rows = jnp.arange(token.shape[0])[:, None]
+        token = token.at[rows, masks.index].set(predicted.astype(token.dtype))
+        return tokenizers.decode(tokenizer.model, frozen["tokenizer"], token)
+
+    return Objective(
+        init=lambda rng: (init_params(model, rng), {}),
+        frozen={"tokenizer": tokenizer.variables},
+        loss=loss,
+        summarize=summarize,
+        reconstruct=reconstruct,
+        target_size=tuple(t.image_size),
+    )
+
+
+def summarize(sums) -> dict:
+    """Means over masked tokens, and what knowing no more than their frequencies would give."""
+    total = jnp.maximum(sums["weight"], 1)
+    share = sums["counts"] / total
+    return {
+        "loss": sums["loss"] / total,
+        "accuracy": sums["correct"] / total,
+        "unigram_loss": jax.scipy.special.entr(share).sum(),
+        "unigram_accuracy": share.max(),
+    }

@@ -1,0 +1,285 @@
+"""Pre-training by masked image modelling: pictures alone, no labels.
+
+B batch, H x W picture as stored, C channels, N patches, M masked ones.
+"""
+
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beit_jax import modules, plots
+from beit_jax.checkpoint import ModelInfo
+from beit_jax.convert import preprocessor
+from beit_jax.data import augment, images, masking
+from beit_jax.objectives.objective import Objective, Views
+from beit_jax.pretrained import Pretrained, fit
+from beit_jax.tasks.classify import RUNTIME, make_model, runtime
+from beit_jax.tasks.task import Data, Task
+
+_POSITIONS = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
+_PICTURES = 4  # drawn
+
+
+def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
+    """The task of a config; arguments as of `tasks/classify.py`, labels have no influence.
+
+    Raises:
+      ValueError: the objective, architecture, masks or weights do not fit.
+    """
+    resized = data.resized
+    info, model, objective, bank = make_parts(config, start, info)
+    family = modules.load("models", info.model_name)
+    size = model.config.image_size
+    frozen = {**objective.frozen, "masks": bank}
+
+    def fill(params):
+        if start is None:
+            return params
+        reset = config.pretrained_reset
+        method = config.resize_method
+        return fit(start, params, info.architecture, reset=reset, method=method)
+
+    def loss(params, model_state, frozen, batch, rng):
+        view_rng, mask_rng, dropout_rng = jax.random.split(rng, 3)
+        views = train_views(config, info, objective, size, view_rng, batch["image"], resized)
+        num_masks = frozen["masks"]["count"].size
+        rows = jax.random.randint(mask_rng, (views.image.shape[0],), 0, num_masks)
+        masks = masking.take(frozen["masks"], rows)
+        sums, model_state = objective.loss(params, model_state, frozen, views, masks, dropout_rng)
+        scalars = objective.summarize(sums)
+        return scalars.pop("loss"), (model_state, scalars)
+
+    def fixed(frozen, batch):
+        """Views without augmentation, and the masks of a picture's place in the split."""
+        views = eval_views(config, info, objective, size, batch["image"], resized)
+        masks = masking.take(frozen["masks"], batch["index"] % frozen["masks"]["count"].size)
+        return views, masks
+
+    def evaluate(params, model_state, frozen, batch):
+        views, masks = fixed(frozen, batch)
+        masks = masks._replace(weight=masks.weight * batch["weight"][:, None])
+        sums, _ = objective.loss(params, model_state, frozen, views, masks, None)
+        return sums, {"weight": batch["weight"]}
+
+    def draw(workdir, results, outputs, split, params):
+        chosen = outputs["index"][:_PICTURES]
+        rows = np.arange(len(chosen))
+        if objective.reconstruct is None or not len(chosen):
+            return
+        if split.resident is None:
+            decode, fetch, prepare = (
+                split.source.decode,
+                split.source.fetch,
+                preparation(size, info),
+            )
+            image = np.stack([decode(i, *fetch([i]), prepare)[0] for i in chosen.tolist()])
+        else:
+            image = split.resident["image"][rows]
+        reconstruct = make_reconstruction(config, info, objective, size, resized)
+        path = os.path.join(workdir, "reconstructions.png")
+        draw_reconstructions(reconstruct(params, frozen, image, rows), path)
+
+    return Task(
+        init=objective.init,
+        start=fill,
+        frozen=frozen,
+        loss=loss,
+        evaluate=evaluate,
+        summarize=lambda sums: {k: float(v) for k, v in objective.summarize(sums).items()},
+        draw=draw,
+        layer_id=lambda name: family.layer_id(name, model.config.num_hidden_layers),
+        num_layers=model.config.num_hidden_layers,
+        image_size=size,
+        info=info,
+    )
+
+
+def make_parts(config, start=None, info=None):
+    """Returns (info, model, objective, bank of masks) of a config, checked against each other.
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    if config.augment.crop not in augment.CROPS:
+        available = ", ".join(augment.CROPS)
+        raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
+    objective = modules.load("objectives", config.objective)
+    objective.check(config)
+    if info is None:
+        info = _model_info(config, objective, start.info if start else None)
+    model = make_model(info, **runtime(config))
+    c, patches = config.mask, model.config.grid[0] * model.config.grid[1]
+    count = round(c.ratio * patches) if c.num_mask_patches is None else c.num_mask_patches
+    bank = masking.make_bank(
+        config.seed,
+        c.bank,
+        model.config.grid,
+        kind=c.kind,
+        num_mask_patches=count,
+        min_mask_patches_per_block=c.min_mask_patches_per_block,
+        max_mask_patches_per_block=c.max_mask_patches_per_block,
+        mask_unit=c.unit,
+    )
+    return info, model, objective.make(config, model), bank
+
+
+def train_views(config, info, objective: Objective, size, rng, image, resized: bool) -> Views:
+    """One augmented view of stored pictures [B, H, W, C], rendered for model and tokenizer."""
+    a = config.augment
+    crop = a.crop
+    if resized and crop != "pad":
+        crop = "squash"  # the host has cropped
+    render = functools.partial(
+        augment.train_view,
+        rng,
+        image,
+        pad=a.pad,
+        scale=tuple(a.scale),
+        ratio=tuple(a.ratio),
+        flip=a.flip,
+        color_jitter=a.color_jitter,
+        randaugment=a.randaugment,
+    )
+    view = render(
+        crop=crop,
+        image_size=size,
+        interpolation=info.image["interpolation"],
+        noise_std=a.noise_std,
+        erasing=a.erasing,
+        **_norm(info),
+    )
+    target = None
+    if objective.target_size:
+        target = render(
+            crop="squash" if crop == "none" else crop,
+            image_size=objective.target_size,
+            interpolation=config.tokenizer_interpolation,
+            mean=(0,),
+            std=(1,),
+        )
+    return Views(view, target)
+
+
+def eval_views(config, info, objective: Objective, size, image, resized: bool) -> Views:
+    """The view without augmentation, in both renderings."""
+    render = functools.partial(
+        augment.eval_view,
+        image,
+        crop="squash" if resized else info.image["crop"],
+        crop_pct=info.image["crop_pct"],
+    )
+    view = render(image_size=size, interpolation=info.image["interpolation"], **_norm(info))
+    target = None
+    if objective.target_size:
+        target = render(
+            image_size=objective.target_size,
+            interpolation=config.tokenizer_interpolation,
+            mean=(0,),
+            std=(1,),
+        )
+    return Views(view, target)
+
+
+def make_reconstruction(config, info, objective: Objective, size, resized: bool):
+    """Returns f(params, frozen, image uint8 [B, H, W, C], rows of the bank [B]) -> list of three
+    pictures uint8 [B, h, w, C]: as the model sees it, masked, and predicted."""
+    norm = _norm(info)
+
+    @jax.jit
+    def pictures(params, frozen, image, rows):
+        views = eval_views(config, info, objective, size, image, resized)
+        masks = masking.take(frozen["masks"], rows % frozen["masks"]["count"].size)
+        mean, std = (jnp.asarray(norm[key]) for key in ("mean", "std"))
+        original = views.image * std + mean
+        predicted = objective.reconstruct(params, frozen, views, masks)
+        if objective.target_size is None:
+            predicted = predicted * std + mean
+        return original, masks.index, predicted
+
+    def reconstruct(params, frozen, image, rows):
+        original, index, predicted = jax.device_get(pictures(params, frozen, image, rows))
+        grid = _grid(info)
+        hidden = np.asarray(masking.to_bool(index, grid[0] * grid[1])).reshape(-1, *grid, 1)
+        patch = info.architecture["patch_size"]
+        hidden = hidden.repeat(patch, 1).repeat(patch, 2)
+        masked = np.where(hidden, 0.5, original)
+        return [np.uint8(np.clip(x, 0, 1) * 255 + 0.5) for x in (original, masked, predicted)]
+
+    return reconstruct
+
+
+def preparation(size, info):
+    """Returns the function that crops and resizes a Pillow picture as for evaluation."""
+    options = {"size": size, "interpolation": info.image["interpolation"]}
+    if info.image["crop"] == "center":
+        crop_pct = info.image["crop_pct"]
+        return functools.partial(images.center_crop, crop_pct=crop_pct, **options)
+    return functools.partial(images.squash, **options)
+
+
+def draw_reconstructions(pictures, path: str) -> None:
+    """Draws rows of original, masked and predicted pictures."""
+    rows = list(zip(*pictures, strict=True))
+    sheet = [_rgb(image) for row in rows for image in row]
+    captions = ["original", "masked", "prediction"] * len(rows)
+    plots.contact_sheet(sheet, captions, path, title="Masked patches as predicted")
+
+
+def _rgb(image):
+    return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+
+
+def _norm(info):
+    return {"mean": tuple(info.image["mean"]), "std": tuple(info.image["std"])}
+
+
+def _grid(info):
+    return modules.load("models", info.model_name).Model(**info.architecture).config.grid
+
+
+def _model_info(config, objective, start: ModelInfo | None) -> ModelInfo:
+    """The architecture: the checkpoint's or preset's, with what the objective needs."""
+    if config.model_name != "beit":
+        raise ValueError(
+            f"config.model_name is {config.model_name!r}; masked image modelling needs 'beit'."
+        )
+    family = modules.load("models", config.model_name)
+    if start is None:
+        if config.preset not in family.PRESETS:
+            available = ", ".join(family.PRESETS)
+            raise ValueError(f"Unknown preset {config.preset!r}; available: {available}.")
+        architecture = {**family.PRESETS[config.preset], **_POSITIONS, "rescale_init": True}
+    elif start.model_name != config.model_name:
+        raise ValueError(f"{config.pretrained} is a {start.model_name}; expected beit.")
+    else:
+        architecture = dict(start.architecture)
+    overrides = {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
+    for key, value in objective.ARCHITECTURE.items():
+        if overrides.get(key, value) != value:
+            raise ValueError(
+                f"config.objective {config.objective!r} needs config.model.{key}={value}, "
+                f"got {overrides[key]}."
+            )
+    if hasattr(objective, "fields") and "vocab_size" not in overrides:
+        overrides |= objective.fields(config)
+    architecture = {**architecture, **overrides, **objective.ARCHITECTURE}
+    architecture = dataclasses.asdict(family.Model(**architecture).config)
+    architecture = {key: value for key, value in architecture.items() if key not in RUNTIME}
+    if architecture["early_layers"] and architecture["head"] != "mim":
+        raise ValueError(
+            f"config.model.early_layers is for config.objective 'tokens', not {config.objective!r}."
+        )
+    image = preprocessor.DEFAULT | ((start.image if start else None) or {})
+    image |= {key: value for key, value in config.image.items() if value is not None}
+    return ModelInfo(
+        model_name=config.model_name,
+        task="pretrain",
+        architecture=architecture,
+        class_names=None,
+        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        pretrained=config.pretrained or None,
+    )

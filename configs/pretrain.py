@@ -1,0 +1,113 @@
+"""Pre-trains BEiT on pictures without labels.
+
+    python main.py --config=configs/pretrain.py:digits --workdir=workdirs/mim
+    python main.py --config=configs/pretrain.py:cifar10 --config.tokenizer=workdirs/tokenizer ...
+    python main.py --config=configs/pretrain.py:folder=PATH --config.objective=mae ...
+
+and then fine-tunes: python main.py --config=configs/quickstart.py
+--config.pretrained=workdirs/mim ...
+
+Of these, digits runs without a tokenizer (SimMIM); the others predict visual tokens and need
+--config.tokenizer, or another --config.objective: simmim, mae or data2vec. Pictures of a folder are
+found at any depth. imagenet is the published recipe of BEiT (microsoft/unilm), 800 epochs of
+ImageNet-1k at batch size 2048; it was not run here. Sizes are flags: --config.preset=large,
+--config.model.image_size=192, --config.num_epochs=300.
+"""
+
+from configs import common
+
+_ARGUMENTS = ("digits", "cifar10", "imagenet", "folder=PATH")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def get_config(arg=None):
+    """`arg`: digits, cifar10 (default), imagenet or folder=PATH."""
+    arg = arg or "cifar10"
+    kind, _, path = arg.partition("=")
+    if kind != "folder" or not path:
+        kind = common.parse_arg(arg, *_ARGUMENTS)
+    config = common.get_config()
+    config.task_name = "pretrain"
+    config.data.name = f"folder:{path}" if kind == "folder" else kind
+    config.data.labelled = False
+    config.best_metric, config.best_mode = "loss", "min"
+
+    config.augment.crop = "rrc"
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 1.5e-3
+    config.optim.end_value = 1e-5
+    config.optim.weight_decay = 0.05
+    config.optim.clip_norm = 3.0
+    {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet, "folder": _folder}[kind](config)
+    return config
+
+
+def _digits(config):
+    config.objective = "simmim"
+    config.mask.kind = "random"
+    config.mask.ratio = 0.5
+    config.mask.min_mask_patches_per_block = 2
+    config.mask.bank = 4096
+    config.decoder.hidden_size = 32
+    config.decoder.num_hidden_layers = 1
+    config.decoder.num_attention_heads = 4
+    config.data2vec.layers = 2
+    config.data2vec.decay, config.data2vec.end_decay = 0.99, 0.999
+    config.data2vec.decay_steps = 500
+    config.model.image_size = 16
+    config.model.patch_size = 4
+    config.model.hidden_size = 64
+    config.model.num_hidden_layers = 4
+    config.model.num_attention_heads = 4
+    config.model.intermediate_size = 128
+    config.model.use_absolute_position_embeddings = True  # as quickstart.py, which fine-tunes it
+    config.model.initializer_range = 0.1  # 0.02 is for wide networks
+    config.model.layer_scale_init_value = 1.0
+    config.model.drop_path_rate = 0.0
+    config.augment.scale = (0.7, 1.0)
+    config.augment.flip = 0.0
+    config.batch_size = 64
+    config.num_epochs = 60.0
+    config.optim.warmup = "2ep"
+    config.eval_every = "10ep"
+    config.save_every = "10ep"
+    config.log_every = "100"
+
+
+def _cifar10(config):
+    config.preset = "cifar"  # patch 4: a grid of 8 x 8
+    config.mask.num_mask_patches = 26
+    config.mask.min_mask_patches_per_block = 4
+    config.decoder.hidden_size = 128
+    config.decoder.num_hidden_layers = 2
+    config.decoder.num_attention_heads = 4
+    config.augment.scale = (0.2, 1.0)
+    config.batch_size = 512
+    config.num_epochs = 200.0
+    config.optim.warmup = "10ep"
+    config.eval_every = "10ep"
+    config.save_every = "10ep"
+
+
+def _imagenet(config):
+    config.data.name = "tfds:imagenet2012"
+    config.data.train, config.data.val, config.data.test = "train", "validation[:5000]", ""
+    config.image.mean, config.image.std = _IMAGENET_MEAN, _IMAGENET_STD
+    config.image.crop, config.image.crop_pct = "center", 0.875
+    config.preset = "base"
+    config.mask.num_mask_patches = 75
+    config.augment.color_jitter = 0.4
+    config.batch_size = 2048
+    config.num_epochs = 800.0
+    config.optim.warmup = "10ep"
+
+
+def _folder(config):
+    config.data.train, config.data.val, config.data.test = "train[:95%]", "train[95%:]", ""
+    config.preset = "small"
+    config.mask.num_mask_patches = 75
+    config.augment.scale = (0.2, 1.0)
+    config.augment.color_jitter = 0.4
+    config.batch_size = 256
+    config.num_epochs = 300.0
+    config.optim.warmup = "10ep"
