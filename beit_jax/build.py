@@ -51,6 +51,7 @@ def make_task(config, splits, workdir, mesh, step: int | None):
         class_names,
         resized=any(split.resident is None for split in splits.values()),
         class_counts=counts,
+        train=splits.get("train"),
     )
     module = modules.load("tasks", config.task_name)
     task = module.make_task(config, data, start=start, info=info)

@@ -319,6 +319,23 @@ def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[st
       FileNotFoundError: there is no such checkpoint.
       CheckpointError: it is damaged.
     """
+    arrays = _load(workdir, step, _averaged_or_not)
+    return traverse_util.unflatten_dict({path[1:]: x for path, x in arrays.items()})
+
+
+def load_model_state(workdir: str | os.PathLike, step: str | int = "best") -> dict[str, Any]:
+    """Reads what the task changed without a gradient; arguments and errors as of `load_params`."""
+    arrays = _load(workdir, step, lambda items: ("rest",))
+    state = traverse_util.unflatten_dict({k: v for k, v in arrays.items() if k[0] == "model_state"})
+    return state.get("model_state", {})
+
+
+def _averaged_or_not(items):
+    return ("ema_params" if "ema_params" in items else "params",)
+
+
+def _load(workdir, step, choose):
+    """The arrays by path of the items that `choose` picks from those of a step."""
     directory = os.path.join(os.path.abspath(workdir), "checkpoints")
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"{workdir} has no checkpoints; expected {directory}.")
@@ -331,11 +348,9 @@ def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[st
         _check_step(step, steps, directory)
         try:
             items = {name.split("/")[0] for name in _read_meta(manager, step)["arrays"]}
-            item = "ema_params" if "ema_params" in items else "params"
-            arrays = _read(manager, step, items=(item,))
+            return _read(manager, step, items=choose(items))
         except Exception as error:  # as in `Checkpointer.restore`
             raise CheckpointError(f"{directory}/{step} is damaged: {_reason(error)}") from error
-    return traverse_util.unflatten_dict(arrays)[item]
 
 
 def _flatten(state) -> dict[_Path, np.ndarray]:

@@ -111,7 +111,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
             results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
             if name == "test" or "test" not in splits:
-                task.draw(workdir, metrics, outputs, splits[name], params)
+                task.draw(workdir, metrics, outputs, splits[name], params, model_state)
     if "test" in results:
         scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
         log.scalars(step, scalars, show=False)

@@ -15,7 +15,7 @@ import numpy as np
 from rich.progress import track
 
 from beit_jax import pretrained
-from beit_jax.data import pipeline, sources
+from beit_jax.data import pipeline, sources, views
 from beit_jax.models import features
 from beit_jax.tasks import classify
 
@@ -27,7 +27,7 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
 
     @jax.jit
     def layers(params, pictures):
-        view = classify.eval_view(pictures, start.info, size, resized=True)
+        view = views.eval_view(pictures, start.info.image, size, resized=True)
         found = features.layer_outputs(model, params, view)
         pooled = (features.pool(x, model.config.num_prefix) for x in found)
         return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]

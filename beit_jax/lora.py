@@ -95,9 +95,9 @@ def wrap(task: Task, config, base: str) -> Task:
 
         return with_adapters(function, trained, frozen, None)
 
-    def draw(workdir, metrics, outputs, split, trained):
+    def draw(workdir, metrics, outputs, split, trained, model_state):
         everything = merge(jax.device_get(trained), nested(params), identity)
-        task.draw(workdir, metrics, outputs, split, everything)
+        task.draw(workdir, metrics, outputs, split, everything, model_state)
 
     return task._replace(
         init=init,

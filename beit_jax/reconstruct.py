@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint
-from beit_jax.data import images
+from beit_jax.data import images, views
 from beit_jax.predict import find_pictures
 from beit_jax.tasks import pretrain
 
@@ -39,7 +39,7 @@ def reconstruct(workdir, paths: list[pathlib.Path], *, step="best") -> list[np.n
     if objective.reconstruct is None:
         raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
     size = model.config.image_size
-    prepare = pretrain.preparation(size, info)
+    prepare = views.host_preparation(info.image, size)
     image = np.stack([prepare(images.open_image(path)) for path in paths])
     draw = pretrain.make_reconstruction(config, info, objective, size, True)
     params = checkpoint.load_params(workdir, step=step)

@@ -72,6 +72,11 @@ def get_config() -> ConfigDict:
     model.early_layers = config_dict.placeholder(int)  # BEiT v2's patch aggregation: 9 of 12
     model.head_layers = config_dict.placeholder(int)
     model.shared_lm_head = config_dict.placeholder(bool)
+    model.code_dim = config_dict.placeholder(int)  # of vq: width of the codes
+    model.num_decoder_layers = config_dict.placeholder(int)  # of vq
+    model.initial_size = config_dict.placeholder(int)  # of dvae: the decoder's first channels
+    model.num_groups = config_dict.placeholder(int)  # of dvae: patch_size is 2 ** (num_groups - 1)
+    model.blocks_per_group = config_dict.placeholder(int)  # of dvae
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
@@ -88,6 +93,7 @@ def get_config() -> ConfigDict:
     config.objective = "tokens"  # a file in beit_jax/objectives: tokens, simmim, mae, data2vec
     config.tokenizer = ""  # a workdir, or a directory with OpenAI's encoder.pkl and decoder.pkl
     config.tokenizer_interpolation = "lanczos"  # of the pictures that it sees
+    config.cache_tokens = False  # of training pictures, once for all; needs them unmoved
     config.mask = mask = ConfigDict()
     mask.kind = "blockwise"  # of exact count; beit_v1: perhaps fewer; random; simmim
     mask.ratio = 0.4  # of the patches
@@ -107,6 +113,21 @@ def get_config() -> ConfigDict:
     data2vec.decay = 0.9998  # of the teacher's average, at first
     data2vec.end_decay = 0.9998
     data2vec.decay_steps = 0  # from one to the other
+
+    # Training a tokenizer.
+    config.tokenizer_name = "vq"  # a file in beit_jax/tokenizers: vq, dvae
+    config.teacher = ""  # of vq, as `pretrained`; "" learns from pixels
+    config.codebook = codebook = ConfigDict()  # of vq
+    codebook.decay = 0.99  # of its running averages
+    codebook.commitment = 1.0  # weight of the encoder's distance from its codes
+    codebook.kmeans_iterations = 10  # of its start on the first batch
+    codebook.revive = 0.03  # codes used less than this share of the mean start anew; 0 is off
+    config.dvae = dvae = ConfigDict()
+    dvae.temperature = 1.0  # of the relaxed choice of a token, at first
+    dvae.end_temperature = 1 / 16
+    dvae.temperature_steps = 150000
+    dvae.kl_weight = 6.6  # in the end; of the divergence from uniform tokens
+    dvae.kl_steps = 5000
 
     config.data = data = ConfigDict()
     data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, folder:PATH

@@ -1,15 +1,14 @@
 """Pre-training as whole runs on the digits, and what starts from them."""
 
-import types
-
+import jax
 import numpy as np
 import pytest
-import test_objectives
 from PIL import Image
 
 from beit_jax import checkpoint, convert, reconstruct
 from beit_jax import train as loop
-from configs import pretrain
+from beit_jax.data import views
+from configs import pretrain, train_tokenizer
 
 SMALL = {
     "model.image_size": 8,
@@ -42,9 +41,31 @@ def config_of(objective, changes=()):
     return config
 
 
-@pytest.fixture
-def tokenizer(monkeypatch):
-    test_objectives.Tokenizer().install(monkeypatch)
+TOKENIZER = {
+    "preset": "digits",
+    "model.image_size": 8,
+    "model.patch_size": 2,
+    "model.hidden_size": 16,
+    "model.intermediate_size": 32,
+    "model.vocab_size": 11,
+    "data.train": "train[:400]",
+    "data.val": "train[400:500]",
+    "data.test": "",
+    "total_steps": 60,
+    "log_every": "1",
+    "tensorboard": False,
+    "compile_cache": "",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """The workdir of a tokenizer with 11 tokens on a grid of 4 x 4."""
+    config = train_tokenizer.get_config("digits")
+    config.update_from_flattened_dict(TOKENIZER)
+    workdir = tmp_path_factory.mktemp("tokenizer")
+    loop.run(config, str(workdir))
+    return str(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +91,7 @@ def losses(workdir):
 
 @pytest.mark.parametrize("objective", ["tokens", "simmim", "mae", "data2vec"])
 def test_loss_falls(objective, runs, tokenizer):
-    changes = {"tokenizer": "fake", "model.early_layers": 1} if objective == "tokens" else {}
+    changes = {"tokenizer": tokenizer, "model.early_layers": 1} if objective == "tokens" else {}
     workdir, results = runs(objective, **changes)
     first, last = np.mean(losses(workdir)[:3]), np.mean(losses(workdir)[-5:])
     assert last < 0.97 * first, (first, last)
@@ -88,7 +109,7 @@ def finetune_changes(workdir, **changes):
 
 @pytest.mark.parametrize("size", [8, 12])
 def test_fine_tuning_starts_from_it(size, runs, tokenizer, train, tmp_path, state_of):
-    workdir, _ = runs("tokens", tokenizer="fake")
+    workdir, _ = runs("tokens", tokenizer=tokenizer)
     changes = finetune_changes(
         workdir, **{"model.image_size": size, "optim.freeze": (".*layer_.*",)}
     )
@@ -123,7 +144,7 @@ def test_export_of_a_run_is_a_huggingface_model(runs, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     from beit_jax.convert import __main__ as command
 
-    workdir, _ = runs("tokens", tokenizer="fake")
+    workdir, _ = runs("tokens", tokenizer=tokenizer)
     assert command.main(["to-hf", str(workdir), str(tmp_path / "hf"), "--verify"]) == 0
     _, report = transformers.BeitForMaskedImageModeling.from_pretrained(
         tmp_path / "hf", output_loading_info=True
@@ -197,6 +218,36 @@ def test_a_resumed_run_is_bit_identical(objective, tmp_path, runs, state_of, mon
     ],
 )
 def test_bad_input_is_told_before_the_first_step(objective, changes, message, tmp_path, tokenizer):
+    if "tokenizer" in changes:
+        changes = changes | {"tokenizer": tokenizer}
+    with pytest.raises(ValueError, match=message):
+        loop.run(config_of(objective, changes), str(tmp_path))
+
+
+def test_tokens_cached_once_train_as_tokens_of_every_step(tokenizer, tmp_path):
+    still = {
+        "tokenizer": tokenizer,
+        "augment.crop": "squash",
+        "augment.flip": 0.0,
+        "total_steps": 4,
+        "data.val": "",
+    }
+    for name, is_cached in {"each": False, "cached": True}.items():
+        changes = still | {"cache_tokens": is_cached}
+        loop.run(config_of("tokens", changes), str(tmp_path / name))
+    np.testing.assert_allclose(losses(tmp_path / "each"), losses(tmp_path / "cached"), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "message"),
+    [
+        ("tokens", {}, "does not move the picture.*got crop=rrc"),
+        ("simmim", {}, "cache_tokens is for config.objective 'tokens'"),
+        ("tokens", {"data.resident_bytes": 0}, "config.data.resident_bytes"),
+    ],
+)
+def test_what_cannot_be_cached_is_told(objective, changes, message, tokenizer, tmp_path):
+    changes = {"tokenizer": tokenizer, "cache_tokens": True, **changes}
     with pytest.raises(ValueError, match=message):
         loop.run(config_of(objective, changes), str(tmp_path))
 
@@ -209,21 +260,15 @@ def test_a_folder_without_pictures_is_told(tmp_path):
 
 
 def test_both_renderings_are_of_one_crop():
-    import jax
-
-    from beit_jax.tasks import pretrain as task
-
     config = config_of("simmim")
     config.augment.flip, config.augment.color_jitter = 0.5, 0.3
     config.tokenizer_interpolation = "bicubic"
     ramp = np.linspace(60, 190, 32, dtype=np.uint8)
     image = np.stack([np.tile(ramp[:, None, None], (1, 32, 3)), np.tile(ramp[:, None], (32, 1, 3))])
-    info = types.SimpleNamespace(
-        image={"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bicubic"}
-    )
-    objective = types.SimpleNamespace(target_size=(8, 8))
+    prepared = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bicubic"}
     for seed in range(3):
         rng = jax.random.key(seed)
-        views = task.train_views(config, info, objective, (16, 16), rng, image, False)
-        pooled = np.asarray(views.image).reshape(2, 8, 2, 8, 2, 3).mean((2, 4))
-        np.testing.assert_allclose(pooled, views.target, atol=0.02)
+        seen = views.train_view(rng, image, config, prepared, (16, 16), resized=False)
+        target = views.tokenizer_train_view(rng, image, config, (8, 8), resized=False)
+        pooled = np.asarray(seen).reshape(2, 8, 2, 8, 2, 3).mean((2, 4))
+        np.testing.assert_allclose(pooled, target, atol=0.02)

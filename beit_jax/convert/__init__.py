@@ -17,6 +17,7 @@ __all__ = ["MODEL_TYPES", "Checkpoint", "CheckpointFormatError", "load", "save_h
 
 SHARED = (
     "__main__",
+    "dalle",
     "files",
     "hf_config",
     "peft",

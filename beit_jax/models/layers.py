@@ -111,6 +111,13 @@ ACTIVATIONS = {
 }
 
 
+def resolve_dtype(dtype: str = "auto") -> str:
+    """The type of the computation; "auto" is bfloat16 but on CPU, where it is float32."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def expect(config, condition: bool, message: str) -> None:
     """Raises ValueError, in the name of the family, where the condition does not hold."""
     if not condition:
@@ -277,6 +284,19 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden)
 
 
+def patchify(image, size: int):
+    """Pictures [B, H, W, C] to patches of pixels [B, N, P P C], row by row."""
+    batch, height, width, channels = image.shape
+    x = image.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+
+
+def unpatchify(patches, grid: Grid, size: int):
+    """Patches of pixels [B, N, P P C] to pictures [B, H, W, C]."""
+    x = patches.reshape(patches.shape[0], *grid, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], grid[0] * size, grid[1] * size, -1)
+
+
 class PatchEmbeddings(nn.Module):
     """Image [B, H, W, C] to patch tokens [B, N, D], a convolution of stride P as one product.
 
@@ -292,13 +312,10 @@ class PatchEmbeddings(nn.Module):
         config, size = self.config, self.config.patch_size
         width = self.width or config.hidden_size
         check_image(config, image)
-        batch, height, across, channels = image.shape
-        kernel = self.param("kernel", normal(config), (size, size, channels, width))
+        kernel = self.param("kernel", normal(config), (size, size, image.shape[-1], width))
         bias = self.param("bias", nn.initializers.zeros, (width,))
-        x = image.reshape(batch, height // size, size, across // size, size, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
         dtype = jnp.dtype(config.dtype)
-        x = matmul(x.astype(dtype), kernel.reshape(-1, width))
+        x = matmul(patchify(image, size).astype(dtype), kernel.reshape(-1, width))
         return (x + bias.astype(x.dtype)).astype(dtype)
 
 

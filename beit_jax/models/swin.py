@@ -148,6 +148,11 @@ class SwinConfig:
         return tuple(n // self.patch_size for n in self.image_size)
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: none."""
+        return 0
+
+    @property
     def num_hidden_layers(self) -> int:
         """Of all stages together."""
         return sum(self.depths)

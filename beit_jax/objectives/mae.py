@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from beit_jax.data import masking
 from beit_jax.models.beit import BeitConfig
+from beit_jax.models.layers import patchify, unpatchify
 from beit_jax.models.mae import Decoder
 from beit_jax.models.position import sincos_position_embeddings
 from beit_jax.objectives import pixels
@@ -67,7 +68,7 @@ def make(config, model) -> Objective:
         return pixels.gather(x, masks.index)  # [B, M, Q]
 
     def targets(views, masks):
-        target = pixels.gather(pixels.patchify(views.image, c.patch_size), masks.index)
+        target = pixels.gather(patchify(views.image, c.patch_size), masks.index)
         if not config.decoder.norm_pixels:
             return target, 0.0, 1.0
         mean = target.mean(-1, keepdims=True)
@@ -83,7 +84,7 @@ def make(config, model) -> Objective:
     def reconstruct(params, frozen, views, masks):
         _, mean, std = targets(views, masks)  # as in the paper's figures, those of the picture
         predicted = predict(params, views, masks, None) * std + mean
-        content = pixels.fill(pixels.patchify(views.image, c.patch_size), masks.index, predicted)
-        return pixels.unpatchify(content, c.grid, c.patch_size)
+        content = pixels.fill(patchify(views.image, c.patch_size), masks.index, predicted)
+        return unpatchify(content, c.grid, c.patch_size)
 
     return Objective(init, {}, loss, pixels.summarize, reconstruct)

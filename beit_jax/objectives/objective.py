@@ -11,7 +11,8 @@ class Views(NamedTuple):
 
     Attributes:
       image: float [B, H, W, C], normalised.
-      target: float [B, h, w, C] in [0, 1], or None.
+      target: float [B, h, w, C] in [0, 1]; or the picture's tokens, int [B, N], where they are
+        cached; or None.
     """
 
     image: jax.Array
@@ -30,6 +31,7 @@ class Objective(NamedTuple):
       reconstruct: (params, frozen, views, masks) -> pictures [B, h, w, C] in [0, 1] with the
         masked patches as predicted; or None.
       target_size: (height, width) of `Views.target`, or None.
+      tokenize: (frozen, pictures as `Views.target`) -> tokens int [B, N]; or None.
     """
 
     init: Callable
@@ -38,6 +40,7 @@ class Objective(NamedTuple):
     summarize: Callable
     reconstruct: Callable | None
     target_size: tuple[int, int] | None = None
+    tokenize: Callable | None = None
 
 
 def apply_options(rng) -> dict:

@@ -1,22 +1,9 @@
-"""Pictures as patches of pixels, and what objectives of pixels measure.
+"""What objectives of pixels share.
 
 B batch, N patches, P patch size, C channels, Q = P P C pixels of a patch.
 """
 
 import jax.numpy as jnp
-
-
-def patchify(image, size: int):
-    """Pictures [B, H, W, C] to patches [B, N, Q]."""
-    batch, height, width, channels = image.shape
-    x = image.reshape(batch, height // size, size, width // size, size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
-
-
-def unpatchify(patches, grid: tuple[int, int], size: int):
-    """Patches [B, N, Q] to pictures [B, H, W, C]."""
-    x = patches.reshape(patches.shape[0], *grid, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(x.shape[0], grid[0] * size, grid[1] * size, -1)
 
 
 def gather(patches, index):

@@ -4,7 +4,7 @@ import jax
 
 from beit_jax import losses
 from beit_jax.data import masking
-from beit_jax.models.layers import Dense
+from beit_jax.models.layers import Dense, patchify, unpatchify
 from beit_jax.objectives import pixels
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
@@ -37,15 +37,15 @@ def make(config, model) -> Objective:
         return head.apply({"params": params["decoder"]}, x)  # [B, M, Q]
 
     def loss(params, model_state, frozen, views, masks, rng):
-        target = pixels.gather(pixels.patchify(views.image, c.patch_size), masks.index)
+        target = pixels.gather(patchify(views.image, c.patch_size), masks.index)
         colour = views.image.mean((0, 1, 2))
         constant = jax.numpy.tile(colour, c.patch_size**2)
         value = losses.l1(predict(params, views, masks, rng), target)
         return pixels.sums(value, losses.l1(constant, target), masks.weight), model_state
 
     def reconstruct(params, frozen, views, masks):
-        content = pixels.patchify(views.image, c.patch_size)
+        content = patchify(views.image, c.patch_size)
         content = pixels.fill(content, masks.index, predict(params, views, masks, None))
-        return pixels.unpatchify(content, c.grid, c.patch_size)
+        return unpatchify(content, c.grid, c.patch_size)
 
     return Objective(init, {}, loss, pixels.summarize, reconstruct)

@@ -6,7 +6,7 @@ B batch, N patches, M masked ones, V visual tokens.
 import jax
 import jax.numpy as jnp
 
-from beit_jax import losses
+from beit_jax import losses, tokenizers
 from beit_jax.data import masking
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
@@ -25,14 +25,7 @@ def check(config) -> None:
 
 def fields(config) -> dict:
     """What the tokenizer decides of the architecture, where config.model leaves it open."""
-    vocab_size = _load(config.tokenizer).model.config.vocab_size
-    return {"vocab_size": vocab_size}
-
-
-def _load(source):
-    from beit_jax import tokenizers
-
-    return tokenizers.load(source)
+    return {"vocab_size": tokenizers.vocab_size(config.tokenizer)}
 
 
 def make(config, model) -> Objective:
@@ -41,10 +34,9 @@ def make(config, model) -> Objective:
     Raises:
       ValueError: the tokenizer's grid or vocabulary is not the network's.
     """
-    from beit_jax import tokenizers
-
-    tokenizer = tokenizers.load(config.tokenizer)
-    c, t = model.config, tokenizer.model.config
+    c = model.config
+    tokenizer = tokenizers.load(config.tokenizer, grid=c.grid)
+    t = tokenizer.model.config
     if tuple(t.grid) != tuple(c.grid):
         raise ValueError(
             f"The tokenizer {config.tokenizer} makes {t.grid[0]} x {t.grid[1]} tokens of a "
@@ -56,7 +48,19 @@ def make(config, model) -> Objective:
             f"The tokenizer {config.tokenizer} has {t.vocab_size} tokens, the network's "
             f"vocab_size is {c.vocab_size}; leave config.model.vocab_size unset to take its."
         )
+    if t.num_channels != c.num_channels:
+        raise ValueError(
+            f"The tokenizer {config.tokenizer} takes pictures of {t.num_channels} channels, the "
+            f"network of {c.num_channels}."
+        )
     patches = c.grid[0] * c.grid[1]
+
+    def tokenize(frozen, target):
+        """Tokens int [B, N] of pictures; cached ones are tokens already."""
+        if jnp.issubdtype(target.dtype, jnp.integer):
+            return target
+        token = tokenizer.model.apply(frozen["tokenizer"], target, method="tokenize")
+        return jax.lax.stop_gradient(token)
 
     def predict(params, views, masks, rng):
         """Logits [B, M, V], and a tuple of those of patch aggregation."""
@@ -71,8 +75,7 @@ def make(config, model) -> Objective:
         return logits, state.get("aggregation", {}).get("logits", ())
 
     def loss(params, model_state, frozen, views, masks, rng):
-        token = tokenizers.tokenize(tokenizer.model, frozen["tokenizer"], views.target)
-        token = jax.lax.stop_gradient(jnp.take_along_axis(token, masks.index, axis=1))
+        token = jnp.take_along_axis(tokenize(frozen, views.target), masks.index, axis=1)
         logits, aggregated = predict(params, views, masks, rng)
         value = sum(losses.softmax_cross_entropy(x, token) for x in (logits, *aggregated))
         counts = jnp.zeros(c.vocab_size).at[token].add(masks.weight)
@@ -84,11 +87,11 @@ def make(config, model) -> Objective:
         }, model_state
 
     def reconstruct(params, frozen, views, masks):
-        token = tokenizers.tokenize(tokenizer.model, frozen["tokenizer"], views.target)
+        token = tokenize(frozen, views.target)
         predicted = predict(params, views, masks, None)[0].argmax(-1)
         rows = jnp.arange(token.shape[0])[:, None]
         token = token.at[rows, masks.index].set(predicted.astype(token.dtype))
-        return tokenizers.decode(tokenizer.model, frozen["tokenizer"], token)
+        return tokenizer.model.apply(frozen["tokenizer"], token, method="decode")
 
     return Objective(
         init=lambda rng: (init_params(model, rng), {}),
@@ -97,6 +100,7 @@ def make(config, model) -> Objective:
         summarize=summarize,
         reconstruct=reconstruct,
         target_size=tuple(t.image_size),
+        tokenize=tokenize,
     )
 
 

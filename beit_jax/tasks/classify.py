@@ -16,7 +16,8 @@ import numpy as np
 from beit_jax import losses, metrics, modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
-from beit_jax.data import augment, images
+from beit_jax.data import augment, images, views
+from beit_jax.models import layers
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.task import Data, Task
 
@@ -48,9 +49,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
             f"The model tells {len(info.class_names)} classes ({_few(info.class_names)}), "
             f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
         )
-    if config.augment.crop not in augment.CROPS:
-        available = ", ".join(augment.CROPS)
-        raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
+    views.check_crop(config)
     weights = class_weights(config.class_weights, data.class_counts)
     family = modules.load("models", info.model_name)
     model = make_model(info, **runtime(config))
@@ -73,7 +72,9 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
 
     def loss(params, model_state, frozen, batch, rng):
         view_rng, mix_rng, dropout_rng = jax.random.split(rng, 3)
-        image = train_view(view_rng, batch["image"], config, info, size, resized=resized)
+        image = views.train_view(
+            view_rng, batch["image"], config, info.image, size, resized=resized
+        )
         target = augment.one_hot(batch["label"], num_classes, config.label_smoothing)
         image, target = augment.mixup_cutmix(
             mix_rng,
@@ -138,49 +139,9 @@ def runtime(config) -> dict:
 
 
 def make_model(info: ModelInfo, *, dtype="auto", attention="auto", remat="none"):
-    """The network of a model; dtype "auto" is bfloat16 but on CPU, where it is float32."""
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    family = modules.load("models", info.model_name)
+    """The network of a model; dtype as of `layers.resolve_dtype`."""
+    family, dtype = modules.load("models", info.model_name), layers.resolve_dtype(dtype)
     return family.Model(**info.architecture, dtype=dtype, attention=attention, remat=remat)
-
-
-def train_view(rng, image, config, info: ModelInfo, size, *, resized: bool) -> jax.Array:
-    """uint8 pictures [B, H, W, C] as training sees them: float [B, *size, C], augmented.
-
-    `resized` tells that the host has cropped them, all but a "pad" crop.
-    """
-    a = config.augment
-    return augment.train_view(
-        rng,
-        image,
-        image_size=size,
-        crop="none" if resized and a.crop != "pad" else a.crop,
-        pad=a.pad,
-        scale=tuple(a.scale),
-        ratio=tuple(a.ratio),
-        interpolation=info.image["interpolation"],
-        flip=a.flip,
-        noise_std=a.noise_std,
-        color_jitter=a.color_jitter,
-        randaugment=a.randaugment,
-        erasing=a.erasing,
-        mean=tuple(info.image["mean"]),
-        std=tuple(info.image["std"]),
-    )
-
-
-def eval_view(image, info: ModelInfo, size, *, resized: bool) -> jax.Array:
-    """uint8 pictures [B, H, W, C] prepared as `info.image` says: float [B, *size, C]."""
-    return augment.eval_view(
-        image,
-        image_size=size,
-        crop="squash" if resized else info.image["crop"],
-        crop_pct=info.image["crop_pct"],
-        interpolation=info.image["interpolation"],
-        mean=tuple(info.image["mean"]),
-        std=tuple(info.image["std"]),
-    )
 
 
 def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Array:
@@ -188,11 +149,11 @@ def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Arr
 
     `resized` tells that they are cropped and resized already.
     """
-    view = eval_view(image, info, model.config.image_size, resized=resized)
+    view = views.eval_view(image, info.image, model.config.image_size, resized=resized)
     return model.apply({"params": params}, view)
 
 
-def draw(workdir, results, outputs, split, params, *, num_mistakes: int) -> None:
+def draw(workdir, results, outputs, split, params, model_state, *, num_mistakes: int) -> None:
     """Pictures of a classifier's test: confusion matrix, calibration, most confident mistakes."""
     names = split.source.class_names
     if results["confusion"] is not None:

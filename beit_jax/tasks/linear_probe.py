@@ -12,6 +12,7 @@ import numpy as np
 
 from beit_jax import losses, modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
+from beit_jax.data import views
 from beit_jax.models import features
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data, Task
@@ -58,7 +59,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         return jnp.stack([x @ probe["kernel"] + probe["bias"] for probe, x in found])  # [L, B, K]
 
     def loss(params, model_state, frozen, batch, rng):
-        view = classify.train_view(rng, batch["image"], config, info, size, resized=resized)
+        view = views.train_view(rng, batch["image"], config, info.image, size, resized=resized)
         found = logits(params, frozen, view)
         label = jnp.broadcast_to(batch["label"], found.shape[:2])
         value = losses.softmax_cross_entropy(found, label).mean(1)  # [L]
@@ -66,7 +67,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         return value.sum(), (model_state, {"accuracy": correct.max()})
 
     def evaluate(params, model_state, frozen, batch):
-        view = classify.eval_view(batch["image"], info, size, resized=resized)
+        view = views.eval_view(batch["image"], info.image, size, resized=resized)
         found = logits(params, frozen, view)
         label = jnp.broadcast_to(batch["label"], found.shape[:2])
         value = losses.softmax_cross_entropy(found, label)
@@ -129,7 +130,7 @@ def summarize(sums) -> dict:
     }
 
 
-def draw(workdir, metrics, outputs, split, params) -> None:
+def draw(workdir, metrics, outputs, split, params, model_state) -> None:
     """The accuracy over the layers."""
     accuracy = [value for key, value in metrics.items() if key.startswith("accuracy_layer_")]
     plots.layers(accuracy, f"{workdir}/layers.png", title="Linear probe of each layer")

@@ -4,7 +4,6 @@ B batch, H x W picture as stored, C channels, N patches, M masked ones.
 """
 
 import dataclasses
-import functools
 import os
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from beit_jax import modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
-from beit_jax.data import augment, images, masking
+from beit_jax.data import masking, views
 from beit_jax.objectives.objective import Objective, Views
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.classify import RUNTIME, make_model, runtime
@@ -35,6 +34,8 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     family = modules.load("models", info.model_name)
     size = model.config.image_size
     frozen = {**objective.frozen, "masks": bank}
+    if config.cache_tokens and data.train is not None:
+        frozen["tokens"] = cached_tokens(config, info, objective, data.train)
 
     def fill(params):
         if start is None:
@@ -45,40 +46,34 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
 
     def loss(params, model_state, frozen, batch, rng):
         view_rng, mask_rng, dropout_rng = jax.random.split(rng, 3)
-        views = train_views(config, info, objective, size, view_rng, batch["image"], resized)
+        seen = train_views(config, info, objective, size, view_rng, batch["image"], resized)
+        if "tokens" in frozen:
+            seen = seen._replace(target=frozen["tokens"][batch["index"]])
         num_masks = frozen["masks"]["count"].size
-        rows = jax.random.randint(mask_rng, (views.image.shape[0],), 0, num_masks)
+        rows = jax.random.randint(mask_rng, (seen.image.shape[0],), 0, num_masks)
         masks = masking.take(frozen["masks"], rows)
-        sums, model_state = objective.loss(params, model_state, frozen, views, masks, dropout_rng)
+        sums, model_state = objective.loss(params, model_state, frozen, seen, masks, dropout_rng)
         scalars = objective.summarize(sums)
         return scalars.pop("loss"), (model_state, scalars)
 
     def fixed(frozen, batch):
         """Views without augmentation, and the masks of a picture's place in the split."""
-        views = eval_views(config, info, objective, size, batch["image"], resized)
+        seen = eval_views(config, info, objective, size, batch["image"], resized)
         masks = masking.take(frozen["masks"], batch["index"] % frozen["masks"]["count"].size)
-        return views, masks
+        return seen, masks
 
     def evaluate(params, model_state, frozen, batch):
-        views, masks = fixed(frozen, batch)
+        seen, masks = fixed(frozen, batch)
         masks = masks._replace(weight=masks.weight * batch["weight"][:, None])
-        sums, _ = objective.loss(params, model_state, frozen, views, masks, None)
+        sums, _ = objective.loss(params, model_state, frozen, seen, masks, None)
         return sums, {"weight": batch["weight"]}
 
-    def draw(workdir, results, outputs, split, params):
+    def draw(workdir, results, outputs, split, params, model_state):
         chosen = outputs["index"][:_PICTURES]
-        rows = np.arange(len(chosen))
         if objective.reconstruct is None or not len(chosen):
             return
-        if split.resident is None:
-            decode, fetch, prepare = (
-                split.source.decode,
-                split.source.fetch,
-                preparation(size, info),
-            )
-            image = np.stack([decode(i, *fetch([i]), prepare)[0] for i in chosen.tolist()])
-        else:
-            image = split.resident["image"][rows]
+        image = views.first_pictures(split, info.image, size, chosen)
+        rows = np.arange(len(chosen))
         reconstruct = make_reconstruction(config, info, objective, size, resized)
         path = os.path.join(workdir, "reconstructions.png")
         draw_reconstructions(reconstruct(params, frozen, image, rows), path)
@@ -104,9 +99,7 @@ def make_parts(config, start=None, info=None):
     Raises:
       ValueError: they do not fit.
     """
-    if config.augment.crop not in augment.CROPS:
-        available = ", ".join(augment.CROPS)
-        raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
+    views.check_crop(config)
     objective = modules.load("objectives", config.objective)
     objective.check(config)
     if info is None:
@@ -129,73 +122,68 @@ def make_parts(config, start=None, info=None):
 
 def train_views(config, info, objective: Objective, size, rng, image, resized: bool) -> Views:
     """One augmented view of stored pictures [B, H, W, C], rendered for model and tokenizer."""
-    a = config.augment
-    crop = a.crop
-    if resized and crop != "pad":
-        crop = "squash"  # the host has cropped
-    render = functools.partial(
-        augment.train_view,
-        rng,
-        image,
-        pad=a.pad,
-        scale=tuple(a.scale),
-        ratio=tuple(a.ratio),
-        flip=a.flip,
-        color_jitter=a.color_jitter,
-        randaugment=a.randaugment,
-    )
-    view = render(
-        crop=crop,
-        image_size=size,
-        interpolation=info.image["interpolation"],
-        noise_std=a.noise_std,
-        erasing=a.erasing,
-        **_norm(info),
-    )
-    target = None
-    if objective.target_size:
-        target = render(
-            crop="squash" if crop == "none" else crop,
-            image_size=objective.target_size,
-            interpolation=config.tokenizer_interpolation,
-            mean=(0,),
-            std=(1,),
-        )
+    view = views.train_view(rng, image, config, info.image, size, resized=resized)
+    if objective.target_size is None:
+        return Views(view, None)
+    target_size = objective.target_size
+    target = views.tokenizer_train_view(rng, image, config, target_size, resized=resized)
     return Views(view, target)
 
 
 def eval_views(config, info, objective: Objective, size, image, resized: bool) -> Views:
     """The view without augmentation, in both renderings."""
-    render = functools.partial(
-        augment.eval_view,
-        image,
-        crop="squash" if resized else info.image["crop"],
-        crop_pct=info.image["crop_pct"],
-    )
-    view = render(image_size=size, interpolation=info.image["interpolation"], **_norm(info))
-    target = None
-    if objective.target_size:
-        target = render(
-            image_size=objective.target_size,
-            interpolation=config.tokenizer_interpolation,
-            mean=(0,),
-            std=(1,),
-        )
+    view = views.eval_view(image, info.image, size, resized=resized)
+    if objective.target_size is None:
+        return Views(view, None)
+    target_size = objective.target_size
+    target = views.tokenizer_eval_view(image, config, info.image, target_size, resized=resized)
     return Views(view, target)
+
+
+def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
+    """Tokens int [N, patches] of the whole pictures of a split.
+
+    Raises:
+      ValueError: the objective has no tokens, the pictures are not on the device, or training would
+        move them.
+    """
+    a = config.augment
+    if objective.tokenize is None:
+        raise ValueError("config.cache_tokens is for config.objective 'tokens'.")
+    if split.resident is None:
+        raise ValueError(
+            "config.cache_tokens needs pictures that stay on the device, see "
+            "config.data.resident_bytes."
+        )
+    if a.crop not in ("squash", "none") or a.flip or a.randaugment:
+        raise ValueError(
+            "config.cache_tokens needs training that does not move the picture: "
+            "config.augment.crop=squash, flip=0 and no randaugment; "
+            f"got crop={a.crop}, flip={a.flip}, randaugment={a.randaugment!r}."
+        )
+
+    @jax.jit
+    def tokenize(frozen, image):
+        size = objective.target_size
+        picture = views.tokenizer_eval_view(image, config, info.image, size, resized=False)
+        return objective.tokenize(frozen, picture)
+
+    image, step = split.resident["image"], config.eval_batch_size
+    parts = [tokenize(objective.frozen, image[i : i + step]) for i in range(0, len(image), step)]
+    return np.concatenate(jax.device_get(parts))
 
 
 def make_reconstruction(config, info, objective: Objective, size, resized: bool):
     """Returns f(params, frozen, image uint8 [B, H, W, C], rows of the bank [B]) -> list of three
     pictures uint8 [B, h, w, C]: as the model sees it, masked, and predicted."""
-    norm = _norm(info)
 
     @jax.jit
     def pictures(params, frozen, image, rows):
-        views = eval_views(config, info, objective, size, image, resized)
+        seen = eval_views(config, info, objective, size, image, resized)
         masks = masking.take(frozen["masks"], rows % frozen["masks"]["count"].size)
-        mean, std = (jnp.asarray(norm[key]) for key in ("mean", "std"))
-        original = views.image * std + mean
-        predicted = objective.reconstruct(params, frozen, views, masks)
+        mean, std = (jnp.asarray(info.image[key]) for key in ("mean", "std"))
+        original = seen.image * std + mean
+        predicted = objective.reconstruct(params, frozen, seen, masks)
         if objective.target_size is None:
             predicted = predicted * std + mean
         return original, masks.index, predicted
@@ -212,15 +200,6 @@ def make_reconstruction(config, info, objective: Objective, size, resized: bool)
     return reconstruct
 
 
-def preparation(size, info):
-    """Returns the function that crops and resizes a Pillow picture as for evaluation."""
-    options = {"size": size, "interpolation": info.image["interpolation"]}
-    if info.image["crop"] == "center":
-        crop_pct = info.image["crop_pct"]
-        return functools.partial(images.center_crop, crop_pct=crop_pct, **options)
-    return functools.partial(images.squash, **options)
-
-
 def draw_reconstructions(pictures, path: str) -> None:
     """Draws rows of original, masked and predicted pictures."""
     rows = list(zip(*pictures, strict=True))
@@ -231,10 +210,6 @@ def draw_reconstructions(pictures, path: str) -> None:
 
 def _rgb(image):
     return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
-
-
-def _norm(info):
-    return {"mean": tuple(info.image["mean"]), "std": tuple(info.image["std"])}
 
 
 def _grid(info):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from beit_jax.checkpoint import ModelInfo
+from beit_jax.data.inputs import Split
 
 
 class Data(NamedTuple):
@@ -16,11 +17,13 @@ class Data(NamedTuple):
       resized: whether the host crops pictures to the network's size, all but a "pad" crop.
       class_counts: pictures of each class in the training split, int [K], or None where there is no
         such split or no label.
+      train: the training split, for what is computed once for all its pictures; or None.
     """
 
     class_names: list[str] | tuple[str, ...] | None
     resized: bool
     class_counts: np.ndarray | None = None
+    train: Split | None = None
 
 
 class Task(NamedTuple):
@@ -38,8 +41,8 @@ class Task(NamedTuple):
       evaluate: (params, model_state, frozen, batch) -> (sums, outputs). The sums of all batches are
         added up, examples of "weight" 0 left out; outputs are arrays of one entry per example.
       summarize: sums -> dict of metrics; floats are logged.
-      draw: (workdir, metrics, outputs, split, params) -> None, writes pictures of a final
-        evaluation.
+      draw: (workdir, metrics, outputs, split, params, model_state) -> None, writes pictures of a
+        final evaluation.
       layer_id: parameter name -> depth, for layer-wise learning-rate decay.
       num_layers: of the network.
       image_size: (height, width) that the network sees.

@@ -1,0 +1,199 @@
+"""Training of a visual tokenizer on pictures alone, for `tasks/pretrain.py` to predict its tokens.
+
+B batch, H x W picture as stored, N tokens, F width of the teacher's features.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from beit_jax import modules, plots, pretrained
+from beit_jax.checkpoint import ModelInfo
+from beit_jax.convert import preprocessor
+from beit_jax.data import views
+from beit_jax.models import features, layers
+from beit_jax.tasks import classify
+from beit_jax.tasks.task import Data, Task
+from beit_jax.tokenizers.trainer import summarize
+
+_PICTURES = 9  # drawn
+
+
+def make_task(config, data: Data, *, start, info=None) -> Task:
+    """The task of a config; arguments as of `tasks/classify.py`, labels have no influence.
+
+    Raises:
+      ValueError: the tokenizer, its teacher or the config do not fit each other.
+    """
+    if start is not None:
+        raise ValueError(
+            "A tokenizer starts from nothing: leave config.pretrained empty. What it learns from "
+            "is config.teacher."
+        )
+    if config.accumulate_steps != 1:
+        raise ValueError(
+            "A tokenizer's running averages need the whole batch: set config.accumulate_steps=1, "
+            f"got {config.accumulate_steps}."
+        )
+    views.check_crop(config)
+    family = modules.load("tokenizers", info.model_name if info else config.tokenizer_name)
+    teacher = load_teacher(config.teacher) if config.teacher else None
+    if info is None:
+        info = _model_info(config, family, teacher)
+    model = _make_model(config, family, info)
+    size, resized = model.config.image_size, data.resized
+    if teacher and teacher.grid != model.config.grid:
+        raise ValueError(
+            f"The teacher {config.teacher} gives features of {teacher.grid[0]} x "
+            f"{teacher.grid[1]} patches, the tokenizer has {model.config.grid[0]} x "
+            f"{model.config.grid[1]}; change config.model.image_size or patch_size."
+        )
+    trainer = family.make(config, model, teacher.width if teacher else 0)
+
+    def loss(params, model_state, frozen, batch, rng):
+        view_rng, rng = jax.random.split(rng)
+        stored, target = batch["image"], None
+        image = views.tokenizer_train_view(view_rng, stored, config, size, resized=resized)
+        if teacher:
+            seen = views.train_view(
+                view_rng, stored, config, teacher.image, teacher.size, resized=resized
+            )
+            target = teacher.features(frozen["teacher"], seen)
+        weight = jnp.ones(len(image))
+        sums, model_state = trainer.loss(params, model_state, image, target, weight, rng)
+        scalars = summarize(sums)
+        return scalars.pop("loss"), (model_state, scalars)
+
+    def evaluate(params, model_state, frozen, batch):
+        stored, target = batch["image"], None
+        image = views.tokenizer_eval_view(stored, config, info.image, size, resized=resized)
+        if teacher:
+            colours = {key: teacher.image[key] for key in ("mean", "std", "interpolation")}
+            prepared = info.image | colours
+            seen = views.eval_view(stored, prepared, teacher.size, resized=resized)
+            target = teacher.features(frozen["teacher"], seen)
+        sums, _ = trainer.loss(params, model_state, image, target, batch["weight"], None)
+        return sums, {}
+
+    def draw(workdir, metrics, outputs, split, params, model_state):
+        stored = views.first_pictures(split, info.image, size, outputs["index"][:_PICTURES])
+
+        @jax.jit
+        def reconstruct(variables, stored):
+            image = views.tokenizer_eval_view(stored, config, info.image, size, resized=resized)
+            token = model.apply(variables, image, method="tokenize")
+            return image, model.apply(variables, token, method="decode")
+
+        pairs = zip(*reconstruct(trainer.variables(params, model_state), stored), strict=True)
+        sheet = [np.uint8(255 * np.asarray(x) + 0.5) for pair in pairs for x in pair]
+        path = os.path.join(workdir, "reconstructions.png")
+        captions = ["original", "from its tokens"] * (len(sheet) // 2)
+        plots.contact_sheet(sheet, captions, path, title="Pictures as tokens tell them")
+
+    return Task(
+        init=trainer.init,
+        start=lambda params: params,
+        frozen={"teacher": teacher.params} if teacher else {},
+        loss=loss,
+        evaluate=evaluate,
+        summarize=lambda sums: {key: float(value) for key, value in summarize(sums).items()},
+        draw=draw,
+        layer_id=lambda name: 0,
+        num_layers=0,
+        image_size=size,
+        info=info,
+    )
+
+
+class Teacher(NamedTuple):
+    """A frozen network whose features are to be told.
+
+    Attributes:
+      params: of the network.
+      image: how its pictures are prepared, as in model.json.
+      size: (height, width) that it sees.
+      grid: of its patches.
+      width: F.
+      features: (params, normalised pictures) -> float32 [B, N, F].
+    """
+
+    params: Any
+    image: dict[str, Any]
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    width: int
+    features: Callable
+
+
+def load_teacher(source: str) -> Teacher:
+    """The patches of the last layer of any network with one token for each patch, normed: by its
+    own last norm where that is before the head, else without parameters.
+
+    Raises:
+      FileNotFoundError, ValueError: as `pretrained.load`; or the network has no such tokens.
+    """
+    start = pretrained.load(source)
+    model = classify.make_model(start.info)
+    config = model.config
+
+    def last_layer(params, image):
+        x = features.layer_outputs(model, params, image)[-1][:, config.num_prefix :]
+        own = params.get("layernorm")
+        norm = nn.LayerNorm(config.layer_norm_eps, use_bias=bool(own), use_scale=bool(own))
+        x = norm.apply({"params": own or {}}, x.astype(jnp.float32))
+        return jax.lax.stop_gradient(x)
+
+    size = config.image_size
+    image = jax.ShapeDtypeStruct((1, *size, config.num_channels), jnp.float32)
+    shape = jax.eval_shape(last_layer, start.params, image).shape
+    if shape[1] != config.grid[0] * config.grid[1]:
+        raise ValueError(
+            f"The teacher {source} ({start.info.model_name}) ends in {shape[1]} tokens, not in one "
+            f"for each of {config.grid[0]} x {config.grid[1]} patches; use a BEiT or ViT."
+        )
+    return Teacher(start.params, start.info.image, size, config.grid, shape[2], last_layer)
+
+
+def _make_model(config, family, info):
+    """The network; a convolutional one has neither attention nor remat."""
+    runtime = classify.runtime(config) | {"dtype": layers.resolve_dtype(config.model.dtype)}
+    known = _fields(family)
+    return family.Model(**info.architecture, **{k: v for k, v in runtime.items() if k in known})
+
+
+def _fields(family):
+    return {field.name for field in dataclasses.fields(family.Model().config)}
+
+
+def _model_info(config, family, teacher: Teacher | None) -> ModelInfo:
+    """The architecture of the preset, with what the config says."""
+    if config.preset not in family.PRESETS:
+        available = ", ".join(family.PRESETS)
+        raise ValueError(f"Unknown preset {config.preset!r}; available: {available}.")
+    overrides = {
+        key: value
+        for key, value in config.model.items()
+        if value is not None and key not in classify.RUNTIME
+    }
+    if teacher and "teacher_dim" in _fields(family):
+        overrides["teacher_dim"] = teacher.width
+    architecture = {**family.PRESETS[config.preset], **overrides}
+    architecture = dataclasses.asdict(family.Model(**architecture).config)
+    for key in classify.RUNTIME:
+        architecture.pop(key, None)
+    image = preprocessor.DEFAULT | {k: v for k, v in config.image.items() if v is not None}
+    image |= {"mean": (0.0,), "std": (1.0,), "interpolation": config.tokenizer_interpolation}
+    return ModelInfo(
+        model_name=config.tokenizer_name,
+        task="train_tokenizer",
+        architecture=architecture,
+        class_names=None,
+        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        pretrained=config.teacher or None,
+    )
