@@ -1,6 +1,7 @@
 # make quickstart   installs everything and trains on handwritten digits
 # make test         installs everything and runs the tests
 # make test-slow    the long tests
+# make story       tokenizer, pre-training, fine-tuning on digits beside training from scratch
 # make coverage lint format lock bench bench-gpu
 #
 # CPU=1 installs without CUDA, CUDA=cuda13 with CUDA 13; the default looks for an NVIDIA GPU.
@@ -11,9 +12,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CUDA ?= cuda12
 GPU := $(if $(CPU),,$(shell command -v nvidia-smi))
+# huge pages, and memory that is not given back between steps
+MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 
-.PHONY: setup quickstart test test-slow coverage lint format lock bench bench-gpu
+.PHONY: setup quickstart test test-slow coverage lint format lock bench bench-gpu story
 
 quickstart: setup
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
@@ -28,12 +31,17 @@ coverage: setup
 	$(BIN)/python -m pytest -q --cov=beit_jax --cov-report=term
 
 bench: setup
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks
+	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m benchmarks
+	GLIBC_TUNABLES=$(MALLOC) $(BIN)/python -m benchmarks.parts
 	$(BIN)/python -m benchmarks.inputs
 	$(BIN)/python -m benchmarks.startup
 
 bench-gpu: setup
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --seconds 2
+	$(BIN)/python -m benchmarks.parts --device gpu
+
+story: setup
+	$(BIN)/python -m benchmarks.story
 
 setup: $(VENV)/.done
 	$(if $(PEERS),$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0 peft)

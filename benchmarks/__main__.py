@@ -1,4 +1,4 @@
-"""Training step and inference beside PyTorch, in turns in one process.
+"""Training step and inference beside PyTorch, in turns, each in a process of its own.
 
     python -m benchmarks                     sizes for a CPU, benchmarks/results/cpu.json
     python -m benchmarks --device gpu        sizes for a GPU, benchmarks/results/gpu.json
@@ -10,13 +10,14 @@ that end with one wait for the device. Peers take their best of what `benchmarks
 """
 
 import argparse
-import gc
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ class Size(NamedTuple):
     architecture: dict
     training: tuple[int, ...]
     inference: tuple[int, ...]
+    mim: tuple[int, ...] = ()
+    lora: tuple[int, ...] = ()
 
 
 def _vit(width, layers, heads, image_size, patch_size, labels, mlp=4):
@@ -51,13 +54,17 @@ def _vit(width, layers, heads, image_size, patch_size, labels, mlp=4):
 
 SIZES = {
     "cpu": {
-        "ViT-tiny/4 @32": Size(_vit(192, 12, 3, 32, 4, 10), (64,), (64,)),
-        "BEiT-B/16 @224": Size(_vit(768, 12, 12, 224, 16, 1000), (8,), (8,)),
+        "ViT-tiny/4 @32": Size(_vit(192, 12, 3, 32, 4, 10), (64,), (64,), (64,), (64,)),
+        "BEiT-B/16 @224": Size(_vit(768, 12, 12, 224, 16, 1000), (4,), (4,)),
     },
     "gpu": {
-        "BEiT-B/16 @224": Size(_vit(768, 12, 12, 224, 16, 1000), (64, 256), (1, 64, 512)),
+        "BEiT-B/16 @224": Size(
+            _vit(768, 12, 12, 224, 16, 1000), (64, 256), (1, 64, 512), (128,), (64,)
+        ),
         "BEiT-L/16 @224": Size(_vit(1024, 24, 16, 224, 16, 1000), (64, 256), (1, 512)),
-        "BEiT-L/16 @384": Size(_vit(1024, 24, 16, 384, 16, 1000), (16, 64), (1, 64)),
+        "BEiT-L/16 @384": Size(
+            _vit(1024, 24, 16, 384, 16, 1000), (2, 16, 64), (1, 64), (), (2, 64)
+        ),
         "BEiT-L/16 @512": Size(_vit(1024, 24, 16, 512, 16, 1000), (8, 32), (64,)),
         "ViT-8M/4 @32": Size(_vit(288, 8, 9, 32, 4, 10), (256, 1024), (1024,)),
     },
@@ -66,20 +73,27 @@ PEERS = {
     "cpu": ("transformers eager", "transformers compiled"),
     "gpu": tuple(peers.CONTENDERS),
 }
+KINDS = {"cpu": peers.KINDS, "gpu": (*peers.KINDS, "mim, tokenizer")}
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 
 
 def flops(architecture: dict, kind: str) -> float:
     """Floating-point operations for one picture, two per multiply-add; training is three times a
-    forward pass but for the gradient of the pictures."""
+    forward pass but for the gradient of the pictures. With adapters the kernels have no gradient,
+    and their own products are left out. The head of masked patches sees 40 % of them."""
     width, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
     patches = (architecture["image_size"] // architecture["patch_size"]) ** 2
     tokens = patches + 1
     embed = 2 * patches * 3 * architecture["patch_size"] ** 2 * width
     mlp = 4 * tokens * width * architecture["intermediate_size"]
     layer = 8 * tokens * width**2 + mlp + 4 * tokens**2 * width
-    forward = layers * layer + embed + 2 * width * architecture["num_labels"]
-    return 3 * forward - embed if kind == "training" else forward
+    heads = 0.4 * patches * 8192 if kind.startswith("mim") else architecture["num_labels"]
+    forward = layers * layer + embed + 2 * width * heads
+    if kind == "inference":
+        return forward
+    if kind == "lora":
+        return 2 * forward - embed + layers * 4 * tokens**2 * width  # of queries, keys, values
+    return 3 * forward - embed
 
 
 def measure(contenders: dict, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -114,33 +128,76 @@ def check(losses: dict[str, float], dtype: str) -> None:
         raise RuntimeError(f"Not the same work: ours gives {own}, {wrong}.")
 
 
+class Contender:
+    """A step in a process of its own, so that no allocator and no thread is shared; run(n)."""
+
+    def __init__(self, make, *args):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args))
+        self._process.start()
+        theirs.close()
+        self.facts = self._receive()
+
+    def __call__(self, n: int):
+        self._pipe.send(n)
+        return self._receive()
+
+    def _receive(self):
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("the process died, perhaps for want of memory") from None
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self):
+        """Ends the process."""
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(pipe, make, args):
+    """The process: makes a step, tells of it, and does as many as it is told."""
+    try:
+        start = time.perf_counter()
+        run, memory = make(*args)
+        facts = {"loss": run(1), "first_step": time.perf_counter() - start}
+        run(1)
+        pipe.send({**facts, "memory": memory()})
+        while True:
+            pipe.send(run(pipe.recv()))
+    except EOFError:
+        return
+    except Exception as error:  # no memory, no compiler, no library: the table has a gap
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
 def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
     """Measures one line of the table."""
     architecture = SIZES[args.device][size].architecture
     side, rng = architecture["image_size"], np.random.default_rng(0)
     image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
-    label = rng.integers(0, architecture["num_labels"], batch)
-    model = peers.transformers_model(architecture)
-    start = time.perf_counter()
-    run, compiled = ours.make_step(kind, model, dtype, image, label, attention=args.attention)
-    compile_seconds = {"ours": time.perf_counter() - start}
-    contenders, memory, failed = {"ours": run}, {"ours": ours.memory(compiled)}, {}
-    losses = {"ours": run(1)}
-    for name in args.peers:
-        start = time.perf_counter()
+    target = peers.make_target(kind, architecture, batch)
+    contenders, failed = {}, {}
+    with tempfile.TemporaryDirectory() as directory:
+        peers.transformers_model(architecture, kind).save_pretrained(directory)
+        runtime = {"attention": args.attention, "remat": args.remat}
+        mine = (ours.make_step, kind, directory, dtype, image, target, runtime)
+        contenders["ours"] = Contender(*mine)
+    for name in args.peers if kind in peers.KINDS else ():
+        theirs = (peers.make_step, name, kind, architecture, dtype, image, target)
         try:
-            with peers.memory() as most:
-                run = peers.make_step(name, kind, architecture, dtype, image, label)
-                losses[name] = run(1)
-                compile_seconds[name] = time.perf_counter() - start
-                run(1)
-                memory[name] = most()
-        except (RuntimeError, ImportError) as error:  # out of memory, no compiler, no library
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            continue
-        contenders[name] = run
+            contenders[name] = Contender(*theirs)
+        except RuntimeError as error:
+            failed[name] = str(error)
+    facts = {name: contender.facts for name, contender in contenders.items()}
+    losses = {name: fact["loss"] for name, fact in facts.items()}
     check(losses, dtype)
     times = measure(contenders, args.rounds, args.seconds)
+    for contender in contenders.values():
+        contender.close()
     median = {name: statistics.median(t) for name, t in times.items()}
     best = min((name for name in median if name != "ours"), key=median.get, default=None)
     return {
@@ -148,13 +205,14 @@ def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
         "kind": kind,
         "dtype": dtype,
         "batch": batch,
+        "remat": args.remat,
         "seconds": {name: [median[name], min(t), max(t)] for name, t in times.items()},
         "images_per_second": {name: batch / t for name, t in median.items()},
         "flops_per_second": {
             name: flops(architecture, kind) * batch / t for name, t in median.items()
         },
-        "memory_bytes": memory,
-        "first_step_seconds": compile_seconds,
+        "memory_bytes": {name: fact["memory"] for name, fact in facts.items()},
+        "first_step_seconds": {name: fact["first_step"] for name, fact in facts.items()},
         "failed": failed,
         "best_peer": best,
         "speed_ratio": median[best] / median["ours"] if best else None,
@@ -212,28 +270,26 @@ def main():
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--out", help="a JSON file")
     parser.add_argument("--sizes", nargs="+", help="such as 'BEiT-B/16 @224'")
-    parser.add_argument("--kinds", nargs="+", default=["training", "inference"])
+    parser.add_argument("--kinds", nargs="+", help="such as training; default: all")
     parser.add_argument("--peers", nargs="*", choices=peers.CONTENDERS)
     parser.add_argument("--attention", default="auto", help="ours: plain, xla or cudnn")
+    parser.add_argument("--remat", default="none", help="ours: none, full or dots")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.0, help="of a block of steps, at least")
     args = parser.parse_args()
     sizes = SIZES[args.device]
+    kinds = args.kinds or KINDS[args.device]
     args.peers = PEERS[args.device] if args.peers is None else args.peers
     if unknown := set(args.sizes or ()) - set(sizes):
         parser.error(f"unknown size {', '.join(unknown)}; available: {', '.join(sizes)}")
-    torch.set_num_threads(os.cpu_count())
-    torch.set_float32_matmul_precision("high")
     rate = peers.matmul_rate(torch.bfloat16, 8192, 20) if args.device == "gpu" else None
     rows = []
     for size in args.sizes or sizes:
-        for kind in args.kinds:
+        for kind in kinds:
             for dtype in DTYPES[args.device]:
-                for batch in getattr(sizes[size], kind):
+                for batch in getattr(sizes[size], kind.split(",")[0]):
                     rows.append(row(size, kind, dtype, batch, args))
                     print(describe(rows[-1], rate), rows[-1]["failed"] or "", flush=True)
-                    gc.collect()
-                    torch._dynamo.reset()
     variables = ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
     content = {
         "command": "python -m benchmarks" + " --device gpu" * (args.device == "gpu"),

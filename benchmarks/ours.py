@@ -8,45 +8,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import build, convert, optim, state
+from beit_jax import build, checkpoint, convert, lora, optim, state
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert.preprocessor import DEFAULT
-from beit_jax.tasks import classify
+from beit_jax.pretrained import Pretrained
+from beit_jax.tasks import classify, pretrain
 from beit_jax.tasks.task import Data
+from beit_jax.tokenizers import dvae
 from configs import common
 
 
-def load(model) -> tuple[dict, ModelInfo]:
-    """Parameters and description of a transformers model, through a file."""
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        loaded = convert.load(directory)
+def load(directory: str) -> Pretrained:
+    """Parameters and description of a model that transformers has saved."""
+    loaded = convert.load(directory)
     names = [str(i) for i in range(loaded.architecture["num_labels"])]
-    return loaded.params, ModelInfo("beit", "classify", loaded.architecture, names, DEFAULT, None)
+    task = "pretrain" if loaded.architecture["head"] == "mim" else "classify"
+    info = ModelInfo("beit", task, loaded.architecture, names, DEFAULT, None)
+    return Pretrained(loaded.params, info)
 
 
 def make_step(
-    kind: str, model, dtype: str, image: np.ndarray, label: np.ndarray, **runtime
-) -> tuple[Callable[[int], float], Callable]:
-    """Returns run(n), as `peers.make_step`, and the compiled function.
+    kind: str,
+    directory: str,
+    dtype: str,
+    image: np.ndarray,
+    target: dict[str, np.ndarray],
+    runtime: dict,
+) -> tuple[Callable[[int], float], Callable[[], int]]:
+    """Returns run(n), as `peers.make_step`, and a function that tells the bytes that the compiled
+    step needs on the device.
 
     Args:
-      kind: "training" or "inference".
-      model: transformers' model, whose weights are taken.
+      kind: one of `peers.KINDS`, or "mim, tokenizer", where the tokens are those of a dVAE of
+        OpenAI's size, with random weights, inside the step.
+      directory: of transformers' model, whose weights are taken.
       dtype: "float32" or "bfloat16" of the computation.
       image: uint8 [B, H, W, 3].
-      label: [B].
-      **runtime: attention and remat, as `config.model` has them.
+      target: of the kind, see `peers.make_target`.
+      runtime: attention and remat, as `config.model` has them.
     """
-    params, info = load(model)
-    make = _training if kind == "training" else _inference
-    return make(params, info, dtype, image, label, runtime)
+    start = load(directory)
+    if kind == "inference":
+        return _inference(start, dtype, image, runtime)
+    config = common.get_config()
+    with config.unlocked():
+        config.model.update(dtype=dtype, **runtime)
+    config.augment.flip = 0.0
+    task, batch = _MAKE[kind.split(",")[0]](kind, config, start, target)
+    return _train(task, {"image": image, **batch})
 
 
-def _inference(params, info, dtype, image, label, runtime):
-    network = classify.make_model(info, dtype=dtype, **runtime)
-    params, image = jax.device_put((params, image))
-    apply = jax.jit(lambda p, x: classify.classify(network, info, p, x, resized=True))
+def _inference(start, dtype, image, runtime):
+    network = classify.make_model(start.info, dtype=dtype, **runtime)
+    params, image = jax.device_put((start.params, image))
+    apply = jax.jit(lambda p, x: classify.classify(network, start.info, p, x, resized=True))
     compiled = apply.lower(params, image).compile()
 
     def run(n):
@@ -54,15 +69,63 @@ def _inference(params, info, dtype, image, label, runtime):
             out = compiled(params, image)
         return float(out.mean())
 
-    return run, compiled
+    return run, lambda: build.memory_of(compiled)
 
 
-def _training(params, info, dtype, image, label, runtime):
-    config = common.get_config()
-    with config.unlocked():
-        config.model.update(dtype=dtype, **runtime)
-    config.augment.flip = 0.0
-    task = classify.make_task(config, Data(info.class_names, resized=True), start=None, info=info)
+def _classify(kind, config, start, target):
+    del kind
+    data = Data(start.info.class_names, resized=True)
+    return classify.make_task(config, data, start=start, info=start.info), target
+
+
+def _lora(kind, config, start, target):
+    config.lora.rank = 16
+    task, batch = _classify(kind, config, start, target)
+    fitted = task.start
+
+    def keep_classifier(params):  # what a user's fine-tuning resets
+        return {**fitted(params), "classifier": start.params["classifier"]}
+
+    return lora.wrap(task._replace(start=keep_classifier), config, "random"), batch
+
+
+def _mim(kind, config, start, target):
+    with tempfile.TemporaryDirectory() as directory:
+        config.tokenizer = _random_tokenizer(directory, start.info)
+        config.mask.num_mask_patches = int(target["mask"].sum())
+        config.mask.bank = 1
+        data = Data(None, resized=True)
+        task = pretrain.make_task(config, data, start=start, info=start.info)
+    masks = task.frozen["masks"]
+    if "tokenizer" not in kind:
+        index = np.flatnonzero(target["mask"]).astype(masks["index"].dtype)
+        frozen = {**task.frozen, "tokens": target["token"]}
+        frozen["masks"] = {**masks, "index": index[None]}
+        frozen.pop("tokenizer")
+        task = task._replace(frozen=frozen)
+    return task, {"index": np.arange(len(target["token"]))}
+
+
+def _random_tokenizer(directory, info):
+    """The workdir of a dVAE that has not learnt."""
+    grid = info.architecture["image_size"][0] // info.architecture["patch_size"]
+    architecture = {"image_size": 8 * grid, "vocab_size": info.architecture["vocab_size"]}
+    model = dvae.Model(**architecture)
+    image = jnp.zeros((1, 8 * grid, 8 * grid, 3))
+    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
+    architecture |= {"num_groups": 4}
+    with checkpoint.Checkpointer(directory) as saver:
+        saver.save(0, {"params": params, "step": jnp.zeros(())})
+    described = ModelInfo("dvae", "train_tokenizer", architecture, None, None, None)
+    checkpoint.write_model_info(directory, described)
+    return directory
+
+
+_MAKE = {"training": _classify, "lora": _lora, "mim": _mim}
+
+
+def _train(task, batch):
+    params = task.start(jax.device_get(jax.jit(task.init)(jax.random.key(0))[0]))
     schedule = optim.make_schedule("constant", learning_rate=1e-4, total_steps=1000)
     tx, schedule = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0
@@ -75,18 +138,13 @@ def _training(params, info, dtype, image, label, runtime):
         seed=0,
     )
     current = jax.jit(functools.partial(state.create, tx=tx, ema=False))(params, {})
-    data = jax.device_put({"image": image, "label": jnp.asarray(label, jnp.int32)})
-    compiled = jax.jit(step, donate_argnums=0).lower(current, {}, None, data).compile()
+    frozen, data = jax.device_put((task.frozen, batch))
+    compiled = jax.jit(step, donate_argnums=0).lower(current, frozen, None, data).compile()
 
     def run(n):
         nonlocal current
         for _ in range(n):
-            current, scalars = compiled(current, {}, None, data)
+            current, scalars = compiled(current, frozen, None, data)
         return float(scalars["loss"])
 
-    return run, compiled
-
-
-def memory(compiled) -> int:
-    """Bytes that the compiled function needs on the device."""
-    return build.memory_of(compiled)
+    return run, lambda: build.memory_of(compiled)

@@ -1,12 +1,14 @@
 """What we are measured against: transformers and timm, the same architecture, weights and batch."""
 
-import contextlib
+import os
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import transformers
 
+KINDS = ("training", "inference", "mim", "lora")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # library, attention, mode of torch.compile
 CONTENDERS = {
@@ -18,12 +20,44 @@ CONTENDERS = {
 }
 
 
-def transformers_model(architecture: dict):
-    """`BeitForImageClassification` with SDPA attention; drop path off, so that all do the same."""
+def transformers_model(architecture: dict, kind: str = "training"):
+    """BEiT with SDPA attention; drop path off, so that all do the same."""
     torch.manual_seed(0)
-    switches = dict(use_relative_position_bias=True, use_mean_pooling=True, drop_path_rate=0.0)
+    is_mim = kind.startswith("mim")
+    switches = dict(
+        use_relative_position_bias=not is_mim,
+        use_shared_relative_position_bias=is_mim,
+        use_mask_token=is_mim,
+        use_mean_pooling=not is_mim,
+        drop_path_rate=0.0,
+        initializer_range=0.02,
+    )
     config = transformers.BeitConfig(**architecture, **switches, attn_implementation="sdpa")
+    if is_mim:
+        return transformers.BeitForMaskedImageModeling(config)
     return transformers.BeitForImageClassification(config)
+
+
+def make_target(kind: str, architecture: dict, batch: int) -> dict[str, np.ndarray]:
+    """What the step is to learn: "label" [B]; or "token" [B, N], and the "mask" [N] of all
+    pictures, of 40 % of the patches."""
+    rng = np.random.default_rng(1)
+    if not kind.startswith("mim"):
+        return {"label": rng.integers(0, architecture["num_labels"], batch).astype(np.int32)}
+    patches = (architecture["image_size"] // architecture["patch_size"]) ** 2
+    mask = np.zeros(patches, bool)
+    mask[rng.permutation(patches)[: round(0.4 * patches)]] = True
+    return {"token": rng.integers(0, 8192, (batch, patches)).astype(np.int32), "mask": mask}
+
+
+def _with_adapters(model):
+    """PEFT's LoRA of rank 16 on query and value; the classifier learns too."""
+    import peft
+
+    settings = peft.LoraConfig(
+        r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]
+    )
+    return peft.get_peft_model(model, settings)
 
 
 def timm_model(architecture: dict):
@@ -46,30 +80,54 @@ def timm_model(architecture: dict):
 
 
 def make_step(
-    contender: str, kind: str, architecture: dict, dtype: str, image: np.ndarray, label: np.ndarray
-) -> Callable[[int], float]:
-    """Returns run(n): n training steps or forward passes in a row; the last loss, or 0.
+    contender: str,
+    kind: str,
+    architecture: dict,
+    dtype: str,
+    image: np.ndarray,
+    target: dict[str, np.ndarray],
+) -> tuple[Callable[[int], float], Callable]:
+    """Returns run(n): n training steps or forward passes in a row, and the last loss or the mean
+    of the logits; and a function that tells the most bytes allocated on the GPU, or None.
 
     Args:
       contender: one of `CONTENDERS`.
-      kind: "training" (AdamW, gradients clipped to 3.0) or "inference".
+      kind: one of `KINDS`; all but inference are steps of AdamW with gradients clipped to 3.0.
       architecture: keyword arguments of `transformers.BeitConfig`.
       dtype: "float32", or "bfloat16", which is autocast over float32 parameters.
       image: uint8 [B, H, W, 3].
-      label: [B].
+      target: as `make_target` gives it.
+
+    Raises:
+      RuntimeError: the contender has no such kind.
     """
+    torch.set_num_threads(os.cpu_count())
+    torch.set_float32_matmul_precision("high")
     library, mode = CONTENDERS[contender]
-    model = (transformers_model if library == "transformers" else timm_model)(architecture)
-    model = model.to(DEVICE).train(kind == "training")
+    if library == "timm" and kind in ("mim", "lora"):
+        raise RuntimeError(f"timm has no {kind}")
+    model = (
+        transformers_model(architecture, kind) if library != "timm" else timm_model(architecture)
+    )
+    if kind == "lora":
+        model = _with_adapters(model)
+    model = model.to(DEVICE).train(kind != "inference")
     network = model
     if mode:
         network = torch.compile(model, mode=None if mode == "default" else mode)
     pixels = torch.from_numpy(image).to(DEVICE).permute(0, 3, 1, 2).contiguous()
-    target = torch.from_numpy(label).to(DEVICE)
+    target = {key: torch.from_numpy(x).to(DEVICE) for key, x in target.items()}
+    wanted = target.get("label")
+    if kind == "mim":
+        masked = target["mask"].expand(len(image), -1)
+        wanted = target["token"][masked]
     autocast = torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
     def logits():
-        out = network(pixels.float() / 127.5 - 1)
+        x = pixels.float() / 127.5 - 1
+        if kind == "mim":
+            return network(x, bool_masked_pos=masked).logits[masked]
+        out = network(x)
         return out.logits if library == "transformers" else out
 
     if kind == "inference":
@@ -83,23 +141,24 @@ def make_step(
             _wait()
             return float(out.float().mean())
 
-        return infer
+        return infer, _memory
 
     fused = {"fused": True} if DEVICE == "cuda" else {}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, **fused)
+    learning = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, weight_decay=0.05, **fused)
 
     def train(n):
         for _ in range(n):
             with autocast:
-                loss = torch.nn.functional.cross_entropy(logits().float(), target)
+                loss = torch.nn.functional.cross_entropy(logits().float(), wanted.long())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+            torch.nn.utils.clip_grad_norm_(learning, 3.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         _wait()
         return loss.item()
 
-    return train
+    return train, _memory
 
 
 def _wait():
@@ -107,22 +166,12 @@ def _wait():
         torch.cuda.synchronize()
 
 
-@contextlib.contextmanager
-def memory():
-    """Yields a function that tells the most bytes allocated on the GPU since the start, or None."""
-    if DEVICE == "cpu":
-        yield lambda: None
-        return
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    yield torch.cuda.max_memory_allocated
-    torch.cuda.empty_cache()
+def _memory():
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
 
 def matmul_rate(dtype, size: int, calls: int) -> float:
     """FLOP/s of a square matrix product."""
-    import time
-
     a = torch.randn(size, size, device=DEVICE, dtype=dtype)
     times = []
     for _ in range(4):

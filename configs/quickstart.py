@@ -3,14 +3,31 @@
     python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
 
 scikit-learn's 1,797 digits of 8 x 8 pixels, an 80 % / 20 % split, trained from scratch.
+
+And the whole story of BEiT: a tokenizer, pre-training on pictures without labels, fine-tuning on
+100 labels, beside the same network from scratch (`make story` does it with five seeds):
+
+    python main.py --config=configs/quickstart.py:tokenizer --workdir=workdirs/tokenizer
+    python main.py --config=configs/quickstart.py:pretrain --workdir=workdirs/pretrain \
+        --config.tokenizer=workdirs/tokenizer
+    python main.py --config=configs/quickstart.py:few --workdir=workdirs/few \
+        --config.pretrained=workdirs/pretrain
+    python main.py --config=configs/quickstart.py:few --workdir=workdirs/few_scratch
+    python -m beit_jax.compare workdirs/few workdirs/few_scratch --out workdirs/few_compared
 """
 
-from configs import common
+from configs import common, pretrain, train_tokenizer
 
 
 def get_config(arg=None):
-    """No arguments."""
-    common.parse_arg(arg)
+    """`arg`: "", "tokenizer", "pretrain" or "few"."""
+    arg = common.parse_arg(arg, "tokenizer", "pretrain", "few")
+    if arg == "tokenizer":
+        return train_tokenizer.get_config("digits")
+    if arg == "pretrain":
+        config = pretrain.get_config("digits")
+        config.objective = "tokens"
+        return config
     config = common.get_config()
     config.data.name = "digits"
 
@@ -39,4 +56,9 @@ def get_config(arg=None):
     config.eval_every = "5ep"
     config.save_every = "10ep"
     config.log_every = "100"
+    if arg == "few":
+        config.data.train, config.data.val = "train[:100]", ""
+        config.num_epochs = 100.0
+        config.optim.warmup = "5ep"
+        config.save_every = "50ep"
     return config

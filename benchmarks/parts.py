@@ -1,0 +1,168 @@
+"""Where the time of a training step goes, and what its options cost.
+
+    python -m benchmarks.parts                  benchmarks/results/parts_cpu.json
+    python -m benchmarks.parts --device gpu     benchmarks/results/parts_gpu.json
+
+Parts are compiled by themselves: what the compiler fuses across their borders is in none of them,
+so that they need not add up to the whole step. All are measured in turns in one process, as in
+`python -m benchmarks`.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import tempfile
+
+import jax
+import numpy as np
+import optax
+
+from beit_jax import build, optim, state
+from beit_jax.data import views
+from beit_jax.tasks import classify
+from beit_jax.tasks.task import Data
+from benchmarks import ours, peers
+from benchmarks.__main__ import RESULTS, SIZES, machine, measure
+from configs import common
+
+DEFAULT = {"cpu": ("ViT-tiny/4 @32", 64, "float32"), "gpu": ("BEiT-B/16 @224", 128, "bfloat16")}
+OPTIONS = {  # of config.model, and of the step
+    "attention plain": {"attention": "plain"},
+    "attention xla": {"attention": "xla"},
+    "attention cudnn": {"attention": "cudnn"},
+    "remat dots": {"remat": "dots"},
+    "remat full": {"remat": "full"},
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "accumulate 4": {"accumulate_steps": 4},
+    "averaged weights": {"ema_decay": 0.999},
+}
+
+
+def make(start, batch: dict, **changes):
+    """The parts of a step as {name: (function, arguments)}, "step" first."""
+    config = common.get_config()
+    with config.unlocked():
+        config.model.update({k: v for k, v in changes.items() if k in classify.RUNTIME})
+    config.augment.crop, config.augment.color_jitter = "rrc", 0.4
+    info = start.info
+    data = Data(info.class_names, resized=False)
+    task = classify.make_task(config, data, start=start, info=info)
+    params = start.params
+    schedule = optim.make_schedule("constant", learning_rate=1e-4, total_steps=1000)
+    tx, schedule = optim.make_optimizer(
+        "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0
+    )
+    ema = changes.get("ema_decay", 0.0)
+    step = state.make_train_step(
+        task,
+        tx,
+        schedule=schedule,
+        trainable=jax.tree.map(lambda x: True, params),
+        seed=0,
+        accumulate_steps=changes.get("accumulate_steps", 1),
+        ema_decay=ema,
+    )
+    current = jax.jit(functools.partial(state.create, tx=tx, ema=ema > 0))(params, {})
+    rng, image = jax.random.key(0), batch["image"]
+    model = classify.make_model(info, **classify.runtime(config))
+
+    def augment(rng, image):
+        return views.train_view(
+            rng, image, config, info.image, model.config.image_size, resized=False
+        )
+
+    def loss(params, view):
+        logits = model.apply({"params": params}, view)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    def update(gradient, opt_state, params):
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    seen = jax.jit(augment)(rng, image)
+    return {
+        "step": (step, (current, {}, None, batch)),
+        "augmentation": (augment, (rng, image)),
+        "forward": (loss, (params, seen)),
+        "forward and backward": (jax.value_and_grad(loss), (params, seen)),
+        "optimizer": (update, (params, current.opt_state, params)),
+    }
+
+
+def runner(function, arguments):
+    """run(n) for `measure`, and the compiled function; nothing is donated."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    arguments = jax.device_put(arguments)
+
+    def run(n):
+        for _ in range(n):
+            out = compiled(*arguments)
+        jax.block_until_ready(out)
+
+    return run, compiled
+
+
+def main():
+    """Measures, prints and writes JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", help="such as 'BEiT-B/16 @224'")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=list(OPTIONS))
+    args = parser.parse_args()
+    given = (args.size, args.batch, args.dtype)
+    size, count, dtype = (x or y for x, y in zip(given, DEFAULT[args.device], strict=True))
+    architecture = SIZES[args.device][size].architecture
+    side, rng = architecture["image_size"], np.random.default_rng(0)
+    image = rng.integers(0, 256, (count, side, side, 3), np.uint8)
+    batch = jax.device_put({"image": image, **peers.make_target("training", architecture, count)})
+    with tempfile.TemporaryDirectory() as directory:
+        peers.transformers_model(architecture).save_pretrained(directory)
+        start = ours.load(directory)
+    runs, memory, failed = {}, {}, {}
+    for name, (function, arguments) in make(start, batch, dtype=dtype).items():
+        runs[name], compiled = runner(function, arguments)
+        memory[name] = build.memory_of(compiled)
+    for name in args.options:
+        changes = OPTIONS[name]
+        try:
+            runs[name], compiled = runner(
+                *make(start, batch, **{"dtype": dtype, **changes})["step"]
+            )
+        except (RuntimeError, ValueError) as error:  # no such attention here
+            failed[name] = str(error).splitlines()[0][:200]
+            continue
+        memory[name] = build.memory_of(compiled)
+    times = measure(runs, args.rounds, 0.0)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    content = {
+        "command": f"python -m benchmarks.parts --device {args.device}",
+        "machine": machine(),
+        "environment": {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES")},
+        "model": size,
+        "batch": count,
+        "dtype": dtype,
+        "seconds": {name: [median[name], min(t), max(t)] for name, t in times.items()},
+        "of_step": {name: t / median["step"] for name, t in median.items()},
+        "memory_bytes": memory,
+        "memory_of_step": {name: m / memory["step"] for name, m in memory.items()},
+        "failed": failed,
+    }
+    with open(os.path.join(RESULTS, f"parts_{args.device}.json"), "w") as file:
+        json.dump(content, file, indent=1)
+    for name, t in median.items():
+        share, room = content["of_step"][name], content["memory_of_step"][name]
+        print(f"{name:22} {1e3 * t:9.1f} ms  {share:6.2f} of the step  memory {room:6.2f}")
+    for name, reason in failed.items():
+        print(f"{name:22} {reason}")
+
+
+if __name__ == "__main__":
+    main()
