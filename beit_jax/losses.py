@@ -46,12 +46,6 @@ def weighted_mean(values, weight=None) -> jax.Array:
     return jnp.sum(values * weight) / jnp.where(total == 0, 1, total)
 
 
-def sigmoid_cross_entropy(logits, labels) -> jax.Array:
-    """Binary cross entropy of [..., K] logits and targets in [0, 1], mean over K: [...]."""
-    logits = jnp.asarray(logits, jnp.float32)
-    return jnp.mean(jax.nn.softplus(logits) - labels * logits, axis=-1)
-
-
 def l1(prediction, target) -> jax.Array:
     """Mean absolute error over D: [..., D] -> [...]."""
     return jnp.mean(jnp.abs(jnp.asarray(prediction, jnp.float32) - target), axis=-1)
@@ -62,10 +56,3 @@ def smooth_l1(prediction, target, beta=1.0) -> jax.Array:
     error = jnp.abs(jnp.asarray(prediction, jnp.float32) - target)
     loss = jnp.where(error < beta, 0.5 * error**2 / beta, error - 0.5 * beta)
     return jnp.mean(loss, axis=-1)
-
-
-def cosine_distance(prediction, target, eps=1e-8) -> jax.Array:
-    """1 - cosine similarity over D, norms at least `eps` as in torch: [..., D] -> [...]."""
-    prediction, target = jnp.asarray(prediction, jnp.float32), jnp.asarray(target, jnp.float32)
-    norms = [jnp.sqrt(jnp.maximum(jnp.sum(x**2, -1), eps**2)) for x in (prediction, target)]
-    return 1 - jnp.sum(prediction * target, axis=-1) / (norms[0] * norms[1])

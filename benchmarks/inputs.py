@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from beit_jax.data import images, pipeline, sources
-from benchmarks.__main__ import RESULTS, machine
+from benchmarks.timing import RESULTS, machine
 
 SIZE, BATCH = (224, 224), 64
 

@@ -24,7 +24,8 @@ from beit_jax.data import views
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from benchmarks import ours, peers
-from benchmarks.__main__ import RESULTS, SIZES, machine, measure
+from benchmarks.sizes import SIZES
+from benchmarks.timing import RESULTS, machine, measure
 from configs import common
 
 DEFAULT = {"cpu": ("ViT-tiny/4 @32", 64, "float32"), "gpu": ("BEiT-B/16 @224", 128, "bfloat16")}

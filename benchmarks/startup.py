@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.__main__ import RESULTS, machine
+from benchmarks.timing import RESULTS, machine
 
 RUN = {
     "data.val": "",

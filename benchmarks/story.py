@@ -16,7 +16,7 @@ import shlex
 import statistics
 
 from beit_jax import compare
-from benchmarks.__main__ import RESULTS, machine
+from benchmarks.timing import RESULTS, machine
 
 CONFIGS = {  # of tokenizer, pre-training, fine-tuning
     "digits": ("quickstart.py:tokenizer", "quickstart.py:pretrain", "quickstart.py:few"),

@@ -221,6 +221,29 @@ def parse_arg(arg: str | None, *allowed: str) -> str:
     return arg or ""
 
 
+def unlabelled(arg: str | None, task_name: str) -> tuple[ConfigDict, str]:
+    """A config for a task that looks at pictures only, and which pictures.
+
+    Args:
+      arg: digits, cifar10 (default), imagenet or folder=PATH.
+      task_name: of the task.
+
+    Raises:
+      ValueError: another argument.
+    """
+    arg = arg or "cifar10"
+    kind, _, path = arg.partition("=")
+    if kind != "folder" or not path:
+        kind = parse_arg(arg, "digits", "cifar10", "imagenet", "folder=PATH")
+    config = get_config()
+    config.task_name = task_name
+    config.data.name = f"folder:{path}" if kind == "folder" else kind
+    config.data.labelled = False
+    config.best_metric, config.best_mode = "loss", "min"
+    config.augment.crop = "rrc"
+    return config, kind
+
+
 def shrink(config: ConfigDict) -> None:
     """Makes a recipe a two-minute check on CPU: few pictures, a small network, two epochs."""
     config.preset = "cifar"

@@ -16,23 +16,12 @@ ImageNet-1k at batch size 2048; it was not run here. Sizes are flags: --config.p
 
 from configs import common
 
-_ARGUMENTS = ("digits", "cifar10", "imagenet", "folder=PATH")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def get_config(arg=None):
     """`arg`: digits, cifar10 (default), imagenet or folder=PATH."""
-    arg = arg or "cifar10"
-    kind, _, path = arg.partition("=")
-    if kind != "folder" or not path:
-        kind = common.parse_arg(arg, *_ARGUMENTS)
-    config = common.get_config()
-    config.task_name = "pretrain"
-    config.data.name = f"folder:{path}" if kind == "folder" else kind
-    config.data.labelled = False
-    config.best_metric, config.best_mode = "loss", "min"
-
-    config.augment.crop = "rrc"
+    config, kind = common.unlabelled(arg, "pretrain")
     config.optim.name = "adamw"
     config.optim.learning_rate = 1.5e-3
     config.optim.end_value = 1e-5
@@ -54,16 +43,7 @@ def _digits(config):
     config.data2vec.layers = 2
     config.data2vec.decay, config.data2vec.end_decay = 0.99, 0.999
     config.data2vec.decay_steps = 500
-    config.model.image_size = 16
-    config.model.patch_size = 4
-    config.model.hidden_size = 64
-    config.model.num_hidden_layers = 4
-    config.model.num_attention_heads = 4
-    config.model.intermediate_size = 128
-    config.model.use_absolute_position_embeddings = True  # as quickstart.py, which fine-tunes it
-    config.model.initializer_range = 0.1  # 0.02 is for wide networks
-    config.model.layer_scale_init_value = 1.0
-    config.model.drop_path_rate = 0.0
+    config.preset = "digits"
     config.augment.scale = (0.7, 1.0)
     config.augment.flip = 0.0
     config.batch_size = 64

@@ -31,17 +31,7 @@ def get_config(arg=None):
     config = common.get_config()
     config.data.name = "digits"
 
-    config.model.image_size = 16
-    config.model.patch_size = 4
-    config.model.hidden_size = 64
-    config.model.num_hidden_layers = 4
-    config.model.num_attention_heads = 4
-    config.model.intermediate_size = 128
-    config.model.use_absolute_position_embeddings = True
-    config.model.initializer_range = 0.1  # 0.02 is for wide networks
-    config.model.layer_scale_init_value = 1.0
-    config.model.drop_path_rate = 0.0
-    config.model.head_init_scale = 1.0
+    config.preset = "digits"
 
     config.augment.crop = "rrc"
     config.augment.scale = (0.7, 1.0)

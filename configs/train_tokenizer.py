@@ -13,22 +13,10 @@ directory or hub id, or a workdir) it learns to tell that network's features, as
 
 from configs import common
 
-_ARGUMENTS = ("digits", "cifar10", "imagenet", "folder=PATH")
-
 
 def get_config(arg=None):
     """`arg`: digits, cifar10 (default), imagenet or folder=PATH."""
-    arg = arg or "cifar10"
-    kind, _, path = arg.partition("=")
-    if kind != "folder" or not path:
-        kind = common.parse_arg(arg, *_ARGUMENTS)
-    config = common.get_config()
-    config.task_name = "train_tokenizer"
-    config.data.name = f"folder:{path}" if kind == "folder" else kind
-    config.data.labelled = False
-    config.best_metric, config.best_mode = "loss", "min"
-
-    config.augment.crop = "rrc"
+    config, kind = common.unlabelled(arg, "train_tokenizer")
     config.optim.name = "adamw"
     config.optim.b2 = 0.99
     config.optim.weight_decay = 1e-4

@@ -19,6 +19,14 @@ DEFAULT = {  # of the BEiTs pretrained on ImageNet-22k, and of BeitImageProcesso
 _PIL = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
+def describe(*settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The default with what is set in one or more mappings, the last first; None is not set."""
+    image = dict(DEFAULT)
+    for given in settings:
+        image |= {key: value for key, value in (given or {}).items() if value is not None}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in image.items()}
+
+
 def from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a preprocessor_config.json of a BeitImageProcessor (or former BeitFeatureExtractor).
 

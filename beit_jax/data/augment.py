@@ -132,17 +132,12 @@ def random_flip(rng: jax.Array, image: jax.Array, probability: float = 0.5) -> j
     return jnp.where(is_mirrored, image[:, :, ::-1], image)
 
 
-def pad_crop(rng: jax.Array, image: jax.Array, pad: int, mode: str = "constant") -> jax.Array:
-    """Shifts each picture by up to `pad` pixels each way.
-
-    What comes in is black (mode "constant") or mirrored ("reflect").
-    """
-    if mode not in ("constant", "reflect"):
-        raise ValueError(f"Unknown mode {mode!r}; available: constant, reflect.")
+def pad_crop(rng: jax.Array, image: jax.Array, pad: int) -> jax.Array:
+    """Shifts each picture by up to `pad` pixels each way; what comes in is black."""
     if not pad:
         return image
     batch, *shape = image.shape
-    padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode)
+    padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     corner = jax.random.randint(rng, (batch, 2), 0, 2 * pad + 1)
     return jax.vmap(lambda x, at: jax.lax.dynamic_slice(x, (*at, 0), shape))(padded, corner)
 

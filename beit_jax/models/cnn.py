@@ -54,9 +54,7 @@ class CnnConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        size = self.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        object.__setattr__(self, "image_size", size)
+        size = layers.pair_image_size(self)
         for name in ("conv_channels", "hidden_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         layers.expect_one_of(

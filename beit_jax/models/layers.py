@@ -118,6 +118,14 @@ def resolve_dtype(dtype: str = "auto") -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def pair_image_size(config) -> tuple[int, int]:
+    """Makes (height, width) of a frozen configuration's image_size; one number is a square."""
+    size = config.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    object.__setattr__(config, "image_size", size)
+    return size
+
+
 def expect(config, condition: bool, message: str) -> None:
     """Raises ValueError, in the name of the family, where the condition does not hold."""
     if not condition:
@@ -171,9 +179,7 @@ class TransformerConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        size = self.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        object.__setattr__(self, "image_size", size)
+        size = pair_image_size(self)
         expect_one_of(self, head=self.HEADS, hidden_act=ACTIVATIONS, remat=REMAT_POLICIES)
         expect(
             self,

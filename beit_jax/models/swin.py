@@ -29,6 +29,7 @@ from beit_jax.models.layers import (
     make_config,
     norm,
     normal,
+    pair_image_size,
 )
 from beit_jax.models.position import Grid, relative_position_bias, resize_bicubic
 
@@ -110,9 +111,7 @@ class SwinConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        size = self.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        object.__setattr__(self, "image_size", size)
+        size = pair_image_size(self)
         for name in ("depths", "num_heads"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         expect_one_of(

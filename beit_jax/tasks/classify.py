@@ -227,14 +227,12 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
     architecture.update(overrides, head="classifier")
     architecture = dataclasses.asdict(family.Model(**architecture).config)
     architecture = {key: value for key, value in architecture.items() if key not in RUNTIME}
-    image = preprocessor.DEFAULT | ((start.image if start else None) or {})
-    image |= {key: value for key, value in config.image.items() if value is not None}
     return ModelInfo(
         model_name=config.model_name,
         task="classify",
         architecture=architecture,
         class_names=list(class_names),
-        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        image=preprocessor.describe(start.image if start else None, config.image),
         pretrained=config.pretrained or None,
     )
 

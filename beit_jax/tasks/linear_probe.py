@@ -12,6 +12,7 @@ import numpy as np
 
 from beit_jax import losses, modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
+from beit_jax.convert import preprocessor
 from beit_jax.data import views
 from beit_jax.models import features
 from beit_jax.tasks import classify
@@ -101,12 +102,11 @@ def frozen_network(config, start, class_names) -> tuple[ModelInfo, dict]:
         architecture["image_size"] = config.model.image_size
     old, new = (family.Model(**a).config for a in (start.info.architecture, architecture))
     params = family.adapt_params(start.params, old, new, config.resize_method)
-    image = start.info.image | {k: v for k, v in config.image.items() if v is not None}
     info = start.info._replace(
         task="linear_probe",
         architecture=architecture,
         class_names=list(class_names),
-        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        image=preprocessor.describe(start.info.image, config.image),
         pretrained=config.pretrained,
     )
     return info, params

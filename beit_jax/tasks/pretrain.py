@@ -248,13 +248,11 @@ def _model_info(config, objective, start: ModelInfo | None) -> ModelInfo:
         raise ValueError(
             f"config.model.early_layers is for config.objective 'tokens', not {config.objective!r}."
         )
-    image = preprocessor.DEFAULT | ((start.image if start else None) or {})
-    image |= {key: value for key, value in config.image.items() if value is not None}
     return ModelInfo(
         model_name=config.model_name,
         task="pretrain",
         architecture=architecture,
         class_names=None,
-        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        image=preprocessor.describe(start.image if start else None, config.image),
         pretrained=config.pretrained or None,
     )

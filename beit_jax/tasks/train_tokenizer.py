@@ -187,13 +187,12 @@ def _model_info(config, family, teacher: Teacher | None) -> ModelInfo:
     architecture = dataclasses.asdict(family.Model(**architecture).config)
     for key in classify.RUNTIME:
         architecture.pop(key, None)
-    image = preprocessor.DEFAULT | {k: v for k, v in config.image.items() if v is not None}
-    image |= {"mean": (0.0,), "std": (1.0,), "interpolation": config.tokenizer_interpolation}
+    unit = {"mean": (0.0,), "std": (1.0,), "interpolation": config.tokenizer_interpolation}
     return ModelInfo(
         model_name=config.tokenizer_name,
         task="train_tokenizer",
         architecture=architecture,
         class_names=None,
-        image={k: list(v) if isinstance(v, tuple) else v for k, v in image.items()},
+        image=preprocessor.describe(config.image, unit),
         pretrained=config.teacher or None,
     )

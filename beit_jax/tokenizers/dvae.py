@@ -69,9 +69,7 @@ class DVAEConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        size = self.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        object.__setattr__(self, "image_size", size)
+        size = layers.pair_image_size(self)
         patch = self.patch_size
         layers.expect(
             self,

@@ -1,0 +1,63 @@
+"""The architectures that are measured, and the operations that they need."""
+
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """An architecture (as `transformers.BeitConfig`) and how many pictures a step takes."""
+
+    architecture: dict
+    training: tuple[int, ...]
+    inference: tuple[int, ...]
+    mim: tuple[int, ...] = ()
+    lora: tuple[int, ...] = ()
+
+
+def _vit(width, layers, heads, image_size, patch_size, labels, mlp=4):
+    return dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=mlp * width,
+        image_size=image_size,
+        patch_size=patch_size,
+        num_labels=labels,
+    )
+
+
+SIZES = {
+    "cpu": {
+        "ViT-tiny/4 @32": Size(_vit(192, 12, 3, 32, 4, 10), (64,), (64,), (64,), (64,)),
+        "BEiT-B/16 @224": Size(_vit(768, 12, 12, 224, 16, 1000), (4,), (4,)),
+    },
+    "gpu": {
+        "BEiT-B/16 @224": Size(
+            _vit(768, 12, 12, 224, 16, 1000), (64, 256), (1, 64, 512), (128,), (64,)
+        ),
+        "BEiT-L/16 @224": Size(_vit(1024, 24, 16, 224, 16, 1000), (64, 256), (1, 512)),
+        "BEiT-L/16 @384": Size(
+            _vit(1024, 24, 16, 384, 16, 1000), (2, 16, 64), (1, 64), (), (2, 64)
+        ),
+        "BEiT-L/16 @512": Size(_vit(1024, 24, 16, 512, 16, 1000), (8, 32), (64,)),
+        "ViT-8M/4 @32": Size(_vit(288, 8, 9, 32, 4, 10), (256, 1024), (1024,)),
+    },
+}
+
+
+def flops(architecture: dict, kind: str) -> float:
+    """Floating-point operations for one picture, two per multiply-add; training is three times a
+    forward pass but for the gradient of the pictures. With adapters the kernels have no gradient,
+    and their own products are left out. The head of masked patches sees 40 % of them."""
+    width, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
+    patches = (architecture["image_size"] // architecture["patch_size"]) ** 2
+    tokens = patches + 1
+    embed = 2 * patches * 3 * architecture["patch_size"] ** 2 * width
+    mlp = 4 * tokens * width * architecture["intermediate_size"]
+    layer = 8 * tokens * width**2 + mlp + 4 * tokens**2 * width
+    heads = 0.4 * patches * 8192 if kind.startswith("mim") else architecture["num_labels"]
+    forward = layers * layer + embed + 2 * width * heads
+    if kind == "inference":
+        return forward
+    if kind == "lora":
+        return 2 * forward - embed + layers * 4 * tokens**2 * width  # of queries, keys, values
+    return 3 * forward - embed

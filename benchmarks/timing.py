@@ -1,0 +1,95 @@
+"""How anything here is timed: in turns, after warming up, beside a description of the machine."""
+
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import platform
+import time
+
+import jax
+
+RESULTS = os.path.join(os.path.dirname(__file__), "results")
+
+
+def measure(contenders: dict, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds per step of each contender in each block, in turns, forth and back.
+
+    A block has as many steps as fill about `seconds`, at least one.
+    """
+    steps = {}
+    for name, run in contenders.items():
+        run(1)  # compiles
+        run(1)
+        start = time.perf_counter()
+        run(1)
+        steps[name] = max(1, round(seconds / (time.perf_counter() - start)))
+    times = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name in (*contenders, *reversed(contenders)):
+            start = time.perf_counter()
+            contenders[name](steps[name])
+            times[name].append((time.perf_counter() - start) / steps[name])
+    return times
+
+
+class Contender:
+    """A step in a process of its own, so that no allocator and no thread is shared; run(n)."""
+
+    def __init__(self, make, *args):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, args))
+        self._process.start()
+        theirs.close()
+        self.facts = self._receive()
+
+    def __call__(self, n: int):
+        self._pipe.send(n)
+        return self._receive()
+
+    def _receive(self):
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("the process died, perhaps for want of memory") from None
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self):
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+
+
+def _serve(pipe, make, args):
+    """The process: makes a step, tells of it, and does as many as it is told."""
+    try:
+        start = time.perf_counter()
+        run, memory = make(*args)
+        facts = {"loss": run(1), "first_step": time.perf_counter() - start}
+        run(1)
+        pipe.send({**facts, "memory": memory()})
+        while True:
+            pipe.send(run(pipe.recv()))
+    except EOFError:
+        return
+    except Exception as error:  # no memory, no compiler, no library: the table has a gap
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
+def machine() -> dict:
+    """Hardware and versions."""
+    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    names = ("jax", "flax", "optax", "torch", "transformers", "timm", "numpy")
+    found = [name for name in names if importlib.util.find_spec(name)]
+    return {
+        "cpu": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in found},
+    }
