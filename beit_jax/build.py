@@ -65,10 +65,38 @@ def check_numbers(config) -> None:
     for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
         if config[key] is not None and config[key] <= 0:
             raise ValueError(f"config.{key} is {config[key]}; it must be above 0.")
+    for key in ("learning_rate", "end_value", "warmup_init", "weight_decay", "clip_norm"):
+        if config.optim[key] < 0:
+            raise ValueError(f"config.optim.{key} is {config.optim[key]}; it must not be negative.")
+    if config.best_mode not in ("max", "min"):
+        raise ValueError(f"config.best_mode is {config.best_mode!r}; expected max or min.")
+    for key in ("label_smoothing", "ema_decay"):
+        if not 0 <= config[key] < 1:
+            raise ValueError(f"config.{key} is {config[key]}; expected 0 <= {key} < 1.")
+
+
+def frozen_fingerprint(task) -> str:
+    """A checksum of the weights that a task uses but does not train: a tokenizer, a teacher."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(task.frozen))
+    weights = {
+        jax.tree_util.keystr(path): x
+        for path, x in leaves
+        if jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+    }
+    return f"{lora.fingerprint(weights):08x}"
 
 
 def make_plan(config, num_examples: int) -> Plan:
-    """Durations of the config in steps."""
+    """Durations of the config in steps.
+
+    Raises:
+      ValueError: a batch is more than there is, or the warm-up longer than the run.
+    """
+    if config.batch_size > num_examples:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, and {config.data.train!r} of "
+            f"{config.data.name} has {num_examples} pictures; expected at most as many."
+        )
     steps_per_epoch = num_examples / config.batch_size
     total_steps = config.total_steps
     if total_steps is None:
@@ -84,10 +112,16 @@ def make_plan(config, num_examples: int) -> Plan:
         )
 
     names = ("log_every", "eval_every", "save_every", "keep_every")
+    warmup = steps(config.optim.warmup, "optim.warmup")
+    if warmup > total_steps:
+        raise ValueError(
+            f"config.optim.warmup {config.optim.warmup!r} is {warmup} steps, and the run has only "
+            f"{total_steps}; set it to a share such as '5%', or raise config.num_epochs."
+        )
     return Plan(
         total_steps,
         steps_per_epoch,
-        warmup=steps(config.optim.warmup, "optim.warmup"),
+        warmup=warmup,
         **{name: steps(config[name], name) for name in names},
     )
 

@@ -1,9 +1,10 @@
 """Compares runs: python -m beit_jax.compare NAME=WORKDIR ... --out DIR
 
 Writes DIR/comparison.md, .csv and .png: accuracy with its confidence interval, curves, parameters,
-memory and speed, side by side. NAME=WORKDIR,WORKDIR,... are runs of one kind (seeds, folds): their
-mean and standard deviation. `--run "NAME: FLAGS"` first makes a run, or goes on with it, in
-DIR/NAME: FLAGS are those of main.py, after the ones given by --common.
+memory and speed, side by side. NAME=WORKDIR,WORKDIR,... are runs of one kind (seeds, folds), of
+which the mean is taken. Low and high are a 95 % interval: Wilson's of one run, Student's of the
+mean of several. `--run "NAME: FLAGS"` first makes a run, or goes on with it, in DIR/NAME: FLAGS are
+those of main.py, after the ones given by --common.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from beit_jax import plots, report
 
@@ -25,8 +27,9 @@ class Row(NamedTuple):
 
     Attributes:
       name: as given.
-      accuracy: on the test split, or else on the validation split; the mean of several runs.
-      low, high: Wilson's 95 % interval; of several runs, the mean -+ their standard deviation.
+      split: that it is measured on: test, or else val.
+      accuracy: the mean of several runs.
+      low, high: a 95 % interval: Wilson's of one run, Student's of the mean of several.
       num_runs: how many.
       num_parameters, num_trainable_parameters: of the network.
       step_memory_mib: that the compiled training step needs, on one device.
@@ -36,6 +39,7 @@ class Row(NamedTuple):
     """
 
     name: str
+    split: str
     accuracy: float
     low: float
     high: float
@@ -61,6 +65,9 @@ COLUMNS = {  # title: (field of Row, format)
 }
 
 
+_INTERVALS = "Low and high: 95 % interval, Wilson's of one run, Student's of the mean of several."
+
+
 def read(name: str, workdirs: list[str]) -> Row:
     """The row of one or several finished runs of one kind.
 
@@ -70,11 +77,14 @@ def read(name: str, workdirs: list[str]) -> Row:
     """
     results = [_results(workdir) for workdir in workdirs]
     tests = [_evaluated(workdir, r) for workdir, r in zip(workdirs, results, strict=True)]
+    if len(splits := {test["split"] for test in tests}) > 1:
+        raise ValueError(f"{name}: some of these runs have a test and some a validation only.")
     accuracy = np.array([test["accuracy"] for test in tests])
     low, high = tests[0]["accuracy_low"], tests[0]["accuracy_high"]
     if len(accuracy) > 1:
-        spread = accuracy.std(ddof=1)
-        low, high = accuracy.mean() - spread, accuracy.mean() + spread
+        error = accuracy.std(ddof=1) / len(accuracy) ** 0.5
+        half = scipy.stats.t.ppf(0.975, len(accuracy) - 1) * error
+        low, high = max(0.0, accuracy.mean() - half), min(1.0, accuracy.mean() + half)
 
     def mean(key, scale=1.0):
         values = [r[key] for r in results if r.get(key) is not None]
@@ -83,6 +93,7 @@ def read(name: str, workdirs: list[str]) -> Row:
     speed = mean("images_per_second")
     return Row(
         name=name,
+        split=splits.pop(),
         accuracy=float(accuracy.mean()),
         low=float(low),
         high=float(high),
@@ -106,6 +117,8 @@ def _results(workdir):
         with open(path) as file:
             return json.load(file)
     except FileNotFoundError:
+        if not os.path.isdir(workdir):
+            raise FileNotFoundError(f"There is no workdir {workdir}.") from None
         raise FileNotFoundError(
             f"{workdir} has no results.json: its run has not ended; give main.py the same command "
             "again."
@@ -116,8 +129,8 @@ def _results(workdir):
 
 def _evaluated(workdir, results):
     for split in ("test", "val"):
-        if "accuracy" in results.get(split, ()):
-            return results[split]
+        if "accuracy_low" in results.get(split, ()):
+            return results[split] | {"split": split}
     raise ValueError(
         f"{workdir} has no accuracy of a test or validation split, only "
         f"{', '.join(results) or 'nothing'}: only classifiers can be compared."
@@ -144,10 +157,12 @@ def write(rows: list[Row], directory: str) -> None:
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, "comparison")
     header, *lines = table(rows)
+    splits = " and ".join(sorted({row.split for row in rows}))
     with open(f"{path}.md", "w", encoding="utf-8") as file:
         ruler = ["---", *["---:"] * (len(header) - 1)]
         for line in (header, ruler, *lines):
             file.write(f"| {' | '.join(line)} |\n")
+        file.write(f"\nAccuracy on {splits}. {_INTERVALS}\n")
     with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         fields = [field for field in Row._fields if field != "curve"]
@@ -209,6 +224,9 @@ def main(argv=None) -> int:
         if not runs:
             raise ValueError("Nothing to compare: give NAME=WORKDIR, or --run.")
         rows = [read(name, workdirs) for name, workdirs in runs.items()]
+        if len({row.split for row in rows}) > 1:
+            found = ", ".join(f"{row.name}: {row.split}" for row in rows)
+            raise ValueError(f"The runs are not measured on the same split: {found}.")
         write(rows, args.out)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

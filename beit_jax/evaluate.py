@@ -1,5 +1,6 @@
 """Evaluation of any task: every example once, sums added up on the device; and what it leaves."""
 
+import contextlib
 import os
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import build, plots, report, sharding
-from beit_jax.data import inputs
+from beit_jax.data import inputs, pipeline
 from beit_jax.state import take
 
 
@@ -70,11 +71,19 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
             f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."
         )
     config = config.copy_and_resolve_references()
-    config.pretrained_reset = ()  # nothing may stay untrained
+    if step is None:
+        config.pretrained_reset = ()  # nothing may stay untrained
     task = build.make_task(config, splits, workdir, mesh, step)
     if step is None:
         params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
-        params = sharding.put(task.start(params), sharding.replicated(mesh))
+        blank = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+        params = task.start(blank)
+        if any(np.isnan(x).any() for x in jax.tree.leaves(params)):
+            raise ValueError(
+                f"{config.pretrained} has not all parameters of the task {config.task_name!r}, "
+                "and no run has trained them: train first, in the workdir to evaluate."
+            )
+        params = sharding.put(params, sharding.replicated(mesh))
     else:
         params, model_state = load(saver, step, mesh)
     log = stack.enter_context(
@@ -108,6 +117,8 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
         if name in splits:
             with log.timer("evaluate"):
                 metrics, outputs = evaluator(splits[name], params, model_state)
+            if task.choose and name == "test" and "val" in results:
+                metrics = task.choose(results["val"], metrics)
             results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
             log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
             if name == "test" or "test" not in splits:
@@ -116,9 +127,27 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
         scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
         log.scalars(step, scalars, show=False)
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
+    results["num_skipped"] = len(pipeline.SKIPPED)
     results["seconds"] = log.times()
     report.write_json(os.path.join(workdir, "results.json"), results)
     return results
+
+
+def check_best_metric(task, config, mesh, split, state) -> None:
+    """Raises ValueError where a validation has no `config.best_metric`; nothing is computed."""
+    stream = inputs.eval_stream(
+        split, config, mesh, image_size=task.image_size, image=task.info.image
+    )
+    with contextlib.closing(stream):
+        batch = jax.eval_shape(take, split.resident, next(stream))
+    arguments = state.eval_params, state.model_state, task.frozen, batch
+    sums, _ = jax.eval_shape(task.evaluate, *arguments)
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), sums)
+    available = scalars_of(task.summarize(ones))
+    if config.best_metric not in available:
+        raise ValueError(
+            f"Unknown config.best_metric {config.best_metric!r}; available: {', '.join(available)}."
+        )
 
 
 def scalars_of(metrics) -> dict[str, float]:

@@ -21,7 +21,10 @@ from beit_jax.tasks import classify
 
 
 def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=128, dtype="auto"):
-    """The features of every layer, unit length, [L][N, F], and the labels [N] of a source."""
+    """The features of every layer, unit length, [L][N, F], and the labels [N] of a source.
+
+    Pictures that are skipped are in neither.
+    """
     model = classify.make_model(start.info, dtype=dtype)
     size, image = model.config.image_size, start.info.image
 
@@ -33,7 +36,7 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
         return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
 
     params = jax.device_put(start.params)
-    result, labels = None, np.zeros(len(source), np.int32)
+    result, labels = None, np.full(len(source), -1, np.int32)
     batch_size = min(batch_size, len(source))
     with pipeline.eval_batches(
         source,
@@ -52,7 +55,8 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
             for rows, x in zip(result, found, strict=True):
                 rows[batch["index"][real]] = x[real]
             labels[batch["index"][real]] = batch["label"][real]
-    return result, labels
+    known = labels >= 0  # a picture that was skipped has none
+    return [x[known] for x in result], labels[known]
 
 
 def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, chunk=256) -> float:
@@ -92,6 +96,7 @@ def main(argv=None) -> int:
     parser.add_argument("--data-dir", help="of tfds")
     parser.add_argument("--train", default="train", help="split of the neighbours")
     parser.add_argument("--test", default="test", help="split that is classified")
+    parser.add_argument("--on-bad-image", choices=["error", "skip"], default="error")
     parser.add_argument("--k", type=int, default=20, help="number of neighbours")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--out", help="a JSON file")
@@ -101,7 +106,9 @@ def main(argv=None) -> int:
     try:
         start = pretrained.load(args.checkpoint)
         splits = [
-            sources.get_source(args.data, split, data_dir=args.data_dir)
+            sources.get_source(
+                args.data, split, data_dir=args.data_dir, on_bad_image=args.on_bad_image
+            )
             for split in (args.train, args.test)
         ]
         if splits[0].class_names is None:

@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685) on any task and network, without a change to either.
+"""LoRA (arXiv:2106.09685) on any network, without a change to it or its task.
 
 The output of each targeted dense layer gets `alpha / rank * dropout(x) A B` added to it, by flax's
 `intercept_methods`. What is not trained is `Task.frozen`: it has neither gradient nor optimizer
@@ -36,9 +36,10 @@ def wrap(task: Task, config, base: str) -> Task:
 
     Raises:
       ValueError: rank or alpha are not above 0, there are no such targets, nothing is pretrained,
-        or `task.info` says that the adapters were trained on another base.
+        `task.info` says that the adapters were trained on another base, or the task or
+        `config.trainable` does not go with adapters.
     """
-    check(config.lora)
+    check(config)
     params = pretrained_params(task)
     rest = trained_names(params, config.lora.trainable)
     frozen = {name: x for name, x in params.items() if name not in rest}
@@ -49,8 +50,10 @@ def wrap(task: Task, config, base: str) -> Task:
     identity = {
         "rank": config.lora.rank,
         "alpha": config.lora.alpha,
+        "dropout": config.lora.dropout,
         "targets": list(config.lora.targets),
         "base": base,
+        "revision": config.pretrained_revision,
         "base_crc32": fingerprint(frozen),
         "resize_method": config.resize_method,
     }
@@ -84,10 +87,12 @@ def wrap(task: Task, config, base: str) -> Task:
             return function(everything, frozen["task"])
 
     def loss(trained, model_state, frozen, batch, rng):
+        rng, own = jax.random.split(rng)
+
         def function(params, frozen):
             return task.loss(params, model_state, frozen, batch, rng)
 
-        return with_adapters(function, trained, frozen, jax.random.fold_in(rng, 2))
+        return with_adapters(function, trained, frozen, own)
 
     def evaluate(trained, model_state, frozen, batch):
         def function(params, frozen):
@@ -127,8 +132,19 @@ def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, con
     return out + (matmul(matmul(x, a).astype(out.dtype), b) * scale).astype(out.dtype)
 
 
-def check(lora) -> None:
-    """Raises ValueError where the settings make no adapters."""
+def check(config) -> None:
+    """Raises ValueError where the settings make no adapters, or none that learn."""
+    lora = config.lora
+    if config.trainable in ("head", "bias"):
+        raise ValueError(
+            f"config.trainable is {config.trainable!r}, which trains no adapters: leave it 'all', "
+            "or set config.lora.rank=0."
+        )
+    if config.task_name == "pretrain" and config.objective != "tokens":
+        raise ValueError(
+            "Of the objectives, LoRA adapts 'tokens' only: a decoder or an averaged teacher beside "
+            f"the network is not what it is for; got config.objective {config.objective!r}."
+        )
     if lora.rank <= 0 or lora.alpha <= 0:
         raise ValueError(
             f"config.lora.rank is {lora.rank} and alpha {lora.alpha}; both must be above 0 (rank 0 "
@@ -189,6 +205,24 @@ def fingerprint(params: Flat) -> int:
         crc = zlib.crc32(repr((name, x.shape)).encode(), crc)
         crc = zlib.crc32(x.view(np.uint8).reshape(-1), crc)
     return crc
+
+
+def check_shapes(adapters: Flat, params: Flat, base: str) -> None:
+    """Raises ValueError where adapters do not fit the layers of a base: both by name."""
+    problems = []
+    for name, x in adapters.items():
+        layer, _, factor = name.removeprefix("lora/").rpartition("/")
+        is_adapter = name.startswith("lora/")
+        kernel = params.get(f"{layer}/kernel" if is_adapter else name)
+        if kernel is None:
+            problems.append(f"{name}: there is no such layer")
+        elif is_adapter and x.shape[factor == "b"] != kernel.shape[factor == "b"]:
+            problems.append(f"{name} {x.shape} for a kernel {kernel.shape}")
+        elif not is_adapter and x.shape != kernel.shape:
+            problems.append(f"{name} {x.shape}, expected {kernel.shape}")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"The adapters do not fit {base}: {'; '.join(problems[:3])}{more}.")
 
 
 def check_base(expected: Mapping | None, found: Mapping) -> None:

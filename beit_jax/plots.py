@@ -227,7 +227,7 @@ def comparison(rows: Sequence, path: str) -> Figure:
     left.set_ylim(-0.6, len(rows) - 0.4)
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(PercentFormatter(1))
-    left.set_title("accuracy")
+    left.set_title("accuracy, 95 % interval")
     left.grid(axis="x")
     for axes in right:
         for row, color in zip(rows, colors, strict=True):
@@ -254,7 +254,7 @@ def layers(accuracy: Sequence[float], path: str, *, title: str) -> Figure:
     axes.set(title=title, xlabel="layer", ylabel="accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(loc="lower right")
+    axes.legend()
     axes.grid()
     return _save(figure, path)
 

@@ -8,6 +8,7 @@ an error in their row, and make the exit status 3; bad arguments make it 2.
 import argparse
 import csv
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -69,8 +70,8 @@ def _columns(names, wanted, info):
     if sorted(names) != sorted(wanted) or len(set(names)) != len(names):
         differ = sorted(set(names) ^ set(wanted))[:4]
         raise ValueError(
-            f"The models tell different classes: {info.pretrained or info.model_name} has "
-            f"{len(names)}, the first {len(wanted)}; only one of them has {', '.join(differ)}."
+            f"The models tell different classes: {info.pretrained or 'a ' + info.model_name} has "
+            f"{len(names)}, the first model {len(wanted)}; only one has {', '.join(differ)}."
         )
     return [names.index(name) for name in wanted]
 
@@ -171,9 +172,12 @@ def main(argv=None) -> int:
         "--checkpoint",
         required=True,
         nargs="+",
+        action="extend",
         help="a workdir, or a HuggingFace directory or hub id; of several, the mean probabilities",
     )
-    parser.add_argument("--images", required=True, nargs="+", help="pictures and folders of them")
+    parser.add_argument(
+        "--images", required=True, nargs="+", action="extend", help="pictures and folders of them"
+    )
     parser.add_argument("--out", required=True, help="predictions.csv or .json")
     parser.add_argument("--top-k", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -185,6 +189,7 @@ def main(argv=None) -> int:
         parser.error("--top-k and --batch-size must be at least 1")
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}")
+    logging.getLogger().setLevel(logging.ERROR)  # pictures that cannot be read are told once
     try:
         models = [_load(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)
@@ -204,7 +209,7 @@ def main(argv=None) -> int:
     bad = [row for row in rows if row["error"]]
     for row in bad:
         print(f"not read: {row['path']}: {row['error']}", file=sys.stderr)
-    print(f"{len(rows) - len(bad)} predictions, {len(bad)} pictures not read: {args.out}")
+    print(f"{len(rows) - len(bad)} predictions, {len(bad)} not read: {args.out}")
     return 3 if bad else 0
 
 

@@ -56,10 +56,17 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
       FileNotFoundError, ValueError, CheckpointError: it cannot be read, or the base is not there or
         is another one.
     """
-    params, info = checkpoint.load_params(workdir, step), checkpoint.read_model_info(workdir)
+    info = checkpoint.read_model_info(workdir)
+    if info.task in ("linear_probe", "train_tokenizer"):
+        raise ValueError(
+            f"{workdir} is of the task {info.task!r}; expected a network that was fine-tuned or "
+            "pre-trained."
+        )
+    params = checkpoint.load_params(workdir, step)
     if not info.lora:
         return Pretrained(params, info)
-    base = blank_filled(load(info.lora["base"]), info, info.lora["resize_method"])
+    start = load(info.lora["base"], info.lora.get("revision", ""))
+    base = blank_filled(start, info, info.lora["resize_method"])
     return Pretrained(lora.merge(params, base, info.lora), info._replace(lora=None))
 
 

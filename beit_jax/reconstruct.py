@@ -14,7 +14,7 @@ import sys
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint
+from beit_jax import checkpoint, pretrained
 from beit_jax.data import images, views
 from beit_jax.predict import find_pictures
 from beit_jax.tasks import pretrain
@@ -42,7 +42,7 @@ def reconstruct(workdir, paths: list[pathlib.Path], *, step="best") -> list[np.n
     prepare = views.host_preparation(info.image, size)
     image = np.stack([prepare(images.open_image(path)) for path in paths])
     draw = pretrain.make_reconstruction(config, info, objective, size, True)
-    params = checkpoint.load_params(workdir, step=step)
+    params = pretrained.load_workdir(workdir, step).params
     return draw(params, {**objective.frozen, "masks": bank}, image, np.arange(len(image)))
 
 

@@ -63,11 +63,12 @@ def _train(config, workdir, mesh, stack):
     if "train" not in splits:
         raise ValueError("config.data.train is empty; to evaluate only, set config.eval_only.")
     fingerprints = {name: split.source.info.fingerprint for name, split in splits.items()}
-    workdirs.check_data(workdir, fingerprints)
     train = splits["train"]
     plan = build.make_plan(config, train.num_examples)
     saver = stack.enter_context(build.make_checkpointer(config, workdir, plan.keep_every))
     task = build.make_task(config, splits, workdir, mesh, saver.latest_step())
+    fingerprints["frozen weights"] = build.frozen_fingerprint(task)
+    workdirs.check_data(workdir, fingerprints)
     tx, schedule = build.make_optimizer(config, task, plan)
     state = build.make_state(config, task, tx, saver, mesh)
     checkpoint.write_model_info(workdir, task.info)
@@ -84,6 +85,8 @@ def _train(config, workdir, mesh, stack):
     )
     log.parameters(state.params)
     evaluator = evaluate.make_evaluator(task, config, mesh)
+    if "val" in splits:
+        evaluate.check_best_metric(task, config, mesh, splits["val"], state)
     stopped = stack.enter_context(catch_signals())
     stream = inputs.train_stream(
         train,

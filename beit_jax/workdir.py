@@ -14,7 +14,8 @@ import filelock
 def open_workdir(
     workdir: str | os.PathLike, config: Mapping[str, Any], *, allow_change: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Makes and locks a workdir, and writes config.json or compares it with the one there.
+    """Makes and locks a workdir, and writes config.json or compares it with that of a run which
+    has saved a step.
 
     Args:
       workdir: the directory; it may be there from an earlier start of the same run.
@@ -22,7 +23,8 @@ def open_workdir(
       allow_change: keys ("optim.learning_rate") that may differ from those of the earlier start.
 
     Raises:
-      ValueError: it cannot be made, another process uses it, or it belongs to another run.
+      ValueError: it cannot be made, another process uses it, or it belongs to another run, or is
+        no workdir.
     """
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -38,20 +40,21 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
 
     Args:
       workdir: of the run.
-      fingerprints: of each split.
+      fingerprints: of each split, and of weights that are not trained.
 
     Raises:
-      ValueError: a split has changed.
+      ValueError: one has changed.
     """
     path = os.path.join(workdir, "data.json")
-    if os.path.exists(path):
+    if os.path.exists(path) and _has_begun(workdir):
         with open(path) as file:
             stored = json.load(file)
         changed = [name for name in fingerprints if stored.get(name) != fingerprints[name]]
         if changed:
             raise ValueError(
                 f"The data of {', '.join(changed)} have changed since {workdir} was begun: "
-                "pictures were added, removed or replaced. Restore them, or use another workdir."
+                "pictures were added, removed or replaced, or a tokenizer or teacher trained on. "
+                "Restore them, or use another workdir."
             )
     _write(path, dict(fingerprints))
 
@@ -82,18 +85,21 @@ def _lock(workdir):
 
 def _check_config(workdir, config, allow_change):
     path = os.path.join(workdir, "config.json")
-    if os.path.exists(path):
+    if os.path.exists(path) and _has_begun(workdir):
         try:
             with open(path) as file:
                 stored = _flatten(json.load(file))
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}. Use another workdir.") from error
         _compare(workdir, stored, _flatten(config), allow_change)
-    elif others := [name for name in ("model.json", "checkpoints") if _exists(workdir, name)]:
-        raise ValueError(
-            f"{workdir} holds {' and '.join(others)} but no config.json: it was not made by a run. "
-            "Use another workdir; --config.pretrained takes this one as a start."
-        )
+    elif not os.path.exists(path):
+        entries = os.scandir(workdir)
+        others = [e.name for e in entries if e.name == "model.json" or e.is_dir()]
+        if others:
+            raise ValueError(
+                f"{workdir} holds {', '.join(sorted(others)[:4])} but no config.json: it was not "
+                "made by a run. Use another workdir; --config.pretrained takes one as a start."
+            )
     _write(path, config)
 
 
@@ -103,8 +109,10 @@ def _write(path, content):
     os.replace(f"{path}.tmp", path)
 
 
-def _exists(workdir, name):
-    return os.path.exists(os.path.join(workdir, name))
+def _has_begun(workdir):
+    """Whether a step was saved; until then a workdir may be had for any config."""
+    path = os.path.join(workdir, "checkpoints")
+    return os.path.isdir(path) and any(os.scandir(path))
 
 
 def _compare(workdir, stored, given, allow_change):

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/linear_probe.py:DATA --config.pretrained=RUN --workdir=DIR
 
-DATA is digits, cifar10, cifar100, imagenet2012 or folder:PATH. AdamW with
+DATA is digits, cifar10, cifar100, imagenet2012 or folder=PATH. AdamW with
 weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024, 100 epochs, random
 resized crops and flips. results.json has the accuracy of each layer. `python -m beit_jax.knn` asks
 the same of the nearest neighbours, without training.
@@ -21,11 +21,12 @@ _SPLITS = {  # train, validation, test
 def get_config(arg=None):
     """`arg`: the data set, cifar10 by default."""
     arg = arg or "cifar10"
-    if not arg.startswith("folder:"):
-        common.parse_arg(arg, *_SPLITS)
+    kind, _, path = arg.partition("=")
+    if kind != "folder" or not path:
+        common.parse_arg(arg, *_SPLITS, "folder=PATH")
     config = common.get_config()
     config.task_name = "linear_probe"
-    config.data.name = f"tfds:{arg}" if arg == "imagenet2012" else arg
+    config.data.name = {"folder": f"folder:{path}", "imagenet2012": f"tfds:{arg}"}.get(kind, arg)
     splits = _SPLITS.get(arg, ("train[:80%]", "train[80%:90%]", "train[90%:]"))
     config.data.train, config.data.val, config.data.test = splits
 

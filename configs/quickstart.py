@@ -5,7 +5,7 @@
 scikit-learn's 1,797 digits of 8 x 8 pixels, an 80 % / 20 % split, trained from scratch.
 
 And the whole story of BEiT: a tokenizer, pre-training on pictures without labels, fine-tuning on
-100 labels, beside the same network from scratch (`make story` does it with five seeds):
+50 labels, beside the same network from scratch (`make story` does it with five seeds):
 
     python main.py --config=configs/quickstart.py:tokenizer --workdir=workdirs/tokenizer
     python main.py --config=configs/quickstart.py:pretrain --workdir=workdirs/pretrain \
@@ -27,10 +27,11 @@ def get_config(arg=None):
     if arg == "pretrain":
         config = pretrain.get_config("digits")
         config.objective = "tokens"
+        config.num_epochs = 200.0
+        config.eval_every = config.save_every = "20ep"
         return config
     config = common.get_config()
     config.data.name = "digits"
-
     config.preset = "digits"
 
     config.augment.crop = "rrc"
@@ -47,8 +48,8 @@ def get_config(arg=None):
     config.save_every = "10ep"
     config.log_every = "100"
     if arg == "few":
-        config.data.train, config.data.val = "train[:100]", ""
-        config.num_epochs = 100.0
-        config.optim.warmup = "5ep"
-        config.save_every = "50ep"
+        config.data.train, config.data.val = "train[:50]", ""
+        config.num_epochs = 200.0
+        config.optim.warmup = "5%"
+        config.save_every = "100ep"
     return config

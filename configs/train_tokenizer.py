@@ -64,7 +64,7 @@ def _imagenet(config):
 
 
 def _folder(config):
-    config.data.train, config.data.val, config.data.test = "train[:95%]", "train[95%:]", ""
+    config.data.train, config.data.val, config.data.test = "train[:80%]", "train[80%:90%]", ""
     config.preset = "small"
     config.augment.scale = (0.2, 1.0)
     config.batch_size = 128

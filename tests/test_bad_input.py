@@ -49,7 +49,7 @@ def test_wrong_type_of_config_value(refuses):
 
 def test_unknown_config_argument(flags, fails, tmp_path):
     message = fails(*flags(tmp_path, config="configs/cifar10.py:runlocl"))
-    assert "Unknown config argument 'runlocl'; available: baseline, runlocal." in message
+    assert "Unknown config argument 'runlocl'; available: baseline, runlocal, small." in message
 
 
 def test_unknown_config_file(flags, fails, tmp_path):
@@ -114,6 +114,15 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"num_epochs": -1.0}, ["config.num_epochs is -1.0"]),
         ({"save_every": "1 epoch"}, ["config.save_every", "10ep"]),
         ({"batch_size": 0}, ["config.batch_size is 0"]),
+        ({"batch_size": 4096}, ["config.batch_size is 4096", "400 pictures"]),
+        ({"optim.learning_rate": -1.0}, ["config.optim.learning_rate is -1.0"]),
+        ({"optim.warmup": "1000ep"}, ["config.optim.warmup", "config.num_epochs"]),
+        ({"label_smoothing": 1.5}, ["config.label_smoothing is 1.5"]),
+        ({"best_mode": "Max"}, ["config.best_mode is 'Max'"]),
+        (
+            {"best_metric": "acuracy", "data.val": "train[400:450]"},
+            ["'acuracy'", "available: accuracy"],
+        ),
         ({"accumulate_steps": 0}, ["config.accumulate_steps is 0"]),
         ({"accumulate_steps": 3}, ["config.batch_size is 32", "3 micro-batches", "such as 30"]),
         ({"optim.freeze": "('layr_0/.*',)"}, ["layr_0/.*"]),
@@ -215,7 +224,7 @@ def test_empty_class_folder(refuses, folder):
 
 def test_no_labels(refuses, folder):
     path, changes = folder
-    message = refuses(changes | {"data.name": f"folder:{path}/red"})
+    message = refuses(changes | {"data.name": f"folder:{path}/red", "batch_size": 8})
     assert "Classification needs labels" in message
 
 
@@ -236,6 +245,7 @@ def test_unusable_workdir(flags, fails, tmp_path):
 
 def test_damaged_workdir(flags, fails, tmp_path):
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     assert "config.json is damaged" in fails(*flags(tmp_path))
 
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from beit_jax import compare
 
@@ -44,6 +45,9 @@ def test_table_and_figure(tmp_path, make_run, capsys):
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| BEiT | 0.9000 | 0.8800 | 0.9200 | 1 | 123,456 | – | – | – | – |",
         "| small | 0.7000 | 0.6800 | 0.7200 | 1 | 1,000 | 10 | 3 | 250.0 | 120.5 |",
+        "",
+        "Accuracy on test. Low and high: 95 % interval, Wilson's of one run, Student's of the mean "
+        "of several.",
     ]
     rows = read_csv(tmp_path / "out" / "comparison.csv")
     assert rows["BEiT"]["num_parameters"] == "123456" and rows["BEiT"]["step_ms"] == ""
@@ -56,7 +60,8 @@ def test_several_runs_are_one_row(make_run):
     row = compare.read("folds", workdirs)
     assert row.num_runs == 3
     assert row.accuracy == pytest.approx(np.mean(accuracy))
-    assert row.high - row.low == pytest.approx(2 * np.std(accuracy, ddof=1))
+    student = scipy.stats.ttest_1samp(accuracy, 0).confidence_interval(0.95)
+    assert (row.low, row.high) == pytest.approx(tuple(student))
 
 
 def test_the_figure_shows_each_run(tmp_path, make_run):
@@ -74,6 +79,10 @@ def test_the_figure_shows_each_run(tmp_path, make_run):
         (lambda path: (path / "results.json").unlink(), "has no results.json: its run has not"),
         (lambda path: (path / "results.json").write_text("{"), "results.json is damaged"),
         (lambda path: (path / "results.json").write_text('{"step": 1}'), "only classifiers can"),
+        (  # a probe, or pre-training
+            lambda path: (path / "results.json").write_text('{"test": {"accuracy": 0.5}}'),
+            "only classifiers can",
+        ),
     ],
 )
 def test_runs_that_cannot_be_compared(tmp_path, make_run, capsys, spoil, message):
@@ -110,3 +119,11 @@ def test_makes_the_runs(tmp_path, flags, capfd):
     stored = json.loads((tmp_path / "one" / "results.json").read_text())
     assert float(row["accuracy"]) == stored["test"]["accuracy"]
     assert float(row["step_ms"]) > 0 and int(row["num_trainable_parameters"]) > 0
+
+
+@pytest.mark.parametrize("arguments", [["{a}", "{b}"], ["both={a},{b}"]])
+def test_runs_of_different_splits(tmp_path, make_run, capsys, arguments):
+    places = {"a": make_run("a", 0.5), "b": make_run("b", 0.6, split="val")}
+    arguments = [argument.format(**places) for argument in arguments]
+    assert compare.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "split" in (message := capsys.readouterr().err) or "some a validation only" in message

@@ -74,6 +74,16 @@ def test_split_slices(tmp_path, split, expected):
     assert ids(sources.get_source(f"folder:{tmp_path}", split)) == whole[expected]
 
 
+@pytest.mark.parametrize("prefix", ["", "train"])
+def test_a_folder_is_split_alike_with_and_without_labels(tmp_path, prefix):
+    """What is tested on is not pre-trained on."""
+    class_folders(tmp_path, {"a": 150, "b": 40, "c": 10}, prefix)
+    for split in ("train[:80%]", "train[80%:]"):
+        pair = (sources.get_source(f"folder:{tmp_path}", split, labelled=x) for x in (True, False))
+        with_labels, without = (set(ids(source)) for source in pair)
+        assert with_labels == without and len(without) in (160, 40)
+
+
 def test_splits_add_up(tmp_path):
     class_folders(tmp_path, {"a": 6, "b": 4}, "train")
     class_folders(tmp_path, {"b": 5, "c": 1}, "test")

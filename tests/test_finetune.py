@@ -236,7 +236,7 @@ def test_predictions_agree_with_transformers(
         *("--checkpoint", finetuned[0], "--images", picture_folder, "--out", out, "--top-k", 2),
     ).wait()
     assert status == 0, output
-    assert "60 predictions, 0 pictures not read" in output
+    assert "60 predictions, 0 not read" in output
     rows = read_rows(out)
     names, probability = predict_with_transformers(exported, [row["path"] for row in rows])
     assert len(rows) == 60
@@ -271,7 +271,7 @@ def test_picture_that_cannot_be_read(tmp_path, start, picture_folder, finetuned)
     ).wait()
     assert status == 3
     assert f"not read: {pictures}/3.png" in output
-    assert "19 predictions, 1 pictures not read" in output
+    assert "19 predictions, 1 not read" in output
     with open(out, newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
     bad = rows.pop(f"{pictures}/3.png")
@@ -290,7 +290,8 @@ def test_ensemble_is_the_mean(tmp_path, start, finetuned, hf_directory, picture_
     for number, models in enumerate([[finetuned[0]], [hf_directory], [finetuned[0], hf_directory]]):
         out = tmp_path / f"{number}.json"
         arguments = ("--images", picture_folder / "red", "--out", out)
-        finished = start("beit_jax.predict", "--checkpoint", *models, *arguments).wait()
+        checkpoints = [x for model in models for x in ("--checkpoint", model)]
+        finished = start("beit_jax.predict", *checkpoints, *arguments).wait()
         assert finished.status == 0, finished.output
         found.append(by_name(out))
     first, second, both = found

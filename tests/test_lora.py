@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from beit_jax import build, checkpoint, lora, optim, pretrained, state, train
+from beit_jax.convert import peft as convert_peft
 from beit_jax.models import beit
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
@@ -104,7 +105,7 @@ def test_gradient_is_that_of_merged_kernels(hf_directory, batch, remat):
     merged = lora.merge(trained, start.params, task.info.lora)
 
     def loss_of_merged(params):
-        return plain.loss(params, {}, {}, batch, rng)[0]
+        return plain.loss(params, {}, {}, batch, jax.random.split(rng)[0])[0]
 
     value, found = jax.jit(jax.value_and_grad(loss))(trained)
     expected_value, dense = jax.jit(jax.value_and_grad(loss_of_merged))(merged)
@@ -332,6 +333,48 @@ def test_adapters_of_peft_are_read(tmp_path, start, hf_directory):
     whole = pretrained.load(str(tmp_path / "run"))
     model = beit.Model(**whole.info.architecture)
     np.testing.assert_allclose(model.apply({"params": whole.params}, image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable": "head"}, "config.trainable is 'head', which trains no adapters"),
+        ({"task_name": "pretrain", "objective": "mae"}, "LoRA adapts 'tokens' only"),
+    ],
+)
+def test_what_does_not_go_with_adapters(hf_directory, changes, message):
+    plain, config, _ = task_of(hf_directory, {"lora.rank": 4} | changes)
+    with pytest.raises(ValueError, match=message):
+        lora.wrap(plain, config, "base")
+
+
+def test_a_new_head_is_evaluated_with_its_adapters(tmp_path, picture_folder, hf_directory):
+    """Three classes in the folder, four in the checkpoint."""
+    source = shutil.copytree(hf_directory, tmp_path / "four")
+    model = transformers.BeitForImageClassification.from_pretrained(
+        hf_directory, num_labels=4, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(source)
+    workdir = tmp_path / "run"
+    trained = finetune(workdir, picture_folder, source, {"total_steps": 2})
+    again = finetune(workdir, picture_folder, source, {"total_steps": 2, "eval_only": True})
+    assert again["test"] == trained["test"]
+
+
+def test_adapters_of_another_width(tmp_path, start, hf_directory):
+    convert_peft.save(
+        tmp_path,
+        {
+            "lora/layer_0/attention/query/a": np.zeros((64, 2)),
+            "lora/layer_7/mlp/fc1/b": np.zeros((2, 4)),
+        },
+        {"rank": 2, "alpha": 2, "base": "elsewhere"},
+    )
+    arguments = ("from-peft", tmp_path, tmp_path / "run", "--base", hf_directory)
+    finished = start("beit_jax.convert", *arguments).wait()
+    assert finished.status == 2 and not (tmp_path / "run").exists()
+    assert "do not fit" in finished.output and "(64, 2)" in finished.output
+    assert "layer_7/mlp/fc1/b: there is no such layer" in finished.output
 
 
 def test_adapters_that_are_not_plain_lora(tmp_path, start, hf_directory):

@@ -122,7 +122,7 @@ def tokenizer(monkeypatch, config):
     )
     variables = {"params": {"scale": np.float32(10)}}
     found = tokenizers.Tokenizer(Brightness(tokenizer_config), variables)
-    monkeypatch.setattr(tokenizers, "load", lambda source, grid: found)
+    monkeypatch.setattr(tokenizers, "load", lambda source, grid, dtype: found)
     return found
 
 

@@ -1,5 +1,7 @@
 """Pre-training as whole runs on the digits, and what starts from them."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -252,6 +254,21 @@ def test_what_cannot_be_cached_is_told(objective, changes, message, tokenizer, t
         loop.run(config_of(objective, changes), str(tmp_path))
 
 
+def test_another_tokenizer_is_refused(tokenizer, tmp_path):
+    """A run that goes on meets the tokenizer that it began with, or says so."""
+    moved = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    changes = {"tokenizer": str(moved), "total_steps": 2}
+    loop.run(config_of("tokens", changes), str(tmp_path / "run"))
+    params = checkpoint.load_params(str(moved))
+    state = checkpoint.load_model_state(str(moved))
+    shutil.rmtree(moved / "checkpoints")
+    with checkpoint.Checkpointer(str(moved)) as saver:
+        content = {"params": jax.tree.map(lambda x: x + 1, params), "model_state": state}
+        saver.save(1, content)
+    with pytest.raises(ValueError, match="frozen weights have changed"):
+        loop.run(config_of("tokens", changes), str(tmp_path / "run"))
+
+
 def test_a_folder_without_pictures_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     config = config_of("simmim", {"data.name": f"folder:{tmp_path / 'empty'}"})
@@ -269,6 +286,6 @@ def test_both_renderings_are_of_one_crop():
     for seed in range(3):
         rng = jax.random.key(seed)
         seen = views.train_view(rng, image, config, prepared, (16, 16), resized=False)
-        target = views.tokenizer_train_view(rng, image, config, (8, 8), resized=False)
+        target = views.tokenizer_train_view(rng, image, config, prepared, (8, 8), resized=False)
         pooled = np.asarray(seen).reshape(2, 8, 2, 8, 2, 3).mean((2, 4))
         np.testing.assert_allclose(pooled, target, atol=0.02)

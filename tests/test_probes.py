@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from sklearn.neighbors import KNeighborsClassifier
 
-from beit_jax import checkpoint, knn, train
+from beit_jax import checkpoint, knn, pretrained, train
 from beit_jax.models import beit, features
 from configs import linear_probe
 
@@ -82,7 +82,7 @@ def test_layer_outputs_are_those_of_the_layers(network):
 def test_layer_outputs_of_a_network_without_layers(network):
     dense = nn.Dense(3)
     params = dense.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
-    with pytest.raises(ValueError, match="Dense has no layers to look into"):
+    with pytest.raises(ValueError, match="Dense has no layers of tokens"):
         features.layer_outputs(dense, params, jnp.zeros((1, 4)))
 
 
@@ -97,7 +97,10 @@ def test_probes_learn_and_the_network_does_not(tmp_path, workdir):
     results = probe(tmp_path, workdir)
     test = results["test"]
     layers = [test[f"accuracy_layer_{i}"] for i in range(3)]
-    assert test["accuracy"] == max(layers) == layers[test["best_layer"]]
+    val = results["val"]
+    assert val["accuracy"] == max(val[f"accuracy_layer_{i}"] for i in range(3))
+    assert test["best_layer"] == val["best_layer"]  # chosen there, measured here
+    assert test["accuracy"] == layers[test["best_layer"]]
     assert min(layers) > 0.5  # random features of digits are good features
     assert test["count"] == 100
     saved = checkpoint.load_params(tmp_path)
@@ -121,6 +124,17 @@ def test_probes_resume(tmp_path, workdir):
     probe(parts, workdir, changes)
     expected, found = checkpoint.load_params(whole), checkpoint.load_params(parts)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_untrained_probes_are_no_evaluation(tmp_path, workdir):
+    with pytest.raises(ValueError, match="has not all parameters of the task 'linear_probe'"):
+        probe(tmp_path, workdir, {"eval_only": True})
+
+
+def test_a_probe_is_no_network(tmp_path, workdir):
+    probe(tmp_path, workdir, {"total_steps": 2})
+    with pytest.raises(ValueError, match="is of the task 'linear_probe'"):
+        pretrained.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(

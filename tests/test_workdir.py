@@ -12,7 +12,7 @@ import time
 import pytest
 
 from beit_jax import checkpoint
-from beit_jax.workdir import open_workdir
+from beit_jax.workdir import check_data, open_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = {"seed": 0, "optim": {"name": "adamw", "betas": (0.9, 0.999)}, "pretrained": None}
@@ -36,6 +36,10 @@ def holder(tmp_path):
     yield process
     process.kill()
     process.communicate()
+
+
+def save_a_step(workdir):
+    (workdir / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
 
 
 def stored(workdir):
@@ -77,6 +81,7 @@ def test_twice_in_one_process(tmp_path):
 
 def test_free_after_an_error(tmp_path):
     with pytest.raises(KeyError), open_workdir(tmp_path, {}):
+        save_a_step(tmp_path)
         raise KeyError
     with pytest.raises(ValueError), open_workdir(tmp_path, {"seed": 1}):
         pass
@@ -97,7 +102,7 @@ def test_config_is_written_and_taken_again(tmp_path):
 
 def test_drift_lists_each_key(tmp_path):
     with open_workdir(tmp_path, {**CONFIG, "old": 1}):
-        pass
+        save_a_step(tmp_path)
     config = {**CONFIG, "seed": 7, "optim": {"name": "sgd", "betas": [0.9, 0.999]}, "new": "x"}
     with pytest.raises(ValueError) as raised, open_workdir(tmp_path, config):
         pytest.fail("another config")
@@ -112,9 +117,21 @@ def test_drift_lists_each_key(tmp_path):
     assert stored(tmp_path)["seed"] == 0
 
 
+def test_a_run_that_saved_nothing_leaves_the_workdir_free(tmp_path):
+    with open_workdir(tmp_path, CONFIG):
+        check_data(tmp_path, {"train": "a"})
+        (tmp_path / "checkpoints").mkdir()
+    with open_workdir(tmp_path, {**CONFIG, "seed": 7}):
+        check_data(tmp_path, {"train": "b"})
+        save_a_step(tmp_path)
+    assert stored(tmp_path)["seed"] == 7
+    with pytest.raises(ValueError, match="have changed"):
+        check_data(tmp_path, {"train": "c"})
+
+
 def test_allowed_changes_are_written(tmp_path):
     with open_workdir(tmp_path, CONFIG):
-        pass
+        save_a_step(tmp_path)
     config = {**CONFIG, "seed": 7, "optim": {**CONFIG["optim"], "name": "sgd"}}
     with open_workdir(tmp_path, config, allow_change=("seed", "optim.name")):
         pass
@@ -128,6 +145,7 @@ def test_allowed_changes_are_written(tmp_path):
 @pytest.mark.parametrize("content", [b"", b'{"seed": ', b"[]", b"\xff\xfe\x00", b"null"])
 def test_damaged_config(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
+    save_a_step(tmp_path)
     with pytest.raises(ValueError, match="config.json is damaged"), open_workdir(tmp_path, CONFIG):
         pass
     assert (tmp_path / "config.json").read_bytes() == content
@@ -136,11 +154,18 @@ def test_damaged_config(tmp_path, content):
 def test_workdir_of_a_converted_model(tmp_path):
     checkpoint.write_model_info(tmp_path, INFO)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="holds model.json and checkpoints") as raised:
+    with pytest.raises(ValueError, match="holds checkpoints, model.json") as raised:
         with open_workdir(tmp_path, CONFIG):
             pass
     assert "--config.pretrained" in str(raised.value)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_folder_of_pictures_is_no_workdir(tmp_path):
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(ValueError, match="holds cats but no config.json"):
+        with open_workdir(tmp_path, CONFIG):
+            pass
 
 
 # ---------------------------------------------------------------------------- no workdir at all

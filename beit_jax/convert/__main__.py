@@ -98,6 +98,8 @@ def _from_hf(args) -> int:
 
 
 def _to_hf(args) -> int:
+    if args.verify:
+        verify.check_installed()
     params, info = pretrained.load_workdir(args.workdir, args.step)
     convert.save_hf(
         args.dst,
@@ -144,6 +146,9 @@ def _from_peft(args) -> int:
         names = info.class_names if len(info.class_names or ()) == count else None
         info = info._replace(architecture=architecture, class_names=names)
     params = lora.flat(pretrained.blank_filled(base, info, "unilm"))
+    lora.check_shapes(adapters.params, params, source)
+    if args.base and adapters.base and args.base != adapters.base:
+        print(f"note: {args.src} names {adapters.base} as its base; taking {args.base}")
     frozen = {name: x for name, x in params.items() if name not in adapters.params}
     identity = {"base": source, "base_crc32": lora.fingerprint(frozen), "resize_method": "unilm"}
     info = info._replace(lora=adapters.settings | identity)

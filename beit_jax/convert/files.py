@@ -159,9 +159,9 @@ def _download(repository: str, revision: str | None) -> Path:
             )
         except Exception as error:  # of huggingface_hub, its HTTP client and the system
             raise FileNotFoundError(
-                f"{repository!r} is no file or directory here, and could not be had from the "
-                f"HuggingFace Hub: {_first_line(error)}. Where there is a network, run "
-                f"`hf download {repository} --local-dir DIR`; then give DIR instead."
+                f"There is no file or directory {repository}, and no repository of that name could "
+                f"be had from the HuggingFace Hub: {_first_line(error)}. Where there is a network, "
+                f"run `hf download {repository} --local-dir DIR`; then give DIR instead."
             ) from error
         if any((Path(path) / name).exists() for name in _WEIGHTS):
             break

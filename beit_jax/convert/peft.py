@@ -111,7 +111,7 @@ def save(
         "base_model_name_or_path": settings["base"],
         "r": settings["rank"],
         "lora_alpha": settings["alpha"],
-        "lora_dropout": 0.0,
+        "lora_dropout": settings.get("dropout", 0.0),
         "bias": "none",
         "target_modules": sorted(targets),
         "modules_to_save": sorted(whole) or None,
@@ -156,7 +156,8 @@ def read(src: str | os.PathLike) -> Adapters:
     rank, alpha = config["r"], config["lora_alpha"]
     if config.get("use_rslora"):
         alpha *= rank**0.5  # their scale is alpha / sqrt(rank)
-    settings = {"rank": rank, "alpha": alpha, "targets": sorted(targets)}
+    dropout = config.get("lora_dropout", 0.0)
+    settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(targets)}
     return Adapters(params, settings, config.get("base_model_name_or_path"))
 
 

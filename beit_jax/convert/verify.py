@@ -13,6 +13,18 @@ from beit_jax import modules
 from beit_jax.convert import MODEL_TYPES, files
 
 
+def check_installed() -> None:
+    """Raises ValueError where torch or transformers is not there to compare with."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"comparing with transformers needs torch and transformers: {error}. "
+            "`pip install torch transformers`"
+        ) from None
+
+
 def max_difference(
     directory: str | Path, params: Mapping[str, Any], architecture: Mapping[str, Any]
 ) -> float:
@@ -27,14 +39,10 @@ def max_difference(
       ValueError: torch or transformers is not installed, or transformers finds parameters in
         `directory` missing or left over.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"comparing with transformers needs torch and transformers: {error}. "
-            "`pip install torch transformers`"
-        ) from None
+    check_installed()
+    import torch
+    import transformers
+
     written = json.loads((Path(directory) / files.CONFIG).read_text(encoding="utf-8"))
     model_type = written["model_type"]
     model = modules.load("models", MODEL_TYPES[model_type]).Model(**architecture)

@@ -32,6 +32,7 @@ def train_view(
     erasing: float = 0.0,
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.5,),
+    fill: tuple[float, ...] | None = None,
 ) -> jax.Array:
     """What training sees of stored pictures. What is 0 or "" costs nothing.
 
@@ -52,6 +53,7 @@ def train_view(
         `randaugment`.
       noise_std: of Gaussian noise; pixels are in [0, 1].
       mean, std: of the normalisation, per channel or one for all; pixels are in [0, 1].
+      fill: the colour that `randaugment` moves in; by default, as in timm, the mean.
       erasing: probability of a rectangle of noise, of normalised pixels.
 
     Returns:
@@ -70,7 +72,7 @@ def train_view(
     image = _crop(crop_rng, image, crop, image_size, pad, scale, ratio, interpolation)
     image = jnp.clip(image, 0, 255)
     if randaugment:
-        image = _rand_augment(color_rng, image, randaugment, interpolation, mean)
+        image = _rand_augment(color_rng, image, randaugment, interpolation, fill or mean)
     image = image / 255
     if color_jitter and not randaugment:
         image = jitter_colors(color_rng, image, color_jitter, color_jitter, color_jitter)
@@ -300,10 +302,10 @@ def _crop(rng, image, crop, size, pad, scale, ratio, interpolation):
     return resize(image, size, interpolation)
 
 
-def _rand_augment(rng, image, text, interpolation, mean):
-    """timm fills with the mean colour; Pillow, which it uses here, cannot do lanczos."""
+def _rand_augment(rng, image, text, interpolation, fill):
+    """Pillow, which it uses here, cannot do lanczos."""
     image = jnp.round(image).astype(jnp.uint8)
-    fill = tuple(min(255, round(255 * x)) for x in mean)
+    fill = tuple(min(255, round(255 * x)) for x in fill)
     interpolation = "bicubic" if interpolation == "lanczos" else interpolation
     if text == "trivial":
         return trivial_augment(rng, image, fill=fill, interpolation=interpolation)

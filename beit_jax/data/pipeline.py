@@ -19,6 +19,7 @@ import numpy as np
 
 from beit_jax.data import images, sources
 
+SKIPPED: set[str] = set()  # pictures that this process could not decode and left out
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
 _lock = threading.Lock()
@@ -277,12 +278,13 @@ def _decode(source, index, record, transform, bad_images) -> tuple[np.ndarray, i
     except images.BadImageError as error:
         if source.on_bad_image == "error":
             error.add_note(
-                "on_bad_image='skip' goes on without such pictures; "
+                "--config.data.on_bad_image=skip goes on without such pictures; "
                 f"`python -m beit_jax.data {source.name} --check` lists all of them."
             )
             raise
-        if error.name not in bad_images:
-            bad_images[error.name] = error.reason
+        bad_images[error.name] = error.reason
+        if error.name not in SKIPPED:
+            SKIPPED.add(error.name)
             logging.warning("skipped: %s", error)
         return None
 

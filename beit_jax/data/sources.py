@@ -453,7 +453,8 @@ def _folder(name, split, path, *, labelled, class_names, on_bad_image) -> FileSo
     ids, labels = [], []
     for key, part in select(split, {k: len(f.ids) for k, f in listing.splits.items()}, name):
         files = listing.splits[key]
-        chosen = balanced_order(files.ids, files.labels)[list(part)]
+        labels_or_folders = _top_folders(key, files.ids) if files.labels is None else files.labels
+        chosen = balanced_order(files.ids, labels_or_folders)[list(part)]
         ids += [files.ids[i] for i in chosen]
         labels.append(None if files.labels is None else files.labels[chosen])
     unlabelled = [part is None for part in labels]
@@ -468,6 +469,13 @@ def _folder(name, split, path, *, labelled, class_names, on_bad_image) -> FileSo
         ids=ids,
         labels=None if unlabelled[0] else np.concatenate(labels),
     )
+
+
+def _top_folders(split: str, ids: Sequence[str]) -> np.ndarray:
+    """A number for the folder below the split that a file is in: with labels or without, a folder
+    is split in the same way."""
+    tops = [id.removeprefix(f"{split}/").rpartition("/")[0].partition("/")[0] for id in ids]
+    return np.unique(tops, return_inverse=True)[1]
 
 
 def _tfds(

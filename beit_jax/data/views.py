@@ -14,8 +14,11 @@ from beit_jax.data import augment, images
 from beit_jax.data.resize import Size
 
 
-def train_view(rng, image, config, prepared, size: Size, *, resized: bool) -> jax.Array:
-    """uint8 pictures [B, H, W, C] as training sees them: float [B, *size, C], augmented."""
+def train_view(
+    rng, image, config, prepared, size: Size, *, resized: bool, clean: bool = False
+) -> jax.Array:
+    """uint8 pictures [B, H, W, C] as training sees them: float [B, *size, C], augmented; a `clean`
+    view has no noise and nothing erased."""
     a = config.augment
     return _augmented(
         rng,
@@ -24,14 +27,14 @@ def train_view(rng, image, config, prepared, size: Size, *, resized: bool) -> ja
         crop=_crop(config, resized),
         image_size=size,
         interpolation=prepared["interpolation"],
-        noise_std=a.noise_std,
-        erasing=a.erasing,
+        noise_std=0.0 if clean else a.noise_std,
+        erasing=0.0 if clean else a.erasing,
         mean=tuple(prepared["mean"]),
         std=tuple(prepared["std"]),
     )
 
 
-def tokenizer_train_view(rng, image, config, size: Size, *, resized: bool) -> jax.Array:
+def tokenizer_train_view(rng, image, config, prepared, size: Size, *, resized: bool) -> jax.Array:
     """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and at the size of
     a tokenizer; without noise and erasing, which are no part of the picture."""
     crop = _crop(config, resized)
@@ -44,6 +47,7 @@ def tokenizer_train_view(rng, image, config, size: Size, *, resized: bool) -> ja
         interpolation=config.tokenizer_interpolation,
         mean=(0.0,),
         std=(1.0,),
+        fill=tuple(prepared["mean"]),
     )
     return view.clip(0, 1)
 

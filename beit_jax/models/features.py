@@ -23,7 +23,7 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
       **kwargs: more arguments of its `__call__`.
 
     Raises:
-      ValueError: the network has no such layers.
+      ValueError: the network has no such layers, or they give no tokens.
     """
     _, state = model.apply(
         {"params": params},
@@ -37,8 +37,9 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
         for name, value in state.get("intermediates", {}).items()
         if (match := _LAYER.fullmatch(name))
     }
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layers to look into.")
+    if not found or any(x.ndim != 3 for x in found.values()):
+        family = type(model.config).__name__.removesuffix("Config")
+        raise ValueError(f"{family} has no layers of tokens to look into.")
     return [found[index] for index in sorted(found)]
 
 

@@ -78,7 +78,7 @@ def make(config, model) -> Objective:
     def loss(params, model_state, frozen, views, masks, rng):
         target, _, _ = targets(views, masks)
         value = jnp.square(predict(params, views, masks, rng) - target).mean(-1)
-        baseline = jnp.square(target - target.mean()).mean(-1)
+        baseline = jnp.square(target - target.mean((1, 2), keepdims=True)).mean(-1)
         return pixels.sums(value, baseline, masks.weight), model_state
 
     def reconstruct(params, frozen, views, masks):

@@ -26,6 +26,6 @@ def sums(loss, baseline, weight):
 
 
 def summarize(sums) -> dict:
-    """Means: the loss, and what saying the mean colour of all would cost."""
+    """Means: the loss, and what saying the mean of the picture would cost."""
     total = jnp.maximum(sums["weight"], 1)
     return {"loss": sums["loss"] / total, "baseline_loss": sums["baseline"] / total}

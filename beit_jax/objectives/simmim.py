@@ -38,8 +38,7 @@ def make(config, model) -> Objective:
 
     def loss(params, model_state, frozen, views, masks, rng):
         target = pixels.gather(patchify(views.image, c.patch_size), masks.index)
-        colour = views.image.mean((0, 1, 2))
-        constant = jax.numpy.tile(colour, c.patch_size**2)
+        constant = jax.numpy.tile(views.image.mean((1, 2)), c.patch_size**2)[:, None]
         value = losses.l1(predict(params, views, masks, rng), target)
         return pixels.sums(value, losses.l1(constant, target), masks.weight), model_state
 

@@ -35,7 +35,7 @@ def make(config, model) -> Objective:
       ValueError: the tokenizer's grid or vocabulary is not the network's.
     """
     c = model.config
-    tokenizer = tokenizers.load(config.tokenizer, grid=c.grid)
+    tokenizer = tokenizers.load(config.tokenizer, grid=c.grid, dtype=config.model.dtype)
     t = tokenizer.model.config
     if tuple(t.grid) != tuple(c.grid):
         raise ValueError(

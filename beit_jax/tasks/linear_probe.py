@@ -38,8 +38,8 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
     def outputs(frozen, image):
         """The features [B, F] of every layer."""
         layers = features.layer_outputs(model, frozen, image)
-        prefix = model.config.num_prefix
-        return [jax.lax.stop_gradient(features.pool(x, prefix)) for x in layers]
+        pooled = [features.pool(x, model.config.num_prefix) for x in layers]
+        return jax.lax.stop_gradient(pooled)
 
     image = jax.ShapeDtypeStruct((1, *size, model.config.num_channels), jnp.float32)
     widths = [x.shape[-1] for x in jax.eval_shape(outputs, params, image)]
@@ -86,11 +86,13 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         loss=loss,
         evaluate=evaluate,
         summarize=summarize,
+        choose=choose,
         draw=draw,
         layer_id=lambda name: len(widths) + 1,
         num_layers=len(widths),
         image_size=size,
         info=info,
+        num_frozen=sum(x.size for x in jax.tree.leaves(params)),
     )
 
 
@@ -113,14 +115,11 @@ def frozen_network(config, start, class_names) -> tuple[ModelInfo, dict]:
 
 
 def summarize(sums) -> dict:
-    """Accuracy and loss of the layer that is best on these pictures, and of each layer from 0 on.
-
-    The best layer is chosen on the pictures that it is measured on: for a number to publish, take
-    the layer that is best in validation, and its accuracy in the test.
-    """
+    """Accuracy and loss of the layer that is best on these pictures, and of each from 0 on."""
     accuracy, loss = (np.asarray(sums[key]) / float(sums["count"]) for key in ("correct", "loss"))
     best = int(accuracy.argmax())
     layers = {f"accuracy_layer_{i}": float(value) for i, value in enumerate(accuracy)}
+    layers |= {f"loss_layer_{i}": float(value) for i, value in enumerate(loss)}
     return {
         "accuracy": float(accuracy[best]),
         "loss": float(loss[best]),
@@ -128,6 +127,13 @@ def summarize(sums) -> dict:
         "count": float(sums["count"]),
         **layers,
     }
+
+
+def choose(validation: dict, test: dict) -> dict:
+    """The test of the layer that is best in the validation."""
+    best = validation["best_layer"]
+    chosen = {key: test[f"{key}_layer_{best}"] for key in ("accuracy", "loss")}
+    return {**test, **chosen, "best_layer": best}
 
 
 def draw(workdir, metrics, outputs, split, params, model_state) -> None:

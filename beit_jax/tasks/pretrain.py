@@ -126,7 +126,9 @@ def train_views(config, info, objective: Objective, size, rng, image, resized: b
     if objective.target_size is None:
         return Views(view, None)
     target_size = objective.target_size
-    target = views.tokenizer_train_view(rng, image, config, target_size, resized=resized)
+    target = views.tokenizer_train_view(
+        rng, image, config, info.image, target_size, resized=resized
+    )
     return Views(view, target)
 
 
@@ -165,7 +167,8 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
     @jax.jit
     def tokenize(frozen, image):
         size = objective.target_size
-        picture = views.tokenizer_eval_view(image, config, info.image, size, resized=False)
+        whole = {**info.image, "crop": "squash"}  # as training sees it
+        picture = views.tokenizer_eval_view(image, config, whole, size, resized=False)
         return objective.tokenize(frozen, picture)
 
     image, step = split.resident["image"], config.eval_batch_size

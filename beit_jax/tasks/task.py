@@ -47,6 +47,8 @@ class Task(NamedTuple):
       num_layers: of the network.
       image_size: (height, width) that the network sees.
       info: what model.json says.
+      choose: (metrics of the validation, of the test) -> of the test, where something was chosen by
+        the validation; or None.
       num_frozen: parameters of the network that are in `frozen`.
     """
 
@@ -61,4 +63,5 @@ class Task(NamedTuple):
     num_layers: int
     image_size: tuple[int, int]
     info: ModelInfo
+    choose: Callable | None = None
     num_frozen: int = 0

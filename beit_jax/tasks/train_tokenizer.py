@@ -43,7 +43,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         )
     views.check_crop(config)
     family = modules.load("tokenizers", info.model_name if info else config.tokenizer_name)
-    teacher = load_teacher(config.teacher) if config.teacher else None
+    teacher = load_teacher(config.teacher, **classify.runtime(config)) if config.teacher else None
     if info is None:
         info = _model_info(config, family, teacher)
     model = _make_model(config, family, info)
@@ -59,10 +59,13 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
     def loss(params, model_state, frozen, batch, rng):
         view_rng, rng = jax.random.split(rng)
         stored, target = batch["image"], None
-        image = views.tokenizer_train_view(view_rng, stored, config, size, resized=resized)
+        prepared = teacher.image if teacher else info.image
+        image = views.tokenizer_train_view(
+            view_rng, stored, config, prepared, size, resized=resized
+        )
         if teacher:
             seen = views.train_view(
-                view_rng, stored, config, teacher.image, teacher.size, resized=resized
+                view_rng, stored, config, prepared, teacher.size, resized=resized, clean=True
             )
             target = teacher.features(frozen["teacher"], seen)
         weight = jnp.ones(len(image))
@@ -104,7 +107,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         evaluate=evaluate,
         summarize=lambda sums: {key: float(value) for key, value in summarize(sums).items()},
         draw=draw,
-        layer_id=lambda name: 0,
+        layer_id=lambda name: 1,  # no layer-wise decay
         num_layers=0,
         image_size=size,
         info=info,
@@ -131,7 +134,7 @@ class Teacher(NamedTuple):
     features: Callable
 
 
-def load_teacher(source: str) -> Teacher:
+def load_teacher(source: str, **runtime) -> Teacher:
     """The patches of the last layer of any network with one token for each patch, normed: by its
     own last norm where that is before the head, else without parameters.
 
@@ -139,7 +142,7 @@ def load_teacher(source: str) -> Teacher:
       FileNotFoundError, ValueError: as `pretrained.load`; or the network has no such tokens.
     """
     start = pretrained.load(source)
-    model = classify.make_model(start.info)
+    model = classify.make_model(start.info, **runtime)
     config = model.config
 
     def last_layer(params, image):

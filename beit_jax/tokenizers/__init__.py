@@ -29,13 +29,14 @@ class Tokenizer(NamedTuple):
     variables: dict[str, Any]
 
 
-def load(source: str, *, grid: tuple[int, int]) -> Tokenizer:
+def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenizer:
     """Reads a workdir of `tasks/train_tokenizer.py`, or OpenAI's encoder.pkl and decoder.pkl.
 
     Args:
       source: the directory.
       grid: the tokens (down, across) that are wanted; a dVAE takes pictures of any size, so that
         this decides it. Others have the grid that they have.
+      dtype: of the computation, as `config.model.dtype`.
 
     Raises:
       FileNotFoundError: there is no tokenizer.
@@ -55,7 +56,7 @@ def load(source: str, *, grid: tuple[int, int]) -> Tokenizer:
     if name == "dvae":
         patch = 2 ** (architecture["num_groups"] - 1)
         architecture["image_size"] = tuple(n * patch for n in grid)
-    model = modules.load("tokenizers", name).Model(**architecture, dtype=resolve_dtype())
+    model = modules.load("tokenizers", name).Model(**architecture, dtype=resolve_dtype(dtype))
     return Tokenizer(model, variables)
 
 
