@@ -360,8 +360,10 @@ def _flatten(state) -> dict[_Path, np.ndarray]:
 
 
 def _check_step(step, steps, directory):
+    if not steps:
+        raise FileNotFoundError(f"{directory} has no checkpoint: its run has not saved a step.")
     if step not in steps:
-        available = ", ".join(map(str, sorted(steps))) or "none"
+        available = ", ".join(map(str, sorted(steps)))
         raise FileNotFoundError(f"{directory} has no step {step}; available: {available}.")
     return step
 

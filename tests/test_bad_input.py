@@ -121,13 +121,14 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"best_mode": "Max"}, ["config.best_mode is 'Max'"]),
         (
             {"best_metric": "acuracy", "data.val": "train[400:450]"},
-            ["'acuracy'", "available: accuracy"],
+            ["'acuracy'", "available: loss, accuracy"],
         ),
         ({"accumulate_steps": 0}, ["config.accumulate_steps is 0"]),
         ({"accumulate_steps": 3}, ["config.batch_size is 32", "3 micro-batches", "such as 30"]),
         ({"optim.freeze": "('layr_0/.*',)"}, ["layr_0/.*"]),
         ({"augment.crop": "random"}, ["Unknown crop 'random'", "rrc", "squash"]),
         ({"model.patch_size": 3}, ["patch", "3", "8"]),
+        ({"model.image_size": "big"}, ["image_size must be a number of pixels", "'big'"]),
         ({"model.dtype": "float8"}, ["float8", "bfloat16"]),
     ],
     ids=str,
@@ -226,6 +227,13 @@ def test_no_labels(refuses, folder):
     path, changes = folder
     message = refuses(changes | {"data.name": f"folder:{path}/red", "batch_size": 8})
     assert "Classification needs labels" in message
+
+
+def test_one_class(refuses, folder):
+    path, changes = folder
+    for name in ("green", "blue"):
+        shutil.rmtree(path / name)
+    assert "one class only, 'red'" in refuses(changes | {"batch_size": 8})
 
 
 def test_splits_of_different_classes(refuses, folder, tmp_path):

@@ -1,12 +1,15 @@
 """Every family by its name in the config: from scratch, from a checkpoint, to predictions."""
 
+import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 from PIL import Image
 
-from beit_jax import checkpoint, predict, pretrained, report, train
-from configs import common, vit_cifar10
+from beit_jax import checkpoint, modules, predict, pretrained, report, train
+from beit_jax.tasks import classify
+from beit_jax.tasks.task import Data
+from configs import common, quickstart, vit_cifar10
 
 TINY = {
     "hidden_size": 16,
@@ -34,6 +37,7 @@ MILD = {  # augmentation that digits of 8 x 8 do not stand, and an average over 
     "augment.cutmix": 0.0,
     "ema_decay": 0.9,
 }
+DIGITS = {"beit": 140_042, "vit": 138_954, "swin": 135_670, "swinv2": 147_062, "cnn": 10_318}
 HF = {
     "vit": ("ViTForImageClassification", "vit", {}),
     "deit": ("DeiTForImageClassificationWithTeacher", "vit", {}),
@@ -171,3 +175,13 @@ def test_key_of_another_family(tmp_path):
     config.update_from_flattened_dict(RUN | changes)
     with pytest.raises(ValueError, match="CNN: unknown architecture keys hidden_size, use_post"):
         train.run(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_the_quickstart_takes_every_family(name):
+    config = quickstart.get_config()
+    config.model_name = name
+    info = classify.make_task(config, Data("0123456789", resized=False), start=None).info
+    model = modules.load("models", name).Model(**info.architecture)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == DIGITS[name]

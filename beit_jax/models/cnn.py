@@ -23,7 +23,7 @@ from beit_jax.models.position import Grid
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
 
-PRESETS = {"cifar": dict(image_size=32)}
+PRESETS = {"digits": dict(image_size=16), "cifar": dict(image_size=32)}
 
 
 @dataclasses.dataclass(frozen=True)

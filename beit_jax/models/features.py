@@ -38,8 +38,7 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
         if (match := _LAYER.fullmatch(name))
     }
     if not found or any(x.ndim != 3 for x in found.values()):
-        family = type(model.config).__name__.removesuffix("Config")
-        raise ValueError(f"{family} has no layers of tokens to look into.")
+        raise ValueError(f"{type(model).__name__} has no layers of tokens to look into.")
     return [found[index] for index in sorted(found)]
 
 

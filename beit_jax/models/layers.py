@@ -5,6 +5,7 @@ B batch, T tokens, N patches, P patch size, D hidden.
 
 import dataclasses
 import functools
+import numbers
 import re
 from typing import Any, ClassVar
 
@@ -122,6 +123,11 @@ def pair_image_size(config) -> tuple[int, int]:
     """Makes (height, width) of a frozen configuration's image_size; one number is a square."""
     size = config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
+    expect(
+        config,
+        len(size) == 2 and all(isinstance(x, numbers.Integral) and x > 0 for x in size),
+        f"image_size must be a number of pixels or (height, width), got {config.image_size!r}",
+    )
     object.__setattr__(config, "image_size", size)
     return size
 

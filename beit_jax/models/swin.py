@@ -37,6 +37,16 @@ ATTENTIONS = ("auto", "plain", "xla")
 EMBEDDING_NORM_EPS = 1e-5  # of norms that transformers' layer_norm_eps does not reach
 BASE = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
 LARGE = dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48))
+DIGITS = dict(
+    image_size=16,
+    patch_size=2,
+    embed_dim=32,
+    depths=(2, 2),
+    num_heads=(2, 4),
+    window_size=4,
+    initializer_range=0.1,  # 0.02 is for wide networks
+    drop_path_rate=0.0,
+)
 CIFAR = dict(
     image_size=32,
     patch_size=2,
@@ -46,6 +56,7 @@ CIFAR = dict(
     window_size=4,
 )
 PRESETS = {
+    "digits": DIGITS,
     "cifar": CIFAR,
     "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
     "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),

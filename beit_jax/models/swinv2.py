@@ -26,6 +26,7 @@ _SMALL = dict(_TINY, depths=(2, 2, 18, 2))
 _BASE = dict(swin.BASE, image_size=256, window_size=8)
 _FROM_192 = dict(pretrained_window_sizes=(12, 12, 12, 6))
 PRESETS = {
+    "digits": swin.DIGITS,
     "cifar": swin.CIFAR,
     "tiny": _TINY,
     "tiny_window16": dict(_TINY, window_size=16),

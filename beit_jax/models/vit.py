@@ -29,6 +29,16 @@ from beit_jax.models.position import resize_position_embeddings, sincos_position
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
 
 PRESETS = {
+    "digits": dict(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=16,
+        patch_size=4,
+        initializer_range=0.1,  # 0.02 is for wide networks
+        head_init_scale=1.0,
+    ),
     "cifar": dict(
         hidden_size=192,
         num_hidden_layers=12,

@@ -42,6 +42,10 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
             f"Classification needs labels, which {config.data.name} does not have, or "
             "config.data.labelled leaves out."
         )
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{config.data.name} has one class only, {class_names[0]!r}; expected two or more."
+        )
     if info is None:
         info = _model_info(config, class_names, start.info if start else None)
     elif list(info.class_names) != list(class_names):
