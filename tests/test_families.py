@@ -185,3 +185,40 @@ def test_the_quickstart_takes_every_family(name):
     model = modules.load("models", name).Model(**info.architecture)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == DIGITS[name]
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "swinv2"])
+def test_adapters_of_every_family(tmp_path, pictures, name):
+    """Adapters learn and their base does not; merged, the network says what the run said."""
+    config = quickstart.get_config()
+    config.model_name = name
+    data = Data([str(i) for i in range(10)], resized=False)
+    info = classify.make_task(config, data, start=None).info
+    model = modules.load("models", name).Model(**info.architecture)
+    base = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    checkpoint.write_model_info(tmp_path / "base", info)
+    with checkpoint.Checkpointer(tmp_path / "base") as saver:
+        saver.save(0, {"params": jax.device_get(base)})
+
+    changes = {"total_steps": 30, "lora.rank": 4, "optim.name": "adamw", "data.train": "train"}
+    changes |= {"optim.learning_rate": 1e-2, "model.dtype": "float32"}
+    results = finetune(tmp_path / "run", tmp_path / "base", name, changes)
+    saved = params_of(tmp_path / "run")
+    assert {key.split("/")[0] for key in saved} == {"lora", "classifier"}
+    adapters = [key for key in saved if key.endswith("/b")]
+    assert adapters and all(np.abs(saved[key]).max() > 0 for key in adapters)
+    assert results["num_trainable_parameters"] == sum(x.size for x in saved.values())
+
+    merged = pretrained.load(str(tmp_path / "run"))
+    before = traverse_util.flatten_dict(jax.device_get(base), sep="/")
+    after = traverse_util.flatten_dict(merged.params, sep="/")
+    changed = {key for key in before if not np.array_equal(before[key], after[key])}
+    targets = {key.removeprefix("lora/").replace("/b", "/kernel") for key in adapters}
+    assert changed == targets | {"classifier/kernel", "classifier/bias"}
+    changes = {"eval_only": True, "model.dtype": "float32"}
+    exported = tmp_path / "merged"
+    checkpoint.write_model_info(exported, merged.info)
+    with checkpoint.Checkpointer(exported) as saver:
+        saver.save(0, {"params": merged.params})
+    again = finetune(tmp_path / "again", exported, name, changes)
+    assert again["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4)
