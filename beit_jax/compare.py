@@ -194,6 +194,7 @@ def run(name: str, flags: list[str], workdir: str) -> None:
     Raises:
       RuntimeError: it ended with an error.
     """
+    flags = sorted(flags, key=lambda flag: not flag.startswith("--config="))  # it has to be first
     command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
     print(f"{name}: {shlex.join(command[1:])}", flush=True)
     status = subprocess.run(command, check=False).returncode

@@ -108,10 +108,10 @@ def test_bad_arguments(tmp_path, capsys, arguments, message):
 
 def test_makes_the_runs(tmp_path, flags, capfd):
     """Two runs that differ in one setting, by one command."""
-    common = " ".join(flags(tmp_path, {"data.test": "test[:50]"})[:1] + flags(tmp_path)[2:])
-    common += " --config.data.test=test[:50]"
-    arguments = ["--out", str(tmp_path), "--common", common, "--run", "one: --config.seed=1"]
-    arguments += ["--run", "bad: --config.seed=two"]
+    config, _, *common = flags(tmp_path, {"data.test": "test[:50]"})
+    arguments = ["--out", str(tmp_path), "--common", " ".join(common)]
+    arguments += ["--run", f"one: --config.seed=1 {config}"]
+    arguments += ["--run", f"bad: --config.seed=two {config}"]
     assert compare.main(arguments) == 2
     assert "The run bad ended with status 1" in capfd.readouterr().err
     assert compare.main(arguments[:-2]) == 0  # "one" has ended and is only read

@@ -196,6 +196,8 @@ def test_adapters_of_every_family(tmp_path, pictures, name):
     info = classify.make_task(config, data, start=None).info
     model = modules.load("models", name).Model(**info.architecture)
     base = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    for directory in ("base", "merged"):
+        (tmp_path / directory).mkdir()
     checkpoint.write_model_info(tmp_path / "base", info)
     with checkpoint.Checkpointer(tmp_path / "base") as saver:
         saver.save(0, {"params": jax.device_get(base)})
