@@ -7,6 +7,8 @@ the checkpoint has it, or the preset.
 
 from ml_collections import ConfigDict, config_dict
 
+SIZES = ("tiny", "small", "base", "large")  # presets that may be arguments
+
 
 def get_config() -> ConfigDict:
     """The defaults, for fine-tuning a classifier; locked, so that unknown keys are errors."""
@@ -221,27 +223,43 @@ def parse_arg(arg: str | None, *allowed: str) -> str:
     return arg or ""
 
 
-def unlabelled(arg: str | None, task_name: str) -> tuple[ConfigDict, str]:
-    """A config for a task that looks at pictures only, and which pictures.
+def unlabelled(arg: str | None, task_name: str) -> tuple[ConfigDict, str, str]:
+    """A config for a task that looks at pictures only, which pictures, and the size or "".
 
     Args:
-      arg: digits, cifar10 (default), imagenet or folder=PATH.
+      arg: digits, cifar10 (default), imagenet or folder=PATH; but for digits a size may follow, as
+        in "imagenet,large".
       task_name: of the task.
 
     Raises:
       ValueError: another argument.
     """
-    arg = arg or "cifar10"
+    arg, comma, size = (arg or "cifar10").rpartition(",")
+    if not comma or size not in SIZES:
+        arg, size = f"{arg}{comma}{size}", ""
     kind, _, path = arg.partition("=")
     if kind != "folder" or not path:
-        kind = parse_arg(arg, "digits", "cifar10", "imagenet", "folder=PATH")
+        sizes = "/".join(SIZES)
+        more = [f"{name},{sizes}" for name in ("cifar10", "imagenet", "folder=PATH")]
+        kind = parse_arg(arg, "digits", "cifar10", "imagenet", "folder=PATH", *more)
+    if size and kind == "digits":
+        raise ValueError(f"Digits have one size of network, got {size!r}; leave it out.")
     config = get_config()
     config.task_name = task_name
     config.data.name = f"folder:{path}" if kind == "folder" else kind
     config.data.labelled = False
     config.best_metric, config.best_mode = "loss", "min"
     config.augment.crop = "rrc"
-    return config, kind
+    return config, kind, size
+
+
+def set_size(config: ConfigDict, kind: str, size: str) -> None:
+    """The preset of a size, in the place of the recipe's; small pictures keep small patches."""
+    if not size:
+        return
+    config.preset = size
+    if kind == "cifar10":
+        config.model.image_size, config.model.patch_size = 32, 4
 
 
 def shrink(config: ConfigDict) -> None:

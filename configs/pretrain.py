@@ -11,8 +11,8 @@ Of these, digits runs without a tokenizer (SimMIM); the others predict visual to
 --config.tokenizer, or another --config.objective: simmim, mae or data2vec. Pictures of a folder are
 found at any depth; the tenth that configs/image_folder.py tests on, if it is given the same folder,
 is left out. imagenet is the published recipe of BEiT (microsoft/unilm), 800 epochs of
-ImageNet-1k at batch size 2048; it was not run here. Sizes are flags: --config.preset=large,
---config.model.image_size=192, --config.num_epochs=300.
+ImageNet-1k at batch size 2048; it was not run here. A size may follow: imagenet,large or
+folder=PATH,tiny; other sizes are flags: --config.model.image_size=192, --config.num_epochs=300.
 """
 
 from configs import common
@@ -21,14 +21,15 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def get_config(arg=None):
-    """`arg`: digits, cifar10 (default), imagenet or folder=PATH."""
-    config, kind = common.unlabelled(arg, "pretrain")
+    """`arg`: digits, cifar10 (default), imagenet or folder=PATH, and perhaps a size."""
+    config, kind, size = common.unlabelled(arg, "pretrain")
     config.optim.name = "adamw"
     config.optim.learning_rate = 1.5e-3
     config.optim.end_value = 1e-5
     config.optim.weight_decay = 0.05
     config.optim.clip_norm = 3.0
     {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet, "folder": _folder}[kind](config)
+    common.set_size(config, kind, size)
     return config
 
 

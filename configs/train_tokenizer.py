@@ -7,21 +7,23 @@
 Without --config.teacher it learns to tell pixels; with one (a BEiT, ViT, DINO; a HuggingFace
 directory or hub id, or a workdir) it learns to tell that network's features, as in BEiT v2. Then
 --config.image.* stays, and the grids must agree: --config.model.image_size, patch_size.
---config.tokenizer_name=dvae trains DALL-E's discrete VAE. imagenet is the recipe of BEiT v2
-(microsoft/unilm beit2/TOKENIZER.md), 100 epochs at batch size 512; it was not run here.
+--config.tokenizer_name=dvae trains DALL-E's discrete VAE. A size may follow: imagenet,large.
+imagenet is the recipe of BEiT v2 (microsoft/unilm beit2/TOKENIZER.md), 100 epochs at batch size
+512; it was not run here.
 """
 
 from configs import common
 
 
 def get_config(arg=None):
-    """`arg`: digits, cifar10 (default), imagenet or folder=PATH."""
-    config, kind = common.unlabelled(arg, "train_tokenizer")
+    """`arg`: digits, cifar10 (default), imagenet or folder=PATH, and perhaps a size."""
+    config, kind, size = common.unlabelled(arg, "train_tokenizer")
     config.optim.name = "adamw"
     config.optim.b2 = 0.99
     config.optim.weight_decay = 1e-4
     config.optim.warmup = "5%"
     {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet, "folder": _folder}[kind](config)
+    common.set_size(config, kind, size)
     return config
 
 

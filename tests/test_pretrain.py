@@ -289,3 +289,17 @@ def test_both_renderings_are_of_one_crop():
         target = views.tokenizer_train_view(rng, image, config, prepared, (8, 8), resized=False)
         pooled = np.asarray(seen).reshape(2, 8, 2, 8, 2, 3).mean((2, 4))
         np.testing.assert_allclose(pooled, target, atol=0.02)
+
+
+@pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])
+def test_sizes_are_arguments(recipe):
+    found = recipe.get_config("folder=a,b/c,tiny")
+    assert (found.data.name, found.preset) == ("folder:a,b/c", "tiny")
+    assert recipe.get_config("imagenet,large").preset == "large"
+    small = recipe.get_config("cifar10,small")
+    assert (small.preset, small.model.image_size, small.model.patch_size) == ("small", 32, 4)
+    assert recipe.get_config("folder=a,b").data.name == "folder:a,b"
+    with pytest.raises(ValueError, match="one size"):
+        recipe.get_config("digits,tiny")
+    with pytest.raises(ValueError, match="available: digits, cifar10"):
+        recipe.get_config("cifar10,huge")
