@@ -239,9 +239,10 @@ def unlabelled(arg: str | None, task_name: str) -> tuple[ConfigDict, str, str]:
         arg, size = f"{arg}{comma}{size}", ""
     kind, _, path = arg.partition("=")
     if kind != "folder" or not path:
-        sizes = "/".join(SIZES)
-        more = [f"{name},{sizes}" for name in ("cifar10", "imagenet", "folder=PATH")]
-        kind = parse_arg(arg, "digits", "cifar10", "imagenet", "folder=PATH", *more)
+        name, comma, unknown = arg.partition(",")
+        kind = parse_arg(name, "digits", "cifar10", "imagenet", "folder=PATH")
+        if comma:
+            raise ValueError(f"Unknown size {unknown!r}; available: {', '.join(SIZES)}.")
     if size and kind == "digits":
         raise ValueError(f"Digits have one size of network, got {size!r}; leave it out.")
     config = get_config()

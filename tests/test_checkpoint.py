@@ -745,5 +745,5 @@ def test_load_params_without_checkpoints(tmp_path):
         load_params(tmp_path)
     Checkpointer(tmp_path).close()
     for step in ("best", "latest", 3):
-        with pytest.raises(FileNotFoundError, match="available: none"):
+        with pytest.raises(FileNotFoundError, match="has no checkpoint: its run"):
             load_params(tmp_path, step)

@@ -221,7 +221,7 @@ def test_bad_picture_stops_the_run_with_its_name(damaged):
     train = pipeline.train_batches(source, Order(12, 4, 0), image_size=SIZE, seed=0, threads=2)
     with pytest.raises(images.BadImageError) as error, train:
         list(itertools.islice(train, 3))
-    assert error.value.name in bad and "on_bad_image='skip'" in error.value.__notes__[0]
+    assert error.value.name in bad and "--config.data.on_bad_image=skip" in error.value.__notes__[0]
     with pytest.raises(images.BadImageError), pipeline.eval_batches(source, 4, image_size=4) as it:
         list(it)
     with pytest.raises(images.BadImageError):

@@ -588,7 +588,7 @@ def test_for_finetuning():
         ({"dtype": "half"}, "dtype must be one of float32, bfloat16, got 'half'"),
         ({"num_attention_heads": 5}, "24 must be a multiple of num_attention_heads 5"),
         ({"image_size": (16, 18)}, r"\(16, 18\) must be a multiple of patch_size 4"),
-        ({"image_size": (16, 16, 3)}, r"\(16, 16, 3\) must be a multiple"),
+        ({"image_size": (16, 16, 3)}, r"\(height, width\), got \(16, 16, 3\)"),
     ],
 )
 def test_architecture_errors(architecture, message):

@@ -301,5 +301,5 @@ def test_sizes_are_arguments(recipe):
     assert recipe.get_config("folder=a,b").data.name == "folder:a,b"
     with pytest.raises(ValueError, match="one size"):
         recipe.get_config("digits,tiny")
-    with pytest.raises(ValueError, match="available: digits, cifar10"):
+    with pytest.raises(ValueError, match="Unknown size 'huge'; available: tiny, small"):
         recipe.get_config("cifar10,huge")
