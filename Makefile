@@ -37,7 +37,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.startup
 
 bench-gpu: setup
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --seconds 2
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --rounds 3 --seconds 2
 	$(BIN)/python -m benchmarks.parts --device gpu
 
 story: setup

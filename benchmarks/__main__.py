@@ -10,9 +10,12 @@ that end with one wait for the device. Peers take their best of what `benchmarks
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 
 import numpy as np
@@ -43,6 +46,11 @@ def check(losses: dict[str, float], dtype: str) -> None:
 
 def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
     """Measures one line of the table."""
+    with contextlib.ExitStack() as stack:
+        return _row(size, kind, dtype, batch, args, stack)
+
+
+def _row(size, kind, dtype, batch, args, stack):
     architecture = SIZES[args.device][size].architecture
     side, rng = architecture["image_size"], np.random.default_rng(0)
     image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
@@ -52,19 +60,17 @@ def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
         peers.transformers_model(architecture, kind).save_pretrained(directory)
         runtime = {"attention": args.attention, "remat": args.remat}
         mine = (ours.make_step, kind, directory, dtype, image, target, runtime)
-        contenders["ours"] = Contender(*mine)
+        contenders["ours"] = stack.enter_context(contextlib.closing(Contender(*mine)))
     for name in args.peers if kind in peers.KINDS else ():
         theirs = (peers.make_step, name, kind, architecture, dtype, image, target)
         try:
-            contenders[name] = Contender(*theirs)
+            contenders[name] = stack.enter_context(contextlib.closing(Contender(*theirs)))
         except RuntimeError as error:
             failed[name] = str(error)
     facts = {name: contender.facts for name, contender in contenders.items()}
     losses = {name: fact["loss"] for name, fact in facts.items()}
     check(losses, dtype)
     times = measure(contenders, args.rounds, args.seconds)
-    for contender in contenders.values():
-        contender.close()
     median = {name: statistics.median(t) for name, t in times.items()}
     best = min((name for name in median if name != "ours"), key=median.get, default=None)
     return {
@@ -124,8 +130,8 @@ def main():
     parser.add_argument("--peers", nargs="*", choices=peers.CONTENDERS)
     parser.add_argument("--attention", default="auto", help="ours: plain, xla or cudnn")
     parser.add_argument("--remat", default="none", help="ours: none, full or dots")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.0, help="of a block of steps, at least")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a block of steps, about")
     args = parser.parse_args()
     sizes = SIZES[args.device]
     kinds = args.kinds or KINDS[args.device]
@@ -142,7 +148,7 @@ def main():
                     print(describe(rows[-1], rate), rows[-1]["failed"] or "", flush=True)
     variables = ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
     content = {
-        "command": "python -m benchmarks" + " --device gpu" * (args.device == "gpu"),
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "machine": machine(),
         "environment": {key: os.environ.get(key) for key in variables},
         "matmul_flops_per_second": rate,

@@ -12,7 +12,9 @@ import argparse
 import functools
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 
 import jax
@@ -144,7 +146,7 @@ def main():
     times = measure(runs, args.rounds, 0.0)
     median = {name: statistics.median(t) for name, t in times.items()}
     content = {
-        "command": f"python -m benchmarks.parts --device {args.device}",
+        "command": shlex.join(["python", "-m", "benchmarks.parts", *sys.argv[1:]]),
         "machine": machine(),
         "environment": {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES")},
         "model": size,

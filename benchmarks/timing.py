@@ -42,7 +42,11 @@ class Contender:
         self._process = context.Process(target=_serve, args=(theirs, make, args))
         self._process.start()
         theirs.close()
-        self.facts = self._receive()
+        try:
+            self.facts = self._receive()
+        except RuntimeError:
+            self.close()
+            raise
 
     def __call__(self, n: int):
         self._pipe.send(n)
