@@ -68,6 +68,11 @@ def hf_checkpoint(tmp_path_factory):
     return path
 
 
+def has_saved(workdir):
+    """Whether a checkpoint is complete; one that is being written has a longer name."""
+    return any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
+
+
 def test_main_job(tmp_path, start, hf_checkpoint):
     """Training, kill -9, resume, evaluation, export and prediction."""
     workdir, exported = tmp_path / "run", tmp_path / "exported"
@@ -76,7 +81,7 @@ def test_main_job(tmp_path, start, hf_checkpoint):
     command += [f"--config.{key}={value}" for key, value in settings.items()]
 
     program = start(*command)
-    while program.is_alive() and not list(workdir.glob("checkpoints/[1-9]*")):
+    while program.is_alive() and not has_saved(workdir):
         time.sleep(1)
     program.kill()
     assert program.wait().status == -signal.SIGKILL

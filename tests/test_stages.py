@@ -36,7 +36,8 @@ def run(start, *args):
 def killed_after_a_save(start, workdir, args):
     """Whether the run had saved something and not ended when it was killed."""
     program = start("main.py", *args)
-    while program.is_alive() and not list((workdir / "checkpoints").glob("[0-9]*")):
+    checkpoints = workdir / "checkpoints"
+    while program.is_alive() and not any(p.name.isdecimal() for p in checkpoints.glob("*")):
         time.sleep(0.005)
     program.kill()
     return program.wait().status == -signal.SIGKILL
