@@ -33,7 +33,7 @@ def make_evaluator(task, config, mesh):
     def evaluate(split, params, model_state):
         total, outputs, index = None, [], []
         stream = inputs.eval_stream(
-            split, config, mesh, image_size=task.image_size, image=task.info.image
+            split, config, mesh, renderings=task.renderings, image=task.info.image
         )
         for batch in stream:
             arguments = params, model_state, task.frozen, split.resident, batch
@@ -136,7 +136,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
 def check_best_metric(task, config, mesh, split, state) -> None:
     """Raises ValueError where a validation has no `config.best_metric`; nothing is computed."""
     stream = inputs.eval_stream(
-        split, config, mesh, image_size=task.image_size, image=task.info.image
+        split, config, mesh, renderings=task.renderings, image=task.info.image
     )
     with contextlib.closing(stream):
         batch = jax.eval_shape(take, split.resident, next(stream))

@@ -41,10 +41,9 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
     with pipeline.eval_batches(
         source,
         batch_size,
-        image_size=size,
+        renderings={"image": views.rendering(image, size)},
         crop=image["crop"],
         crop_pct=image["crop_pct"],
-        interpolation=image["interpolation"],
     ) as batches:
         count = -(-len(source) // batch_size)
         for batch in track(batches, source.split, total=count, disable=not sys.stderr.isatty()):

@@ -19,7 +19,7 @@ import numpy as np
 from rich.progress import track
 
 from beit_jax import pretrained
-from beit_jax.data import folder, pipeline, sources
+from beit_jax.data import folder, pipeline, sources, views
 from beit_jax.tasks import classify
 
 
@@ -101,10 +101,9 @@ def probabilities(
     with pipeline.eval_batches(
         source,
         batch_size,
-        image_size=model.config.image_size,
+        renderings={"image": views.rendering(info.image, model.config.image_size)},
         crop=info.image["crop"],
         crop_pct=info.image["crop_pct"],
-        interpolation=info.image["interpolation"],
     ) as batches:
         count = -(-len(paths) // batch_size)
         for batch in track(batches, "Predicting", total=count, disable=not progress):

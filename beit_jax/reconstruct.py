@@ -39,11 +39,11 @@ def reconstruct(workdir, paths: list[pathlib.Path], *, step="best") -> list[np.n
     if objective.reconstruct is None:
         raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
     size = model.config.image_size
-    prepare = views.host_preparation(info.image, size)
-    image = np.stack([prepare(images.open_image(path)) for path in paths])
+    crop = views.host_crop(info.image, pretrain.make_renderings(config, info, objective, size))
+    batch = views.as_batch([crop(images.open_image(path)) for path in paths])
     draw = pretrain.make_reconstruction(config, info, objective, size, True)
     params = pretrained.load_workdir(workdir, step).params
-    return draw(params, {**objective.frozen, "masks": bank}, image, np.arange(len(image)))
+    return draw(params, {**objective.frozen, "masks": bank}, batch, np.arange(len(paths)))
 
 
 def _config(workdir) -> ConfigDict:

@@ -93,8 +93,7 @@ def _train(config, workdir, mesh, stack):
         config,
         mesh,
         start_step=start_step,
-        image_size=task.image_size,
-        interpolation=task.info.image["interpolation"],
+        renderings=task.renderings,
     )
     train_step, facts = None, report.read_facts(workdir)
     facts["num_trainable_parameters"] = build.num_trainable(config, task, state.params)

@@ -25,6 +25,7 @@ from beit_jax.data import images, pipeline, sources
 from benchmarks.timing import RESULTS, machine
 
 SIZE, BATCH = (224, 224), 64
+SEEN = {"image": images.Rendering(SIZE)}
 
 
 def make_files(folder: pathlib.Path, number: int) -> None:
@@ -43,7 +44,7 @@ def ours(folder, workers):
     """Batches of the pipeline that `main.py` trains with."""
     source = sources.get_source(f"folder:{folder}", "all")
     order = pipeline.Order(len(source), BATCH, seed=0)
-    return pipeline.train_batches(source, order, image_size=SIZE, seed=0, threads=workers)
+    return pipeline.train_batches(source, order, renderings=SEEN, seed=0, threads=workers)
 
 
 class Pictures(torch.utils.data.Dataset):

@@ -147,7 +147,7 @@ def get_config() -> ConfigDict:
 
     config.augment = augment = ConfigDict()  # of training pictures
     augment.crop = "squash"  # the whole picture; rrc: random resized crop; pad: shift by `pad`
-    augment.pad = 4  # pixels
+    augment.pad = 4  # pixels of the picture as it is stored
     augment.scale = (0.08, 1.0)  # of rrc: share of the area
     augment.ratio = (3 / 4, 4 / 3)  # of rrc: width / height
     augment.flip = 0.5  # probability

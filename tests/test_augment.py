@@ -92,7 +92,8 @@ def test_center_crop_is_resize_and_slice_as_on_the_host(shape, crop_pct):
     top, left = round((tall - 14) / 2), round((wide - 14) / 2)
     whole = torch_resize(image, (tall, wide), "bicubic")
     np.testing.assert_allclose(ours, whole[:, top : top + 14, left : left + 14], atol=1e-3)
-    host = images.center_crop(Image.fromarray(image[0]), (14, 14), crop_pct)
+    seen = {"image": images.Rendering((14, 14))}
+    host = images.center_crop(Image.fromarray(image[0]), seen, crop_pct)["image"]
     assert np.abs(ours[0] - host).max() < 1.2
 
 

@@ -33,6 +33,14 @@ def decode(content):
     return images.decode(images.open_image(content))
 
 
+def seen(*rendering):
+    return {"image": images.Rendering(*rendering)}
+
+
+def squash(content, *rendering):
+    return images.squash(images.open_image(content), seen(*rendering))["image"]
+
+
 def rotated(degrees_tag):
     exif = Image.Exif()
     exif[0x0112] = degrees_tag
@@ -156,7 +164,7 @@ def test_bad_image_error_survives_pickling():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_squash_is_pillows_resize(interpolation):
     rgb = photo(50, 80)
-    got = images.squash(images.open_image(encode(rgb)), (24, 32), interpolation)
+    got = squash(encode(rgb), (24, 32), interpolation)
     method = Image.Resampling[interpolation.upper()]
     np.testing.assert_array_equal(got, np.asarray(Image.fromarray(rgb).resize((32, 24), method)))
 
@@ -168,7 +176,7 @@ def test_squash_is_the_processor_of_beit():
         size={"height": 32, "width": 32}, do_center_crop=False, do_rescale=False, do_normalize=False
     )
     expected = processor(Image.fromarray(rgb))["pixel_values"][0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(images.squash(images.open_image(encode(rgb)), (32, 32)), expected)
+    np.testing.assert_array_equal(squash(encode(rgb), (32, 32)), expected)
 
 
 @pytest.mark.parametrize("height,width", [(50, 81), (81, 50), (64, 64), (10, 200), (33, 32)])
@@ -183,8 +191,8 @@ def test_center_crop_is_torchvisions(height, width, crop_pct, size=32):
     resized = image.resize((wide, tall), Image.Resampling.BICUBIC)
     top, left = int(round((tall - size) / 2.0)), int(round((wide - size) / 2.0))
     expected = np.asarray(resized)[top : top + size, left : left + size]
-    got = images.center_crop(images.open_image(encode(image)), (size, size), crop_pct)
-    np.testing.assert_array_equal(got, expected)
+    got = images.center_crop(images.open_image(encode(image)), seen((size, size)), crop_pct)
+    np.testing.assert_array_equal(got["image"], expected)
 
 
 def torchvision_get_params(height, width, scale, ratio, rng):
@@ -237,8 +245,8 @@ def test_crop_falls_back_to_the_middle(height, width):
 def test_random_crop_of_a_whole_picture_is_pillows_resize():
     rgb = photo(40, 60)
     crop = images.random_resized_crop(
-        images.open_image(encode(rgb)), (32, 32), np.random.default_rng(0), (1, 1), (1.5, 1.5)
-    )
+        images.open_image(encode(rgb)), seen((32, 32)), np.random.default_rng(0), (1, 1), (1.5, 1.5)
+    )["image"]
     expected = Image.fromarray(rgb).resize((32, 32), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(crop, np.asarray(expected))
 
@@ -249,10 +257,10 @@ def test_random_crop_is_the_sampled_part_of_the_upright_picture(orientation, tur
     rgb = photo(60, 90)
     crop = images.random_resized_crop(
         images.open_image(encode(rgb, exif=rotated(orientation))),
-        (32, 24),
+        seen((32, 24)),
         np.random.default_rng(seed),
         (0.3, 0.9),
-    )
+    )["image"]
     upright = Image.fromarray(np.rot90(rgb, turns))
     size = (upright.height, upright.width)
     top, left, tall, wide = images.sample_crop(size, np.random.default_rng(seed), (0.3, 0.9))
@@ -266,13 +274,58 @@ def test_random_crop_is_the_sampled_part_of_the_upright_picture(orientation, tur
 def test_large_jpeg_is_decoded_small_and_gives_the_same_crop(orientation, seed):
     def crop(image):
         rng = np.random.default_rng(seed)
-        return images.random_resized_crop(image, (24, 24), rng, (0.5, 1.0)).astype(float)
+        crops = images.random_resized_crop(image, seen((24, 24)), rng, (0.5, 1.0))
+        return crops["image"].astype(float)
 
     rgb, exif = photo(900, 1200, seed), rotated(orientation)
     jpeg = images.open_image(encode(rgb, "JPEG", quality=95, exif=exif))
     png = images.open_image(encode(rgb, exif=exif))
     assert np.abs(crop(jpeg) - crop(png)).mean() < 1.5
     assert max(jpeg.size) <= 1200 / 4 and max(png.size) == 1200
+
+
+@pytest.mark.parametrize("crop", ["squash", "center", "rrc", "pad"])
+def test_renderings_are_of_one_crop(crop):
+    """Each is what it would be alone, from the same draw."""
+    rgb = photo(60, 84)
+    crops = {
+        "squash": lambda image, wanted: images.squash(image, wanted),
+        "center": lambda image, wanted: images.center_crop(image, wanted, 0.8),
+        "rrc": lambda image, wanted: images.random_resized_crop(
+            image, wanted, np.random.default_rng(1), (0.3, 0.9)
+        ),
+        "pad": lambda image, wanted: images.pad_crop(image, wanted, np.random.default_rng(1), 7),
+    }
+    wanted = {
+        "image": images.Rendering((24, 24)),
+        "target": images.Rendering((16, 16), "lanczos"),
+    }
+    both = crops[crop](images.open_image(encode(rgb)), wanted)
+    assert both.keys() == wanted.keys()
+    for name, rendering in wanted.items():
+        alone = crops[crop](images.open_image(encode(rgb)), {name: rendering})
+        np.testing.assert_array_equal(both[name], alone[name])
+    resized = Image.fromarray(both["image"]).resize((16, 16), Image.Resampling.LANCZOS)
+    difference = np.abs(np.asarray(resized).astype(int) - both["target"])
+    assert 0 < difference.max() and difference.mean() < 4
+
+
+def test_pad_crop_shifts_over_black():
+    rgb = np.maximum(photo(12, 20), 1)
+    shifts = set()
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        got = images.pad_crop(images.open_image(encode(rgb)), seen((12, 20)), rng, 2)["image"]
+        padded = np.pad(rgb, ((2, 2), (2, 2), (0, 0)))
+        found = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if np.array_equal(got, padded[y : y + 12, x : x + 20])
+        ]
+        assert len(found) == 1
+        shifts.update(found)
+    assert len(shifts) == 25
 
 
 def test_header_gives_the_upright_size(tmp_path):
@@ -284,4 +337,4 @@ def test_header_gives_the_upright_size(tmp_path):
 
 def test_unknown_interpolation_lists_the_known():
     with pytest.raises(ValueError, match="'cubic'; available: .*bicubic"):
-        images.squash(images.open_image(encode(photo(4, 4))), (2, 2), "cubic")
+        squash(encode(photo(4, 4)), (2, 2), "cubic")

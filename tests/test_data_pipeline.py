@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 from beit_jax.data import images, pipeline, sources
+from beit_jax.data.images import Rendering
 from beit_jax.data.pipeline import Order
 
 SIZE = 16
+SEEN = {"image": Rendering((SIZE, SIZE))}
+WIDE = {"image": Rendering((SIZE, SIZE + 2))}
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +104,13 @@ def test_order_refuses(bad):
         Order(*bad)
 
 
-@pytest.mark.parametrize("crop", ["rrc", "squash", "center"])
+@pytest.mark.parametrize("crop", ["rrc", "pad", "squash", "center"])
 def test_batches_do_not_depend_on_threads_or_restarts(source, crop):
     order = Order(len(source), 7, seed=1)
 
     def make(start=0, **kwargs):
         return pipeline.train_batches(
-            source, order, start, image_size=SIZE, crop=crop, seed=5, **kwargs
+            source, order, start, renderings=SEEN, crop=crop, seed=5, **kwargs
         )
 
     expected = take(make(threads=0), 8)
@@ -129,7 +132,7 @@ def test_crops_depend_on_seed_step_and_row(photos):
     crops = [
         image.tobytes()
         for seed in (0, 1)
-        for batch in take(pipeline.train_batches(source, order, image_size=SIZE, seed=seed), 3)
+        for batch in take(pipeline.train_batches(source, order, renderings=SEEN, seed=seed), 3)
         for image in batch["image"]
     ]
     assert len(set(crops)) == 2 * 3 * 4
@@ -140,11 +143,11 @@ def test_processes_share_a_batch(source, count):
     order = Order(len(source), 8, seed=1)
 
     def train(**kwargs):
-        batches = pipeline.train_batches(source, order, image_size=SIZE, seed=5, **kwargs)
+        batches = pipeline.train_batches(source, order, renderings=SEEN, seed=5, **kwargs)
         return take(batches, 4)
 
     def evaluate(**kwargs):
-        return take(pipeline.eval_batches(source, 8, image_size=SIZE, **kwargs), 9)
+        return take(pipeline.eval_batches(source, 8, renderings=SEEN, **kwargs), 9)
 
     for make in (train, evaluate):
         parts = [make(process_index=i, process_count=count) for i in range(count)]
@@ -161,9 +164,7 @@ def test_processes_share_a_batch(source, count):
 @pytest.mark.parametrize("threads", [0, 3])
 def test_evaluation_sees_every_example_once(source, batch_size, threads):
     batches = take(
-        pipeline.eval_batches(
-            source, batch_size, image_size=(SIZE, SIZE + 2), crop="squash", threads=threads
-        ),
+        pipeline.eval_batches(source, batch_size, renderings=WIDE, crop="squash", threads=threads),
         100,
     )
     assert len(batches) == -(-23 // batch_size)
@@ -178,24 +179,24 @@ def test_evaluation_sees_every_example_once(source, batch_size, threads):
     for i in range(23):
         record = source.fetch([i])[0]
         assert label[i] == record.label
-        expected = images.squash(images.open_image(record.image), (SIZE, SIZE + 2))
+        expected = images.squash(images.open_image(record.image), WIDE)["image"]
         np.testing.assert_array_equal(image[i], expected)
 
 
 def test_evaluation_crops_the_middle(source):
     (batch,) = take(
-        pipeline.eval_batches(source, 23, image_size=SIZE, crop="center", crop_pct=0.875), 2
+        pipeline.eval_batches(source, 23, renderings=SEEN, crop="center", crop_pct=0.875), 2
     )
     for i, got in enumerate(batch["image"]):
         image = images.open_image(source.fetch([i])[0].image)
-        np.testing.assert_array_equal(got, images.center_crop(image, (SIZE, SIZE), 0.875))
+        np.testing.assert_array_equal(got, images.center_crop(image, SEEN, 0.875)["image"])
 
 
 def test_unlabelled_sources_give_no_label(photos):
     source = sources.get_source(f"folder:{photos}", labelled=False)
-    train = pipeline.train_batches(source, Order(23, 4, 0), image_size=SIZE, seed=0)
+    train = pipeline.train_batches(source, Order(23, 4, 0), renderings=SEEN, seed=0)
     assert take(train, 1)[0].keys() == {"image", "index"}
-    evaluation = pipeline.eval_batches(source, 20, image_size=SIZE)
+    evaluation = pipeline.eval_batches(source, 20, renderings=SEEN)
     assert {tuple(sorted(b)) for b in take(evaluation, 3)} == {("image", "index", "weight")}
     assert pipeline.load_all(sources.get_source("digits", labelled=False)).keys() == {
         "image",
@@ -218,11 +219,14 @@ def damaged(tmp_path):
 def test_bad_picture_stops_the_run_with_its_name(damaged):
     folder, bad = damaged
     source = sources.get_source(f"folder:{folder}")
-    train = pipeline.train_batches(source, Order(12, 4, 0), image_size=SIZE, seed=0, threads=2)
+    train = pipeline.train_batches(source, Order(12, 4, 0), renderings=SEEN, seed=0, threads=2)
     with pytest.raises(images.BadImageError) as error, train:
         list(itertools.islice(train, 3))
     assert error.value.name in bad and "--config.data.on_bad_image=skip" in error.value.__notes__[0]
-    with pytest.raises(images.BadImageError), pipeline.eval_batches(source, 4, image_size=4) as it:
+    with (
+        pytest.raises(images.BadImageError),
+        pipeline.eval_batches(source, 4, renderings=SEEN) as it,
+    ):
         list(it)
     with pytest.raises(images.BadImageError):
         pipeline.load_all(source)
@@ -237,7 +241,7 @@ def test_bad_pictures_are_skipped_and_counted(damaged, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             train = pipeline.train_batches(
-                source, order, image_size=SIZE, crop="squash", seed=0, threads=threads
+                source, order, renderings=SEEN, crop="squash", seed=0, threads=threads
             )
             batches = take(train, 6)
         if threads == 0:
@@ -255,7 +259,7 @@ def test_bad_pictures_are_skipped_and_counted(damaged, caplog):
             assert got == wanted
             assert source.id(int(got)).endswith(f"{image[0, 0, 0]:02d}.png")
 
-    batches = take(pipeline.eval_batches(source, 5, image_size=SIZE), 9)
+    batches = take(pipeline.eval_batches(source, 5, renderings=SEEN), 9)
     index, weight = (np.concatenate([b[key] for b in batches]) for key in ("index", "weight"))
     assert set(index[weight == 0]) == bad_indices | {-1} and weight.sum() == 10
 
@@ -271,7 +275,7 @@ def test_nothing_but_bad_pictures_is_an_error(tmp_path):
         (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
     source = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
     with pytest.raises(ValueError, match="none of the 3 pictures"):
-        take(pipeline.train_batches(source, Order(3, 2, 0), image_size=SIZE, seed=0), 1)
+        take(pipeline.train_batches(source, Order(3, 2, 0), renderings=SEEN, seed=0), 1)
 
 
 def test_load_all_is_the_source():
@@ -296,11 +300,11 @@ def test_fits(source):
 
 def test_wrong_arguments_name_what_is_wrong(source):
     with pytest.raises(ValueError, match="the order is for 24 examples; folder:.* has 23"):
-        pipeline.train_batches(source, Order(24, 4, 0), image_size=SIZE, seed=0)
+        pipeline.train_batches(source, Order(24, 4, 0), renderings=SEEN, seed=0)
     with pytest.raises(ValueError, match="crop='random'; expected 'squash' or 'center'"):
-        pipeline.train_batches(source, Order(23, 4, 0), image_size=SIZE, seed=0, crop="random")
+        pipeline.train_batches(source, Order(23, 4, 0), renderings=SEEN, seed=0, crop="random")
     with pytest.raises(ValueError, match="crop='rrc'; expected 'squash' or 'center'"):
-        pipeline.eval_batches(source, 4, image_size=SIZE, crop="rrc")
+        pipeline.eval_batches(source, 4, renderings=SEEN, crop="rrc")
 
 
 def grain_threads():
@@ -316,7 +320,7 @@ def wait_for_no_threads():
 
 def test_threads_end_with_the_batches(source):
     def make():
-        return pipeline.train_batches(source, Order(23, 4, 0), image_size=SIZE, seed=0, threads=4)
+        return pipeline.train_batches(source, Order(23, 4, 0), renderings=SEEN, seed=0, threads=4)
 
     assert wait_for_no_threads()
     batches = make()

@@ -137,7 +137,7 @@ def compiled_step(task, config):
     mask = optim.trainable_mask(params, frozen)
     step = state.make_train_step(task, tx, schedule=schedule, trainable=mask, seed=0)
     current = jax.eval_shape(lambda p: state.create(p, {}, tx, ema=False), params)
-    image = jax.ShapeDtypeStruct((8, *task.image_size, 3), jnp.uint8)
+    image = jax.ShapeDtypeStruct((8, *task.renderings["image"].size, 3), jnp.uint8)
     data = {"image": image, "label": jax.ShapeDtypeStruct((8,), jnp.int32)}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.frozen)
     return jax.jit(step, donate_argnums=0).lower(current, shapes, None, data).compile()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import checkpoint, convert, reconstruct
+from beit_jax import build, checkpoint, convert, reconstruct, sharding
 from beit_jax import train as loop
-from beit_jax.data import views
+from beit_jax.data import inputs, pipeline, views
+from beit_jax.tasks import pretrain as train_task
 from configs import pretrain, train_tokenizer
 
 SMALL = {
@@ -289,6 +290,82 @@ def test_both_renderings_are_of_one_crop():
         target = views.tokenizer_train_view(rng, image, config, prepared, (8, 8), resized=False)
         pooled = np.asarray(seen).reshape(2, 8, 2, 8, 2, 3).mean((2, 4))
         np.testing.assert_allclose(pooled, target, atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Pictures of several sizes, which are decoded while a run trains."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(10):
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
+        small.resize((30 + 3 * i, 50 - i), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def streamed(config, photos):
+    """Task, source and first batch of a config whose pictures are decoded while it trains."""
+    config.update_from_flattened_dict(
+        {"data.name": f"folder:{photos}", "data.train": "all", "data.val": "", "batch_size": 5}
+    )
+    mesh = sharding.make_mesh()
+    splits = inputs.open_splits(config.data, mesh)
+    task = build.make_task(config, splits, "", mesh, None)
+    stream = inputs.train_stream(
+        splits["train"], config, mesh, start_step=0, renderings=task.renderings
+    )
+    batch = next(stream)
+    stream.close()
+    return task, splits["train"].source, batch
+
+
+@pytest.mark.parametrize("crop", ["squash", "pad", "rrc"])
+def test_a_tokenizer_sees_streamed_pictures_by_its_own_filter(crop, photos, tokenizer):
+    """Resized once, from the picture itself, and cut out where the network's view is."""
+    changes = {"tokenizer": tokenizer, "model.image_size": 16, "model.patch_size": 4}
+    config = config_of("tokens", changes | {"augment.crop": crop, "augment.flip": 0.0})
+    task, source, batch = streamed(config, photos)
+    assert batch["image"].shape == (5, 16, 16, 3) and batch["target"].shape == (5, 8, 8, 3)
+    order = pipeline.Order(10, 5, config.seed).indices(0)
+    for row, index in enumerate(order.tolist()):
+        picture = Image.fromarray(source[index]["image"])
+        if crop == "squash":
+            expected = picture.resize((8, 8), Image.Resampling.LANCZOS)
+            np.testing.assert_array_equal(batch["target"][row], expected)
+        small = Image.fromarray(np.asarray(batch["image"][row])).resize((8, 8))
+        assert np.abs(np.asarray(small).astype(int) - batch["target"][row]).mean() < 6
+
+    rng, (info, _, objective, _) = jax.random.key(0), train_task.make_parts(config)
+    seen = train_task.train_views(config, info, objective, (16, 16), rng, batch, True)
+    np.testing.assert_allclose(seen.target, batch["target"] / np.float32(255), atol=1e-5)
+    params, model_state = task.init(rng)
+    loss = jax.jit(task.loss)
+    value, _ = loss(params, model_state, task.frozen, batch, rng)
+    inverted = dict(batch, target=255 - batch["target"])
+    assert loss(params, model_state, task.frozen, inverted, rng)[0] != value
+
+
+def test_a_teacher_sees_streamed_pictures_by_its_own_filter(photos, tmp_path):
+    teacher = tmp_path / "teacher"
+    config = config_of("simmim", {"total_steps": 1, "data.train": "train[:32]", "data.val": ""})
+    loop.run(config, str(teacher))
+    config = train_tokenizer.get_config("digits")
+    still = {"augment.crop": "squash", "augment.flip": 0.0}
+    config.update_from_flattened_dict(TOKENIZER | still | {"teacher": str(teacher)})
+    task, source, batch = streamed(config, photos)
+    assert {name: r.interpolation for name, r in task.renderings.items()} == {
+        "image": "lanczos",
+        "teacher": "bicubic",
+    }
+    for row, index in enumerate(pipeline.Order(10, 5, config.seed).indices(0).tolist()):
+        picture = Image.fromarray(source[index]["image"])
+        for name, method in (("image", "LANCZOS"), ("teacher", "BICUBIC")):
+            expected = picture.resize((8, 8), Image.Resampling[method])
+            np.testing.assert_array_equal(batch[name][row], expected)
+    rng = jax.random.key(0)
+    params, model_state = task.init(rng)
+    value, _ = task.loss(params, model_state, task.frozen, batch, rng)
+    inverted = dict(batch, teacher=255 - batch["teacher"])
+    assert task.loss(params, model_state, task.frozen, inverted, rng)[0] != value
 
 
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])

@@ -1,7 +1,8 @@
 """Decoding, cropping and resizing of pictures on the host, with Pillow.
 
-Transforms take a picture as `PIL.Image.open` gives it, not yet decoded, and return uint8
-[H, W, 3]: a transform that knows how little of a large JPEG it needs can decode it at a half, a
+Crops take a picture as `PIL.Image.open` gives it, not yet decoded, and return each rendering that
+is asked for, uint8 [H, W, 3], by its name: what is cut out is resized once for every network that
+is to see it. A crop that knows how little of a large JPEG it needs can decode it at a half, a
 quarter or an eighth of its size.
 """
 
@@ -9,7 +10,8 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,6 +25,17 @@ _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 _REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size
 
 Size = tuple[int, int]  # height, width
+
+
+class Rendering(NamedTuple):
+    """What one network sees of a crop: its (height, width), by a filter of Pillow."""
+
+    size: Size
+    interpolation: str = "bicubic"
+
+
+Renderings = Mapping[str, Rendering]
+Pictures = dict[str, np.ndarray]  # uint8 [H, W, 3] for each rendering
 Encoded = bytes | os.PathLike | np.ndarray  # a file's content, a file, uint8 [H, W] or [H, W, 3]
 
 
@@ -101,53 +114,63 @@ def decode(image: Image.Image) -> np.ndarray:
     return np.asarray(to_rgb(image))
 
 
-def squash(image: Image.Image, size: Size, interpolation: str = "bicubic") -> np.ndarray:
-    """Resizes the whole picture to `size`, whatever its aspect ratio; uint8 [H, W, 3]."""
-    return np.asarray(to_rgb(image).resize(size[::-1], _resampling(interpolation)))
+def squash(image: Image.Image, renderings: Renderings) -> Pictures:
+    """The whole picture, whatever its aspect ratio."""
+    return _resize(to_rgb(image), renderings)
 
 
-def center_crop(
-    image: Image.Image, size: Size, crop_pct: float = 1.0, interpolation: str = "bicubic"
-) -> np.ndarray:
+def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.0) -> Pictures:
     """Resizes until `size` / `crop_pct` is just covered, and cuts `size` out of the middle.
 
-    For a square `size` this is torchvision's Resize(int(size / crop_pct)) and CenterCrop(size).
+    For a square size this is torchvision's Resize(int(size / crop_pct)) and CenterCrop(size).
     """
     image = to_rgb(image)
     width, height = image.size
-    tall, wide = (math.floor(side / crop_pct) for side in size)
-    if tall * width >= wide * height:
-        wide = tall * width // height
-    else:
-        tall = wide * height // width
-    image = image.resize((wide, tall), _resampling(interpolation))
-    top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
-    return np.asarray(image.crop((left, top, left + size[1], top + size[0])))
+
+    def render(size, interpolation):
+        tall, wide = (math.floor(side / crop_pct) for side in size)
+        if tall * width >= wide * height:
+            wide = tall * width // height
+        else:
+            tall = wide * height // width
+        top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
+        covering = image.resize((wide, tall), _resampling(interpolation))
+        return np.asarray(covering.crop((left, top, left + size[1], top + size[0])))
+
+    return {name: render(*rendering) for name, rendering in renderings.items()}
+
+
+def pad_crop(
+    image: Image.Image, renderings: Renderings, rng: np.random.Generator, pad: int = 4
+) -> Pictures:
+    """Shifts by up to `pad` pixels of the picture each way, over black, before it is resized."""
+    image = to_rgb(image)
+    x, y = (int(shift) - pad for shift in rng.random(2) * (2 * pad + 1))
+    return _resize(image.crop((x, y, x + image.width, y + image.height)), renderings)
 
 
 def random_resized_crop(
     image: Image.Image,
-    size: Size,
+    renderings: Renderings,
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolation: str = "bicubic",
-) -> np.ndarray:
-    """Cuts out a random part and resizes it to `size`: see `sample_crop`; uint8 [H, W, 3].
+) -> Pictures:
+    """Cuts out a random part, see `sample_crop`, and resizes it.
 
-    A JPEG is decoded at a smaller scale where the part stays at least twice as large as `size`.
+    A JPEG is decoded at a smaller scale where the part stays at least twice as large as the largest
+    rendering.
     """
     height, width = upright_size(image)
     top, left, tall, wide = sample_crop((height, width), rng, scale, ratio)
-    shrink = min(tall / size[0], wide / size[1]) / _REDUCING_GAP
+    sizes = [rendering.size for rendering in renderings.values()]
+    shrink = min(min(tall / size[0], wide / size[1]) for size in sizes) / _REDUCING_GAP
     if shrink >= 2:
         image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
     image = to_rgb(image)
     x, y = image.width / width, image.height / height  # below 1 for a draft
     box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
-    return np.asarray(
-        image.resize(size[::-1], _resampling(interpolation), box, reducing_gap=_REDUCING_GAP)
-    )
+    return _resize(image, renderings, box, _REDUCING_GAP)
 
 
 def sample_crop(
@@ -174,6 +197,13 @@ def sample_crop(
     tall = max(1, min(height, round(width / ratio[0])))
     wide = max(1, min(width, round(height * ratio[1])))
     return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _resize(image, renderings, box=None, reducing_gap=None):
+    return {
+        name: np.asarray(image.resize(size[::-1], _resampling(interpolation), box, reducing_gap))
+        for name, (size, interpolation) in renderings.items()
+    }
 
 
 def _resampling(interpolation: str) -> Image.Resampling:

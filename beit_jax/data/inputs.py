@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beit_jax import sharding
-from beit_jax.data import pipeline, sources
+from beit_jax.data import images, pipeline, sources
 
 
 class Split(NamedTuple):
@@ -70,7 +70,7 @@ def _resident(source, config, mesh):
 
 
 def train_stream(
-    split: Split, config, mesh: Mesh, *, start_step: int, image_size, interpolation: str
+    split: Split, config, mesh: Mesh, *, start_step: int, renderings: images.Renderings
 ) -> Iterator[dict[str, Any]]:
     """Batches on the devices from `start_step` on, without end; close it when done.
 
@@ -87,12 +87,12 @@ def train_stream(
         split.source,
         order,
         start_step,
-        image_size=image_size,
+        renderings=renderings,
         seed=config.seed,
-        crop="rrc" if config.augment.crop == "rrc" else "squash",
+        crop="squash" if config.augment.crop == "none" else config.augment.crop,
         scale=tuple(config.augment.scale),
         ratio=tuple(config.augment.ratio),
-        interpolation=interpolation,
+        pad=config.augment.pad,
         threads=config.data.threads or sources.THREADS,
         prefetch=config.data.prefetch,
     )
@@ -102,7 +102,9 @@ def train_stream(
             yield sharding.put(batch, place)
 
 
-def eval_stream(split: Split, config, mesh: Mesh, *, image_size, image) -> Iterator[dict[str, Any]]:
+def eval_stream(
+    split: Split, config, mesh: Mesh, *, renderings: images.Renderings, image
+) -> Iterator[dict[str, Any]]:
     """Every example once, in batches of one size on the devices; padding has "weight" 0.
 
     `image` says how a picture is cropped: the `image` of model.json.
@@ -112,10 +114,9 @@ def eval_stream(split: Split, config, mesh: Mesh, *, image_size, image) -> Itera
         batches = pipeline.eval_batches(
             split.source,
             config.eval_batch_size,
-            image_size=image_size,
+            renderings=renderings,
             crop=image["crop"],
             crop_pct=image["crop_pct"],
-            interpolation=image["interpolation"],
             threads=config.data.threads or sources.THREADS,
             prefetch=config.data.prefetch,
         )

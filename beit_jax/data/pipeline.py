@@ -2,6 +2,7 @@
 
 A batch is {"image": uint8 [B, H, W, 3], "label": int32 [B], "index": int32 [B]}, in evaluation with
 "weight": float32 [B]; `source.id(index)` names an example, and a source without labels gives none.
+"image" and what else is there of pictures are the renderings that were asked for.
 What a step gets depends neither on the number of threads nor on where the run was resumed: there
 is no iterator state to save. Flips, colours, mixup and normalisation belong to the device.
 """
@@ -13,6 +14,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -96,13 +98,13 @@ def train_batches(
     order: Order,
     start_step: int = 0,
     *,
-    image_size: int | images.Size,
+    renderings: images.Renderings,
     seed: int,
     crop: str = "rrc",
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    pad: int = 4,
     crop_pct: float = 1.0,
-    interpolation: str = "bicubic",
     threads: int = sources.THREADS,
     prefetch: int = 2,
     process_index: int = 0,
@@ -116,14 +118,15 @@ def train_batches(
       source: where the examples come from.
       order: which examples a step gets.
       start_step: the first step.
-      image_size: side of the pictures, or height and width.
+      renderings: of each crop, by the name in the batch.
       seed: of the crops.
-      crop: "rrc" for a random part, see `images.random_resized_crop`; "squash" for the whole
-        picture at another aspect ratio; "center" for its middle, see `images.center_crop`.
+      crop: "rrc" for a random part, see `images.random_resized_crop`; "pad" for a random shift, see
+        `images.pad_crop`; "squash" for the whole picture at another aspect ratio; "center" for its
+        middle, see `images.center_crop`.
       scale: range of a random part's area as a fraction of the picture's.
       ratio: range of a random part's width / height.
-      crop_pct: for "center", `image_size` / the shorter side before the crop.
-      interpolation: a filter of Pillow.
+      pad: of "pad", in pixels of the picture.
+      crop_pct: for "center", size / the shorter side before the crop.
       threads: that decode, one per core by default; 0 decodes in the caller's.
       prefetch: batches that are decoded ahead.
       process_index: which part of each batch this process wants,
@@ -138,19 +141,16 @@ def train_batches(
             f"the order is for {order.num_examples} examples; {source.name} {source.split} has "
             f"{len(source)}"
         )
-    size = _height_width(image_size)
-    whole = None if crop == "rrc" else _whole(crop, size, crop_pct, interpolation)
+    random_crops = {
+        "rrc": functools.partial(images.random_resized_crop, scale=scale, ratio=ratio),
+        "pad": functools.partial(images.pad_crop, pad=pad),
+    }
+    whole = None if crop in random_crops else _whole(crop, renderings, crop_pct)
     bad_images = {}
 
     def random_crop(step, row):
-        return functools.partial(
-            images.random_resized_crop,
-            size=size,
-            rng=np.random.Generator(_philox(seed, step, _CROP_STREAM, row)),
-            scale=scale,
-            ratio=ratio,
-            interpolation=interpolation,
-        )
+        rng = np.random.Generator(_philox(seed, step, _CROP_STREAM, row))
+        return functools.partial(random_crops[crop], renderings=renderings, rng=rng)
 
     def examples(step, rows):
         indices = order.indices(step)[rows.start : rows.stop].tolist()
@@ -167,10 +167,9 @@ def eval_batches(
     source: sources.Source,
     batch_size: int,
     *,
-    image_size: int | images.Size,
+    renderings: images.Renderings,
     crop: str = "squash",
     crop_pct: float = 1.0,
-    interpolation: str = "bicubic",
     threads: int = sources.THREADS,
     prefetch: int = 2,
     process_index: int = 0,
@@ -182,9 +181,9 @@ def eval_batches(
     last batch ("index" -1) and for a picture that cannot be decoded ("index" its own), which
     `source.on_bad_image` "skip" lets pass. The arguments are those of `train_batches`.
     """
-    size = _height_width(image_size)
-    transform = _whole(crop, size, crop_pct, interpolation)
-    blank = np.zeros((*size, 3), np.uint8), None if source.class_names is None else 0
+    transform = _whole(crop, renderings, crop_pct)
+    black = {name: np.zeros((*r.size, 3), np.uint8) for name, r in renderings.items()}
+    blank = black, None if source.class_names is None else 0
     bad_images = {}
 
     def examples(step, rows):
@@ -271,8 +270,8 @@ def _dataset(
     return dataset.batch(parts, batch_fn=_concatenate)
 
 
-def _decode(source, index, record, transform, bad_images) -> tuple[np.ndarray, int | None] | None:
-    """Returns image and label, or None for a bad picture that is to be skipped."""
+def _decode(source, index, record, transform, bad_images) -> tuple[Any, int | None] | None:
+    """Returns what `transform` gives, and the label; None for a bad picture, to be skipped."""
     try:
         return source.decode(index, record, transform)
     except images.BadImageError as error:
@@ -300,8 +299,8 @@ def _first_good(source, index, record, transform, bad_images) -> dict:
     raise ValueError(f"none of the {len(source)} pictures of {source.name} can be decoded")
 
 
-def _example(image: np.ndarray, label: int | None, index: int) -> dict:
-    example = {"image": image, "index": np.int32(index)}
+def _example(pictures: images.Pictures, label: int | None, index: int) -> dict:
+    example = pictures | {"index": np.int32(index)}
     return example if label is None else example | {"label": np.int32(label)}
 
 
@@ -320,18 +319,10 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
     return range(process_index * count, (process_index + 1) * count)
 
 
-def _height_width(image_size: int | images.Size) -> images.Size:
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-
-
-def _whole(crop, size, crop_pct, interpolation) -> Callable:
-    """The transforms without random numbers."""
+def _whole(crop, renderings, crop_pct) -> Callable:
+    """The crops without random numbers."""
     if crop == "squash":
-        return functools.partial(images.squash, size=size, interpolation=interpolation)
+        return functools.partial(images.squash, renderings=renderings)
     if crop == "center":
-        return functools.partial(
-            images.center_crop, size=size, crop_pct=crop_pct, interpolation=interpolation
-        )
-    raise ValueError(
-        f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' (a random part)"
-    )
+        return functools.partial(images.center_crop, renderings=renderings, crop_pct=crop_pct)
+    raise ValueError(f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' or 'pad'")

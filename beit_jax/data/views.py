@@ -1,8 +1,7 @@
 """Stored pictures as networks see them: augmented in training, as they are in evaluation.
 
 B batch, H x W picture as stored, S side as a network sees it, C channels. Everywhere `prepared` is
-the `image` of model.json, and `resized` tells that the host has cropped the pictures already, all
-but for a "pad" crop.
+the `image` of model.json, and `resized` tells that the host has cropped and resized the pictures.
 """
 
 import functools
@@ -53,8 +52,7 @@ def tokenizer_train_view(rng, image, config, prepared, size: Size, *, resized: b
 
 
 def _crop(config, resized):
-    crop = config.augment.crop
-    return "squash" if resized and crop != "pad" else crop
+    return "squash" if resized else config.augment.crop
 
 
 def _augmented(rng, image, config, **rendering):
@@ -99,18 +97,34 @@ def tokenizer_eval_view(image, config, prepared, size: Size, *, resized: bool) -
     return eval_view(image, prepared, size, resized=resized)
 
 
-def host_preparation(prepared, size: Size):
+def rendering(prepared, size: Size) -> images.Rendering:
+    """What a network of that size sees."""
+    return images.Rendering(size, prepared["interpolation"])
+
+
+def stored(batch, name: str) -> jax.Array:
+    """What to make a view of, [B, H, W, C]: the rendering of that name where the host made one."""
+    return batch.get(name, batch["image"])
+
+
+def host_crop(prepared, renderings: images.Renderings):
     """Returns the function that crops and resizes a Pillow picture as for evaluation."""
-    options = {"size": size, "interpolation": prepared["interpolation"]}
     if prepared["crop"] == "center":
-        return functools.partial(images.center_crop, crop_pct=prepared["crop_pct"], **options)
-    return functools.partial(images.squash, **options)
+        crop_pct = prepared["crop_pct"]
+        return functools.partial(images.center_crop, renderings=renderings, crop_pct=crop_pct)
+    return functools.partial(images.squash, renderings=renderings)
 
 
-def first_pictures(split, prepared, size: Size, index) -> np.ndarray:
-    """The pictures uint8 [B, H, W, C] of a split that a task draws, `index` as in its outputs."""
+def as_batch(pictures) -> images.Pictures:
+    """Stacks what a crop gave of each picture: uint8 [B, H, W, C] for each rendering."""
+    return jax.tree.map(lambda *rows: np.stack(rows), *pictures)
+
+
+def first_pictures(split, prepared, renderings: images.Renderings, index) -> images.Pictures:
+    """The pictures of a split that a task draws, as a batch; `index` as in its outputs."""
     if split.resident is not None:
-        return np.asarray(split.resident["image"][: len(index)])
-    prepare = host_preparation(prepared, size)
-    read = (split.source.decode(i, *split.source.fetch([i]), prepare)[0] for i in index.tolist())
-    return np.stack(list(read))
+        return {"image": np.asarray(split.resident["image"][: len(index)])}
+    crop = host_crop(prepared, renderings)
+    return as_batch(
+        [split.source.decode(i, *split.source.fetch([i]), crop)[0] for i in index.tolist()]
+    )

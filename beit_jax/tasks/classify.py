@@ -114,7 +114,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         draw=functools.partial(draw, num_mistakes=config.mistakes),
         layer_id=lambda name: family.layer_id(name, model.config.num_hidden_layers),
         num_layers=model.config.num_hidden_layers,
-        image_size=size,
+        renderings={"image": views.rendering(info.image, size)},
         info=info,
     )
 
@@ -167,10 +167,12 @@ def draw(workdir, results, outputs, split, params, model_state, *, num_mistakes:
     worst = wrong[np.argsort(-outputs["probability"][wrong], kind="stable")][:num_mistakes]
     if len(worst):
         pictures, captions = [], []
+        renderings = {"image": images.Rendering((96, 96))}
+        thumbnail = functools.partial(images.squash, renderings=renderings)
         for i in worst:
             index = int(outputs["index"][i])
-            thumbnail = functools.partial(images.squash, size=(96, 96))
-            pictures.append(split.source.decode(index, *split.source.fetch([index]), thumbnail)[0])
+            (record,) = split.source.fetch([index])
+            pictures.append(split.source.decode(index, record, thumbnail)[0]["image"])
             label, predicted = (names[int(outputs[key][i])] for key in ("label", "predicted"))
             captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}")
         title = "Most confident mistakes: true → predicted"

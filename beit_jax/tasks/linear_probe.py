@@ -90,7 +90,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         draw=draw,
         layer_id=lambda name: len(widths) + 1,
         num_layers=len(widths),
-        image_size=size,
+        renderings={"image": views.rendering(info.image, size)},
         info=info,
         num_frozen=sum(x.size for x in jax.tree.leaves(params)),
     )

@@ -13,7 +13,7 @@ import numpy as np
 from beit_jax import modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
-from beit_jax.data import masking, views
+from beit_jax.data import images, masking, views
 from beit_jax.objectives.objective import Objective, Views
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.classify import RUNTIME, make_model, runtime
@@ -33,6 +33,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     info, model, objective, bank = make_parts(config, start, info)
     family = modules.load("models", info.model_name)
     size = model.config.image_size
+    renderings = make_renderings(config, info, objective, size)
     frozen = {**objective.frozen, "masks": bank}
     if config.cache_tokens and data.train is not None:
         frozen["tokens"] = cached_tokens(config, info, objective, data.train)
@@ -46,7 +47,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
 
     def loss(params, model_state, frozen, batch, rng):
         view_rng, mask_rng, dropout_rng = jax.random.split(rng, 3)
-        seen = train_views(config, info, objective, size, view_rng, batch["image"], resized)
+        seen = train_views(config, info, objective, size, view_rng, batch, resized)
         if "tokens" in frozen:
             seen = seen._replace(target=frozen["tokens"][batch["index"]])
         num_masks = frozen["masks"]["count"].size
@@ -58,7 +59,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
 
     def fixed(frozen, batch):
         """Views without augmentation, and the masks of a picture's place in the split."""
-        seen = eval_views(config, info, objective, size, batch["image"], resized)
+        seen = eval_views(config, info, objective, size, batch, resized)
         masks = masking.take(frozen["masks"], batch["index"] % frozen["masks"]["count"].size)
         return seen, masks
 
@@ -72,11 +73,11 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         chosen = outputs["index"][:_PICTURES]
         if objective.reconstruct is None or not len(chosen):
             return
-        image = views.first_pictures(split, info.image, size, chosen)
+        batch = views.first_pictures(split, info.image, renderings, chosen)
         rows = np.arange(len(chosen))
         reconstruct = make_reconstruction(config, info, objective, size, resized)
         path = os.path.join(workdir, "reconstructions.png")
-        draw_reconstructions(reconstruct(params, frozen, image, rows), path)
+        draw_reconstructions(reconstruct(params, frozen, batch, rows), path)
 
     return Task(
         init=objective.init,
@@ -88,7 +89,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         draw=draw,
         layer_id=lambda name: family.layer_id(name, model.config.num_hidden_layers),
         num_layers=model.config.num_hidden_layers,
-        image_size=size,
+        renderings=renderings,
         info=info,
     )
 
@@ -120,25 +121,33 @@ def make_parts(config, start=None, info=None):
     return info, model, objective.make(config, model), bank
 
 
-def train_views(config, info, objective: Objective, size, rng, image, resized: bool) -> Views:
-    """One augmented view of stored pictures [B, H, W, C], rendered for model and tokenizer."""
-    view = views.train_view(rng, image, config, info.image, size, resized=resized)
+def make_renderings(config, info, objective: Objective, size) -> images.Renderings:
+    """What model and tokenizer see of a crop."""
+    found = {"image": views.rendering(info.image, size)}
+    if objective.target_size is not None:
+        found["target"] = images.Rendering(objective.target_size, config.tokenizer_interpolation)
+    return found
+
+
+def train_views(config, info, objective: Objective, size, rng, batch, resized: bool) -> Views:
+    """One augmented view of the pictures of a batch, for model and tokenizer."""
+    view = views.train_view(rng, batch["image"], config, info.image, size, resized=resized)
     if objective.target_size is None:
         return Views(view, None)
-    target_size = objective.target_size
+    stored, target_size = views.stored(batch, "target"), objective.target_size
     target = views.tokenizer_train_view(
-        rng, image, config, info.image, target_size, resized=resized
+        rng, stored, config, info.image, target_size, resized=resized
     )
     return Views(view, target)
 
 
-def eval_views(config, info, objective: Objective, size, image, resized: bool) -> Views:
-    """The view without augmentation, in both renderings."""
-    view = views.eval_view(image, info.image, size, resized=resized)
+def eval_views(config, info, objective: Objective, size, batch, resized: bool) -> Views:
+    """The view without augmentation, for both."""
+    view = views.eval_view(batch["image"], info.image, size, resized=resized)
     if objective.target_size is None:
         return Views(view, None)
-    target_size = objective.target_size
-    target = views.tokenizer_eval_view(image, config, info.image, target_size, resized=resized)
+    stored, target_size = views.stored(batch, "target"), objective.target_size
+    target = views.tokenizer_eval_view(stored, config, info.image, target_size, resized=resized)
     return Views(view, target)
 
 
@@ -177,12 +186,12 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
 
 
 def make_reconstruction(config, info, objective: Objective, size, resized: bool):
-    """Returns f(params, frozen, image uint8 [B, H, W, C], rows of the bank [B]) -> list of three
-    pictures uint8 [B, h, w, C]: as the model sees it, masked, and predicted."""
+    """Returns f(params, frozen, batch, rows of the bank [B]) -> list of three pictures
+    uint8 [B, h, w, C]: as the model sees it, masked, and predicted."""
 
     @jax.jit
-    def pictures(params, frozen, image, rows):
-        seen = eval_views(config, info, objective, size, image, resized)
+    def pictures(params, frozen, batch, rows):
+        seen = eval_views(config, info, objective, size, batch, resized)
         masks = masking.take(frozen["masks"], rows % frozen["masks"]["count"].size)
         mean, std = (jnp.asarray(info.image[key]) for key in ("mean", "std"))
         original = seen.image * std + mean
@@ -191,8 +200,8 @@ def make_reconstruction(config, info, objective: Objective, size, resized: bool)
             predicted = predicted * std + mean
         return original, masks.index, predicted
 
-    def reconstruct(params, frozen, image, rows):
-        original, index, predicted = jax.device_get(pictures(params, frozen, image, rows))
+    def reconstruct(params, frozen, batch, rows):
+        original, index, predicted = jax.device_get(pictures(params, frozen, batch, rows))
         grid = _grid(info)
         hidden = np.asarray(masking.to_bool(index, grid[0] * grid[1])).reshape(-1, *grid, 1)
         patch = info.architecture["patch_size"]

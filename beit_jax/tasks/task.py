@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from beit_jax.checkpoint import ModelInfo
+from beit_jax.data.images import Renderings
 from beit_jax.data.inputs import Split
 
 
@@ -14,7 +15,7 @@ class Data(NamedTuple):
 
     Attributes:
       class_names: in the order of the labels; None without labels.
-      resized: whether the host crops pictures to the network's size, all but a "pad" crop.
+      resized: whether the host has cropped the pictures and resized them, as the task's renderings.
       class_counts: pictures of each class in the training split, int [K], or None where there is no
         such split or no label.
       train: the training split, for what is computed once for all its pictures; or None.
@@ -29,7 +30,8 @@ class Data(NamedTuple):
 class Task(NamedTuple):
     """Pure functions; one loop, one evaluator and one checkpoint path serve every task.
 
-    `batch` holds uint8 pictures "image" [B, H, W, C] and whatever else the data has ("label" [B]).
+    `batch` holds uint8 pictures "image" [B, H, W, C], perhaps other renderings of them, and what
+    else the data has ("label" [B]).
     `model_state` is what changes without a gradient (running averages); `frozen` are weights that
     are used but neither trained nor saved (a tokenizer, a teacher).
 
@@ -45,7 +47,8 @@ class Task(NamedTuple):
         final evaluation.
       layer_id: parameter name -> depth, for layer-wise learning-rate decay.
       num_layers: of the network.
-      image_size: (height, width) that the network sees.
+      renderings: what is seen of a picture, by its name in the batch: "image" by the network. A
+        split on the device has only "image", as it is stored, and is rendered in the step.
       info: what model.json says.
       choose: (metrics of the validation, of the test) -> of the test, where something was chosen by
         the validation; or None.
@@ -61,7 +64,7 @@ class Task(NamedTuple):
     draw: Callable
     layer_id: Callable[[str], int]
     num_layers: int
-    image_size: tuple[int, int]
+    renderings: Renderings
     info: ModelInfo
     choose: Callable | None = None
     num_frozen: int = 0

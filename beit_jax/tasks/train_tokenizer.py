@@ -16,7 +16,7 @@ from flax import linen as nn
 from beit_jax import modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
-from beit_jax.data import views
+from beit_jax.data import images, views
 from beit_jax.models import features, layers
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data, Task
@@ -55,15 +55,22 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
             f"{model.config.grid[1]}; change config.model.image_size or patch_size."
         )
     trainer = family.make(config, model, teacher.width if teacher else 0)
+    renderings = {"image": images.Rendering(size, config.tokenizer_interpolation)}
+    if teacher:
+        renderings["teacher"] = views.rendering(teacher.image, teacher.size)
+
+    def eval_view(batch):
+        stored = batch["image"]
+        return views.tokenizer_eval_view(stored, config, info.image, size, resized=resized)
 
     def loss(params, model_state, frozen, batch, rng):
         view_rng, rng = jax.random.split(rng)
-        stored, target = batch["image"], None
-        prepared = teacher.image if teacher else info.image
+        target, prepared = None, teacher.image if teacher else info.image
         image = views.tokenizer_train_view(
-            view_rng, stored, config, prepared, size, resized=resized
+            view_rng, batch["image"], config, prepared, size, resized=resized
         )
         if teacher:
+            stored = views.stored(batch, "teacher")
             seen = views.train_view(
                 view_rng, stored, config, prepared, teacher.size, resized=resized, clean=True
             )
@@ -74,9 +81,9 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         return scalars.pop("loss"), (model_state, scalars)
 
     def evaluate(params, model_state, frozen, batch):
-        stored, target = batch["image"], None
-        image = views.tokenizer_eval_view(stored, config, info.image, size, resized=resized)
+        image, target = eval_view(batch), None
         if teacher:
+            stored = views.stored(batch, "teacher")
             colours = {key: teacher.image[key] for key in ("mean", "std", "interpolation")}
             prepared = info.image | colours
             seen = views.eval_view(stored, prepared, teacher.size, resized=resized)
@@ -85,15 +92,16 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         return sums, {}
 
     def draw(workdir, metrics, outputs, split, params, model_state):
-        stored = views.first_pictures(split, info.image, size, outputs["index"][:_PICTURES])
+        chosen = outputs["index"][:_PICTURES]
+        batch = views.first_pictures(split, info.image, renderings, chosen)
 
         @jax.jit
-        def reconstruct(variables, stored):
-            image = views.tokenizer_eval_view(stored, config, info.image, size, resized=resized)
+        def reconstruct(variables, batch):
+            image = eval_view(batch)
             token = model.apply(variables, image, method="tokenize")
             return image, model.apply(variables, token, method="decode")
 
-        pairs = zip(*reconstruct(trainer.variables(params, model_state), stored), strict=True)
+        pairs = zip(*reconstruct(trainer.variables(params, model_state), batch), strict=True)
         sheet = [np.uint8(255 * np.asarray(x) + 0.5) for pair in pairs for x in pair]
         path = os.path.join(workdir, "reconstructions.png")
         captions = ["original", "from its tokens"] * (len(sheet) // 2)
@@ -109,7 +117,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         draw=draw,
         layer_id=lambda name: 1,  # no layer-wise decay
         num_layers=0,
-        image_size=size,
+        renderings=renderings,
         info=info,
     )
 
