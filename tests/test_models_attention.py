@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.models import attention, beit
+from beit_jax.models import attention, beit, features
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 10, 2, 8
 # small programs compile far longer than they run
@@ -149,11 +149,12 @@ def kernel_on_cpu(monkeypatch):
     """jax's own mathematics for cuDNN's kernel, as strict about its operands as the kernel is."""
     attend, calls = jax.nn.dot_product_attention, []
 
-    def kernel(query, key, value, *, bias, scale, implementation):
+    def kernel(query, key, value, *, scale, implementation, bias=None):
         _, tokens, heads, _ = query.shape
-        assert implementation == "cudnn"
-        assert tokens % 2 == 0 and query.shape == key.shape == value.shape
-        assert bias.shape == (1, heads, tokens, tokens) and bias.dtype == jnp.float32
+        assert implementation == "cudnn" and query.shape == key.shape == value.shape
+        if bias is not None:
+            assert tokens % 2 == 0
+            assert bias.shape == (1, heads, tokens, tokens) and bias.dtype == jnp.float32
         calls.append(tokens)
         return attend(query, key, value, bias=bias, scale=scale, implementation="xla")
 
@@ -161,12 +162,62 @@ def kernel_on_cpu(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("tokens, padded, with_bias", [(5, 8, True), (8, 8, False), (10, 16, True)])
+@pytest.mark.parametrize(
+    "tokens, padded, with_bias", [(5, 8, True), (8, 8, True), (10, 16, True), (5, 5, False)]
+)
 def test_cudnn_pads_and_masks(kernel_on_cpu, tokens, padded, with_bias):
     arrays = inputs(tokens=tokens, with_bias=with_bias)
     actual = output_and_gradients(lambda *a: attention.cudnn(*a), arrays)
     assert kernel_on_cpu == [padded]
     assert_same(actual, output_and_gradients(attention.plain, arrays))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_relative_position_bias": False, "use_shared_relative_position_bias": True},
+        {"use_shared_relative_position_bias": True, "use_mean_pooling": False},
+        {"head": "mim", "early_layers": 1, "head_layers": 1, "vocab_size": 5},
+        {"attention_probs_dropout_prob": 0.5, "remat": "full"},
+    ],
+)
+def test_a_network_pads_its_tokens_once(kernel_on_cpu, changes):
+    """17 tokens are 24 from the first layer to the last; outputs and gradients are as without."""
+    model = {
+        name: beit.Model(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=16,
+            patch_size=4,
+            num_labels=3,
+            attention=name,
+            **changes,
+        )
+        for name in ("plain", "cudnn")
+    }
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.standard_normal((2, 16, 16, 3)), jnp.float32)
+    params = model["plain"].init(jax.random.key(0), image)["params"]
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape), params)
+
+    def run(model):
+        def loss(params):
+            out, state = model.apply({"params": params}, image, mutable=["aggregation"])
+            found = jax.tree.leaves((out, state))
+            return sum((x**2).sum() for x in found), found
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradients, found = run(model["cudnn"])
+    assert set(kernel_on_cpu) == {24}
+    expected_gradients, expected = run(model["plain"])
+    assert_same(found, expected)
+    assert_same(gradients, expected_gradients, 2e-4)
+    layers = features.layer_outputs(model["cudnn"], params, image)
+    assert_same(layers, features.layer_outputs(model["plain"], params, image))
 
 
 @pytest.fixture

@@ -80,28 +80,30 @@ def cudnn(query, key, value, bias):
     """cuDNN's fused attention, forward and backward with the gradient of the bias; for bfloat16 or
     float16.
 
-    The kernel wants an even number of tokens: they are padded to a multiple of 8 and the padding
-    masked in the bias.
+    With a bias the kernel wants an even number of tokens: an odd one is padded here, unless the
+    network has done so for all its layers, see `pad_tokens`.
     """
-    tokens = query.shape[1]
-    padding = -tokens % 8
+    options = dict(scale=query.shape[-1] ** -0.5, implementation="cudnn")
     if bias is None:
-        bias = jnp.zeros((query.shape[2], tokens, tokens), jnp.float32)
-    if padding:
-        query, key, value = (
-            jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, key, value)
-        )
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, padding)), constant_values=MASKED)
-        bias = jnp.pad(bias, ((0, 0), (0, padding), (0, 0)))
-    out = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias=bias.astype(jnp.float32)[None],
-        scale=query.shape[-1] ** -0.5,
-        implementation="cudnn",
-    )
-    return out[:, :tokens]
+        return jax.nn.dot_product_attention(query, key, value, **options)
+    tokens = query.shape[1]
+    query, key, value = (pad_tokens(x) for x in (query, key, value))
+    bias = mask_padding(bias, query.shape[1]).astype(jnp.float32)[None]
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, **options)[:, :tokens]
+
+
+def pad_tokens(x):
+    """Appends zeros to tokens [B, T, ...] until T is a multiple of 8."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)) + ((0, 0),) * (x.ndim - 2))
+
+
+def mask_padding(bias, tokens: int):
+    """A bias [H, T, T] for more tokens than it was made for: the others see no padding."""
+    padding = tokens - bias.shape[-1]
+    if not padding:
+        return bias
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, padding)), constant_values=MASKED)
+    return jnp.pad(bias, ((0, 0), (0, padding), (0, 0)))
 
 
 IMPLEMENTATIONS = {"plain": plain, "xla": xla, "cudnn": cudnn}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from beit_jax.models import layers
+from beit_jax.models import attention, layers
 from beit_jax.models.layers import (
     REMAT_POLICIES,
     Attention,
@@ -223,29 +223,33 @@ class Beit(nn.Module):
           features [B, D] ("none"). Logits of patch aggregation are sown as aggregation/logits.
         """
         config = self.config
+        is_biased = config.use_relative_position_bias or config.use_shared_relative_position_bias
         layers.expect(
             config,
-            visible_index is None
-            or not (config.use_relative_position_bias or config.use_shared_relative_position_bias),
+            visible_index is None or not is_biased,
             "visible_index needs positions without a relative bias",
         )
         x = Embeddings(config, name="embeddings")(
             image, bool_masked_pos, visible_index, deterministic=deterministic
         )
-        bias = None
+        tokens, bias = x.shape[1], None
+        pad = attention.pad_tokens if is_biased and config.attention == "cudnn" else lambda x: x
         if config.use_shared_relative_position_bias:
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)
         policy = REMAT_POLICIES[config.remat]
         layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
+        x = pad(x)  # once for all layers, whose attention masks what comes in
         for index in range(config.num_hidden_layers):
             x = layer(config, index, name=f"layer_{index}")(x, bias, deterministic)  # [B, T, D]
             if index + 1 == config.early_layers:
-                early = x[:, 1:]
+                early = x[:, 1:tokens]
         if config.head == "mim" and config.early_layers:
-            aggregated = jnp.concatenate([x[:, :1], early], axis=1)
+            aggregated = pad(jnp.concatenate([x[:, :1], early], axis=1))
             for index in range(config.head_layers):
                 extra = layer(config, config.early_layers + index, name=f"cls_pt_layer_{index}")
                 aggregated = extra(aggregated, bias, deterministic)
+            aggregated = aggregated[:, :tokens]
+        x = x[:, :tokens]
         if not config.use_mean_pooling:
             x = norm(config, "layernorm")(x)
         if config.head == "tokens":

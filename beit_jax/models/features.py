@@ -3,6 +3,7 @@
 B batch, T tokens, D width.
 """
 
+import math
 import re
 
 import jax
@@ -39,7 +40,8 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
     }
     if not found or any(x.ndim != 3 for x in found.values()):
         raise ValueError(f"{type(model).__name__} has no layers of tokens to look into.")
-    return [found[index] for index in sorted(found)]
+    tokens = model.config.num_prefix + math.prod(model.config.grid)  # without padding
+    return [found[index][:, :tokens] for index in sorted(found)]
 
 
 def pool(tokens: jax.Array, num_prefix: int) -> jax.Array:

@@ -266,6 +266,8 @@ class Attention(nn.Module):
         if self.has_bias_table:
             own_bias = relative_position_bias(bias_table(self, config), config.grid)
             bias = own_bias if bias is None else bias + own_bias
+        if bias is not None:
+            bias = attention.mask_padding(bias, x.shape[1])
         attend = attention.get(config.attention)
         if config.attention_probs_dropout_prob and not deterministic:
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
