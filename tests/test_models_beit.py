@@ -1,6 +1,7 @@
 """The whole network: its tree, its logits and gradients against torch, its switches."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -303,10 +304,13 @@ def test_logits_see_the_rows_of_the_class_token(hf_classifier, offset):
     ],
     ids=["classifier", "mim"],
 )
-def test_gradients_of_torch(name, config):
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_torch(name, config, training):
+    """In training kernels take in the scales around them; there is no dropout here."""
     theirs, params, model = hf_pair(name, **config)
-    batch = random_batch(model)
-    (value, _), gradients = loss_and_gradients(model, params, batch)
+    model = beit.Beit(dataclasses.replace(model.config, drop_path_rate=0.0))
+    batch, rng = random_batch(model), jax.random.key(0) if training else None
+    (value, _), gradients = loss_and_gradients(model, params, batch, rng)
     _, expected = torch_loss(theirs, batch)
     expected.backward()
     assert float(value) == pytest.approx(expected.item(), rel=1e-5)
@@ -397,16 +401,18 @@ def test_masked_patches_are_replaced():
     assert np.abs(unmasked - logits).max() > 0.1
 
 
-def test_bfloat16_against_float32():
+@pytest.mark.parametrize("training", [False, True])
+def test_bfloat16_against_float32(training):
     """A rounding to bfloat16 errs by up to 2^-9; a layer makes about eight, in series and at
     random: sqrt(2 layers * 8) * 2^-9 = 0.8 % of the logits, and twice that of the gradient. The
     bounds are twice those.
     """
-    exact = beit.Model(**TINY)
-    model = beit.Model(**TINY, dtype="bfloat16")
+    exact = beit.Model(**TINY | {"drop_path_rate": 0.0})
+    model = beit.Model(**TINY | {"drop_path_rate": 0.0}, dtype="bfloat16")
     params, batch = random_params(exact), random_batch(exact)
+    rng = jax.random.key(0) if training else None
     (_, expected), expected_gradients = loss_and_gradients(exact, params, batch)
-    (_, actual), gradients = loss_and_gradients(model, params, batch)
+    (_, actual), gradients = loss_and_gradients(model, params, batch, rng)
     assert {array.dtype for array in jax.tree.leaves((actual, gradients))} == {np.dtype("float32")}
     assert 1e-4 < relative_error(actual, expected) < 0.016
     assert relative_error(gradients, expected_gradients) < 0.032
@@ -453,6 +459,32 @@ def test_remat_changes_memory_only(remat):
     expected, actual = (loss_and_gradients(m, params, batch, rng) for m in (model, rematted))
     np.testing.assert_allclose(actual[0][1], expected[0][1], rtol=1e-6, atol=1e-6)
     assert_same_tree(actual[1], expected[1], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layer_scale_init_value": 0.0},
+        {"use_relative_position_bias": False, "use_shared_relative_position_bias": True},
+        {"head": "mim", "use_mask_token": True, "early_layers": 1, "num_hidden_layers": 2},
+    ],
+    ids=str,
+)
+def test_folding_changes_work_only(changes):
+    """The same logits and gradients, in float32 up to rounding, with dropout and drop path."""
+    dropping = {"hidden_dropout_prob": 0.2, "drop_path_rate": 0.3}
+    folded, plain = (beit.Model(**TINY | dropping | changes, fold=fold) for fold in (True, False))
+    params, batch = random_params(plain), random_batch(plain)
+    rng = jax.random.key(1)
+    actual, expected = (loss_and_gradients(model, params, batch, rng) for model in (folded, plain))
+    np.testing.assert_allclose(actual[0][1], expected[0][1], rtol=1e-5, atol=1e-5)
+    assert_same_tree(actual[1], expected[1], tolerance=1e-4)
+    trained, evaluated = (
+        str(jax.make_jaxpr(functools.partial(loss, folded))(params, batch, rng))
+        for rng in (rng, None)
+    )
+    assert trained.count("precision=(Precision.HIGHEST") > evaluated.count("Precision.HIGHEST")
 
 
 def test_remat_policies_compute_again_what_they_say():

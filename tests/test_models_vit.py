@@ -193,7 +193,7 @@ def test_mean_pooling_is_of_the_patches(changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"remat": "full"}, {"remat": "dots"}, {"attention": "plain"}],
+    [{"remat": "full"}, {"remat": "dots"}, {"attention": "plain"}, {"fold": False}],
     ids=str,
 )
 def test_same_gradient(changes):

@@ -4,6 +4,7 @@ B batch, T tokens (1 + N), N patches, P patch size, D hidden, K classes, V visua
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -125,14 +126,7 @@ class Layer(nn.Module):
         dropout = nn.Dropout(config.hidden_dropout_prob)
         rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
         output_init = normal(config, rescale)
-
-        def residual(x, branch, scale_name):
-            branch = dropout(branch, deterministic=deterministic)
-            if config.layer_scale_init_value:
-                initial = nn.initializers.constant(config.layer_scale_init_value)
-                branch *= self.param(scale_name, initial, (x.shape[-1],)).astype(branch.dtype)
-            return x + drop_path(branch, deterministic=deterministic)
-
+        fold = config.fold and not deterministic
         attend = Attention(
             config,
             output_init,
@@ -140,10 +134,22 @@ class Layer(nn.Module):
             has_bias_table=config.use_relative_position_bias,
             name="attention",
         )
-        normed = norm(config, "layernorm_before")(x)
-        x = residual(x, attend(normed, bias, deterministic=deterministic), "lambda_1")
+        attend = functools.partial(attend, bias=bias, deterministic=deterministic)
         mlp = Mlp(config, output_init, name="mlp")
-        return residual(x, mlp(norm(config, "layernorm_after")(x)), "lambda_2")
+        branches = (attend, "layernorm_before", "lambda_1"), (mlp, "layernorm_after", "lambda_2")
+        for branch, norm_name, scale_name in branches:
+            y, scale = norm(config, norm_name)(x, fold=fold), None
+            if config.layer_scale_init_value:
+                initial = nn.initializers.constant(config.layer_scale_init_value)
+                scale = self.param(scale_name, initial, (x.shape[-1],))
+            if fold or scale is None:
+                y = branch(y, scale=scale)
+            else:
+                y = branch(y)
+                y *= scale.astype(y.dtype)
+            y = dropout(y, deterministic=deterministic)
+            x += drop_path(y, deterministic=deterministic)
+        return x
 
 
 def _gather(x, index):

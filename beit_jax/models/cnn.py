@@ -37,7 +37,7 @@ class CnnConfig:
       hidden_sizes: of the dense layers before the classifier.
       head: "classifier" -> logits [B, K], "none" -> features [B, D].
       dtype: computation type; parameters are float32, logits too.
-      attention, remat: as the other families have them; there is nothing here that they change.
+      attention, remat, fold: as the other families have them; nothing here is changed by them.
     """
 
     FAMILY: ClassVar[str] = "CNN"
@@ -52,6 +52,7 @@ class CnnConfig:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+    fold: bool = True
 
     def __post_init__(self):
         size = layers.pair_image_size(self)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import numbers
 import re
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,35 @@ def _matmul_backward(residuals, gradient):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+class Normed(NamedTuple):
+    """Tokens [..., D] of zero mean and unit variance, with scale and shift [D] (or None) of their
+    norm, which the next `Dense` takes into its kernel and bias: the same numbers, and neither the
+    forward pass nor the backward one has to go over all tokens for them.
+    """
+
+    x: jax.Array
+    scale: jax.Array
+    shift: jax.Array | None
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with float32 statistics; folded, it leaves scale and shift to the next layer."""
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, fold: bool = False):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        shift = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x -= x.mean(-1, keepdims=True)
+        x *= lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
+        if fold:
+            return Normed(x.astype(self.dtype), scale, shift)
+        return (x * scale + shift).astype(self.dtype)
+
+
 class Dense(nn.Module):
     """Affine layer over float32 parameters, computed in `dtype`."""
 
@@ -75,11 +104,22 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, scale=None):
+        """Tokens [..., in], or `Normed` ones, to [..., out]; `scale` [out] multiplies them."""
+        x, gain, shift = x if isinstance(x, Normed) else (x, None, None)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        x = matmul(x.astype(self.dtype), kernel)
+        bias = 0.0
         if self.use_bias:
-            x += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        if shift is not None:
+            bias += jnp.matmul(shift, kernel, precision=lax.Precision.HIGHEST)
+        if gain is not None:
+            kernel *= gain[:, None]
+        if scale is not None:
+            kernel, bias = kernel * scale, bias * scale
+        x = matmul(x.astype(self.dtype), kernel)
+        if self.use_bias or shift is not None:
+            x += bias.astype(x.dtype)
         return x.astype(self.dtype)
 
 
@@ -158,6 +198,7 @@ class TransformerConfig:
       dtype: computation type; parameters are float32, logits too.
       attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
+      fold: whether kernels take in, while training, the scales that surround them, see `Normed`.
     """
 
     FAMILY: ClassVar[str] = "The model"
@@ -183,6 +224,7 @@ class TransformerConfig:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+    fold: bool = True
 
     def __post_init__(self):
         size = pair_image_size(self)
@@ -228,10 +270,9 @@ def normal(config: TransformerConfig, scale: float = 1.0):
     return nn.initializers.truncated_normal(config.initializer_range * scale)
 
 
-def norm(config: TransformerConfig, name: str, epsilon: float | None = None) -> nn.LayerNorm:
-    """A LayerNorm; its statistics are float32. Its `epsilon` is the configured one by default."""
-    epsilon, dtype = epsilon or config.layer_norm_eps, jnp.dtype(config.dtype)
-    return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
+def norm(config: TransformerConfig, name: str, epsilon: float | None = None) -> LayerNorm:
+    """A LayerNorm; its `epsilon` is the configured one by default."""
+    return LayerNorm(epsilon or config.layer_norm_eps, jnp.dtype(config.dtype), name=name)
 
 
 def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
@@ -255,26 +296,30 @@ class Attention(nn.Module):
     has_bias_table: bool = False
 
     @nn.compact
-    def __call__(self, x, bias, *, deterministic):
+    def __call__(self, x, bias, *, deterministic, scale=None):
+        """Tokens [B, T, D], or `Normed` ones, to [B, T, D]; `scale` [D] multiplies the result."""
         config = self.config
-        heads, width, dtype = config.num_attention_heads, x.shape[-1], jnp.dtype(config.dtype)
+        batch, tokens, width = x.x.shape if isinstance(x, Normed) else x.shape
+        heads, dtype = config.num_attention_heads, jnp.dtype(config.dtype)
 
         def project(name):
             dense = Dense(width, normal(config), name in self.biased, dtype, name=name)
-            return dense(x).reshape(*x.shape[:-1], heads, width // heads)  # [B, T, H, D / H]
+            # what all keys have in common the softmax cancels
+            seen = x._replace(shift=None) if isinstance(x, Normed) and name == "key" else x
+            return dense(seen).reshape(batch, tokens, heads, width // heads)
 
         if self.has_bias_table:
             own_bias = relative_position_bias(bias_table(self, config), config.grid)
             bias = own_bias if bias is None else bias + own_bias
         if bias is not None:
-            bias = attention.mask_padding(bias, x.shape[1])
+            bias = attention.mask_padding(bias, tokens)
         attend = attention.get(config.attention)
         if config.attention_probs_dropout_prob and not deterministic:
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
             attend = functools.partial(attention.plain, dropout=dropout)
         x = attend(project("query"), project("key"), project("value"), bias)
-        x = x.reshape(*x.shape[:-2], width)
-        return Dense(width, self.output_init, dtype=dtype, name="output")(x)
+        x = x.reshape(batch, tokens, width)
+        return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
 
 
 class Mlp(nn.Module):
@@ -290,12 +335,14 @@ class Mlp(nn.Module):
     width: int | None = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, scale=None):
+        """Tokens [..., D], or `Normed` ones, to [..., D]; `scale` [D] multiplies the result."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
+        features = x[0].shape[-1] if isinstance(x, Normed) else x.shape[-1]
         width = self.width or config.intermediate_size
         hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
         hidden = ACTIVATIONS[config.hidden_act](hidden)
-        return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden)
+        return Dense(features, self.output_init, dtype=dtype, name="fc2")(hidden, scale)
 
 
 def patchify(image, size: int):
@@ -345,8 +392,7 @@ def check_image(config, image):
 def pooled_patches(config: TransformerConfig, x, num_prefix: int = 1):
     """Norm of the mean of the patch tokens, [B, D], in float32; the first tokens are no patches."""
     x = x[:, num_prefix:].astype(jnp.float32).mean(1)
-    name = "pooler_layernorm"
-    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)(x)
+    return LayerNorm(config.layer_norm_eps, name="pooler_layernorm")(x)
 
 
 def classifier(config: TransformerConfig, x, name: str = "classifier"):

@@ -93,6 +93,7 @@ class SwinConfig:
       dtype: computation type; parameters are float32, logits too.
       attention: "auto", "plain" or "xla", see `models/attention.py`.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
+      fold: as the other families have it; nothing here is changed by it.
     """
 
     FAMILY: ClassVar[str] = "Swin"
@@ -120,6 +121,7 @@ class SwinConfig:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+    fold: bool = True
 
     def __post_init__(self):
         size = pair_image_size(self)

@@ -146,9 +146,10 @@ class Layer(nn.Module):
             x = residual(x, attention(x, None, deterministic=deterministic))
             x = norm(config, "attention_layernorm")(x)
             return norm(config, "mlp_layernorm")(residual(x, mlp(x)))
-        normed = norm(config, "layernorm_before")(x)
+        fold = config.fold and not deterministic
+        normed = norm(config, "layernorm_before")(x, fold=fold)
         x = residual(x, attention(normed, None, deterministic=deterministic))
-        return residual(x, mlp(norm(config, "layernorm_after")(x)))
+        return residual(x, mlp(norm(config, "layernorm_after")(x, fold=fold)))
 
 
 class Embeddings(nn.Module):

@@ -21,7 +21,7 @@ from beit_jax.models import layers
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.task import Data, Task
 
-RUNTIME = ("dtype", "attention", "remat")  # of config.model; the same weights run with any
+RUNTIME = ("dtype", "attention", "remat", "fold")  # of config.model; the same weights run with any
 
 
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
@@ -139,13 +139,15 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
 
 def runtime(config) -> dict:
     """How the network is computed, which is no part of its architecture."""
-    return {key: config.model[key] for key in RUNTIME}
+    found = {key: config.model[key] for key in RUNTIME}
+    found["fold"] &= not config.lora.rank  # kernels that stay would be multiplied in every step
+    return found
 
 
-def make_model(info: ModelInfo, *, dtype="auto", attention="auto", remat="none"):
-    """The network of a model; dtype as of `layers.resolve_dtype`."""
+def make_model(info: ModelInfo, *, dtype="auto", **runtime):
+    """The network of a model; dtype as of `layers.resolve_dtype`, and more of `RUNTIME`."""
     family, dtype = modules.load("models", info.model_name), layers.resolve_dtype(dtype)
-    return family.Model(**info.architecture, dtype=dtype, attention=attention, remat=remat)
+    return family.Model(**info.architecture, dtype=dtype, **runtime)
 
 
 def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Array:
