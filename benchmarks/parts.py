@@ -31,7 +31,8 @@ from benchmarks.timing import RESULTS, machine, measure
 from configs import common
 
 DEFAULT = {"cpu": ("ViT-tiny/4 @32", 64, "float32"), "gpu": ("BEiT-B/16 @224", 128, "bfloat16")}
-OPTIONS = {  # of config.model, and of the step
+OPTIONS = {  # of config.model, of the architecture, and of the step
+    "not folded": {"fold": False},
     "attention plain": {"attention": "plain"},
     "attention xla": {"attention": "xla"},
     "attention cudnn": {"attention": "cudnn"},
@@ -41,6 +42,8 @@ OPTIONS = {  # of config.model, and of the step
     "bfloat16": {"dtype": "bfloat16"},
     "accumulate 4": {"accumulate_steps": 4},
     "averaged weights": {"ema_decay": 0.999},
+    "drop path 0.4": {"drop_path_rate": 0.4},
+    "drop path 0.4, window": {"drop_path_rate": 0.4, "drop_path_mode": "window"},
 }
 
 
@@ -50,7 +53,8 @@ def make(start, batch: dict, **changes):
     with config.unlocked():
         config.model.update({k: v for k, v in changes.items() if k in classify.RUNTIME})
     config.augment.crop, config.augment.color_jitter = "rrc", 0.4
-    info = start.info
+    info, rate = start.info, {"drop_path_rate": changes.get("drop_path_rate", 0.0)}
+    info = info._replace(architecture=info.architecture | rate)
     data = Data(info.class_names, resized=False)
     task = classify.make_task(config, data, start=start, info=info)
     params = start.params
@@ -78,7 +82,8 @@ def make(start, batch: dict, **changes):
         )
 
     def loss(params, view):
-        logits = model.apply({"params": params}, view)
+        rngs = {"dropout": rng}
+        logits = model.apply({"params": params}, view, deterministic=False, rngs=rngs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     def update(gradient, opt_state, params):

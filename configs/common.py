@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
     model.fold = True  # in training, kernels take in the scales of norms and layers around them
+    model.drop_path_mode = "sample"  # window: a fixed part of the batch, which saves work
 
     config.trainable = "all"  # head: linear probing; bias: BitFit; last-N: the last N layers
     config.lora = lora = ConfigDict()  # low-rank adapters; what they adapt is frozen

@@ -578,12 +578,59 @@ def test_where_dropout_is():
 def test_drop_path_keeps_the_expectation():
     x = np.random.default_rng(0).uniform(1, 2, (4000, 3, 2)).astype(np.float32)
     rngs = {"dropout": jax.random.key(0)}
-    dropped = np.asarray(DropPath(0.3).apply({}, x, deterministic=False, rngs=rngs))
+    arguments = x, lambda x: 2 * x
+    dropped = np.asarray(DropPath(0.3).apply({}, *arguments, deterministic=False, rngs=rngs)) - x
     kept = dropped.any((1, 2))
-    np.testing.assert_allclose(dropped[kept], x[kept] / 0.7, rtol=1e-6)
+    np.testing.assert_allclose(dropped[kept], 2 * x[kept] / 0.7, rtol=1e-6)
     assert not dropped[~kept].any()
     assert abs(kept.mean() - 0.7) < 4 * (0.3 * 0.7 / 4000) ** 0.5
-    np.testing.assert_array_equal(DropPath(0.3).apply({}, x, deterministic=True), x)
+    np.testing.assert_array_equal(DropPath(0.3).apply({}, *arguments, deterministic=True), 3 * x)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_window_of_the_batch_is_left_out(monkeypatch, devices):
+    """Of each device's part; the branch does not see it, and gives as much as if it were masked."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    x = np.random.default_rng(0).uniform(1, 2, (12, 3, 2)).astype(np.float32)
+    size, keep = 12 // devices, 8 // devices
+    left_out = set()
+    for place in range(40):
+        seen = []
+
+        def branch(x, seen=seen):
+            seen.append(x.shape)
+            return 2 * x
+
+        module = DropPath(1 / 3, "window", place)
+        added = np.asarray(module.apply({}, x, branch, deterministic=False)) - x
+        assert seen == [(devices * keep, 3, 2)]
+        kept = added.any((1, 2)).reshape(devices, size)
+        assert (kept.sum(1) == keep).all() and (kept == kept[0]).all()
+        borders = (kept[0] != np.roll(kept[0], 1)).sum()
+        assert borders == 2  # one run, that may go round
+        kept = kept.reshape(-1)
+        np.testing.assert_allclose(added[kept], 2 * x[kept] * 12 / (devices * keep), rtol=1e-6)
+        left_out.add(tuple(np.flatnonzero(~kept)))
+        np.testing.assert_array_equal(module.apply({}, x, branch, deterministic=True), 3 * x)
+    assert len(left_out) == size  # every window comes
+
+
+def test_windows_save_work():
+    """A third of the work of the last of two layers, and gradients where the windows are."""
+    changes = {"drop_path_rate": 1 / 3, "image_size": 32}
+    params, flops, gradients = None, {}, {}
+    for mode in ("sample", "window"):
+        model = beit.Model(**TINY | changes, drop_path_mode=mode)
+        batch = random_batch(model, 6)
+        params = random_params(model) if params is None else params
+        compiled = loss_and_gradients.lower(model, params, batch, jax.random.key(0)).compile()
+        flops[mode] = compiled.cost_analysis()["flops"]
+        gradients[mode] = compiled(params, batch, jax.random.key(0))[1]
+    assert 0.8 < flops["window"] / flops["sample"] < 0.9
+    for gradient in jax.tree.leaves(gradients["window"]):
+        assert np.isfinite(gradient).all()
+    with pytest.raises(ValueError, match="drop_path_mode must be one of sample, window"):
+        beit.Model(drop_path_mode="rows")
 
 
 # What belongs to the family

@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from beit_jax import optim
 from beit_jax.convert import hf_config
-from beit_jax.models import position, swin, swinv2
+from beit_jax.models import layers, position, swin, swinv2
 
 TINY = dict(
     image_size=(12, 20),
@@ -140,14 +140,15 @@ def test_dropout_is_random_in_training_alone(family, key):
 def test_drop_path_grows_linearly_through_all_stages(family, monkeypatch):
     rates = []
 
-    def drop_path(rate):
+    def drop_path(rate, mode, place):
+        assert (mode, place) == ("sample", len(rates))
         rates.append(rate)
-        return lambda x, deterministic: x
+        return lambda x, branch, deterministic: x + branch(x)
 
-    monkeypatch.setattr(swin, "DropPath", drop_path)
+    monkeypatch.setattr(layers, "DropPath", drop_path)
     model = family.Model(**TINY | dict(depths=(2, 3), drop_path_rate=0.4))
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 12, 20, 3)))
-    np.testing.assert_allclose(rates, np.linspace(0, 0.4, 5))
+    np.testing.assert_allclose(rates, np.repeat(np.linspace(0, 0.4, 5), 2))
 
 
 def test_the_program_does_not_grow_with_the_windows(family):

@@ -1,5 +1,6 @@
 """Visual tokenizers: the codebook's arithmetic, what learns from what, and whole runs."""
 
+import functools
 import math
 
 import jax
@@ -128,7 +129,8 @@ def test_gradient_passes_straight_through(image):
     z_before = model.apply({"params": params}, image, method="encode")
     found, expected = (jax.jit(jax.grad(f))(params) for f in (error, without_codes))
     assert np.abs(found["patch_embeddings"]["kernel"]).max() > 1e-6
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, expected)
 
 
 def test_pixels_beside_a_teacher_change_no_token(image):

@@ -16,9 +16,9 @@ from beit_jax.models.layers import (
     REMAT_POLICIES,
     Attention,
     Dense,
-    DropPath,
     Mlp,
     PatchEmbeddings,
+    drop_path,
     layer_id,
     norm,
     normal,
@@ -121,8 +121,6 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, bias, deterministic):
         config = self.config
-        depth = max(config.num_hidden_layers - 1, 1)
-        drop_path = DropPath(config.drop_path_rate * self.index / depth)
         dropout = nn.Dropout(config.hidden_dropout_prob)
         rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
         output_init = normal(config, rescale)
@@ -136,19 +134,24 @@ class Layer(nn.Module):
         )
         attend = functools.partial(attend, bias=bias, deterministic=deterministic)
         mlp = Mlp(config, output_init, name="mlp")
-        branches = (attend, "layernorm_before", "lambda_1"), (mlp, "layernorm_after", "lambda_2")
-        for branch, norm_name, scale_name in branches:
-            y, scale = norm(config, norm_name)(x, fold=fold), None
+
+        def branch(module, layernorm, scale, x):
+            x = layernorm(x, fold=fold)
+            if fold or scale is None:
+                x = module(x, scale=scale)
+            else:
+                x = module(x)
+                x *= scale.astype(x.dtype)
+            return dropout(x, deterministic=deterministic)
+
+        for place, (module, name) in enumerate([(attend, "before"), (mlp, "after")]):
+            layernorm, scale = norm(config, f"layernorm_{name}"), None
             if config.layer_scale_init_value:
                 initial = nn.initializers.constant(config.layer_scale_init_value)
-                scale = self.param(scale_name, initial, (x.shape[-1],))
-            if fold or scale is None:
-                y = branch(y, scale=scale)
-            else:
-                y = branch(y)
-                y *= scale.astype(y.dtype)
-            y = dropout(y, deterministic=deterministic)
-            x += drop_path(y, deterministic=deterministic)
+                scale = self.param(f"lambda_{place + 1}", initial, (x.shape[-1],))
+            add = drop_path(config, self.index, place)
+            own_branch = functools.partial(branch, module, layernorm, scale)
+            x = add(x, own_branch, deterministic=deterministic)
         return x
 
 

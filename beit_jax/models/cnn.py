@@ -37,7 +37,8 @@ class CnnConfig:
       hidden_sizes: of the dense layers before the classifier.
       head: "classifier" -> logits [B, K], "none" -> features [B, D].
       dtype: computation type; parameters are float32, logits too.
-      attention, remat, fold: as the other families have them; nothing here is changed by them.
+      attention, remat, fold, drop_path_mode: as the other families have them; nothing here is
+        changed by them.
     """
 
     FAMILY: ClassVar[str] = "CNN"
@@ -53,6 +54,7 @@ class CnnConfig:
     attention: str = "auto"
     remat: str = "none"
     fold: bool = True
+    drop_path_mode: str = "sample"
 
     def __post_init__(self):
         size = layers.pair_image_size(self)

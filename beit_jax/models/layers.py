@@ -5,6 +5,7 @@ B batch, T tokens, N patches, P patch size, D hidden.
 
 import dataclasses
 import functools
+import math
 import numbers
 import re
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +20,7 @@ from beit_jax.models import attention
 from beit_jax.models.position import Grid, num_relative_positions, relative_position_bias
 
 DTYPES = ("float32", "bfloat16")
+DROP_PATH_MODES = ("sample", "window")
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -124,17 +126,51 @@ class Dense(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops a branch for whole samples, scales the rest up (stochastic depth, arXiv:1603.09382)."""
+    """Adds a branch to x [B, ...], not for all samples and more of it for the others: stochastic
+    depth, arXiv:1603.09382.
+
+    Attributes:
+      rate: share of samples without the branch.
+      mode: "sample" draws for each sample. "window" leaves the same run of places in the batch out
+        in every step, and computes nothing for them: exactly `rate` of the batch, up to rounding,
+        each device its part. Which picture comes to which place is random anyway.
+      place: of the branch among all of the network, which shifts the window.
+    """
 
     rate: float
+    mode: str = "sample"
+    place: int = 0
 
     @nn.compact
-    def __call__(self, x, *, deterministic):
+    def __call__(self, x, branch, *, deterministic):
         if deterministic or self.rate == 0:
-            return x
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+            return x + branch(x)
+        batch = x.shape[0]
+        size = batch // math.gcd(batch, jax.device_count())
+        keep = max(1, round(size * (1 - self.rate)))
+        if self.mode == "window" and keep < size:
+            return self._add_in_window(x, branch, size, keep)
+        shape = (batch,) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        y = branch(x)
+        return x + jnp.where(kept, y / (1 - self.rate), 0).astype(y.dtype)
+
+    def _add_in_window(self, x, branch, size, keep):
+        """The window goes round: it starts anywhere in `size` places and takes `keep` of them."""
+        start = int(np.random.default_rng(self.place).integers(size))
+        end, over = min(start + keep, size), max(start + keep - size, 0)
+        rows = x.reshape(-1, size, *x.shape[1:])
+        inside = jnp.concatenate([rows[:, :over], rows[:, start:end]], 1)
+        y = branch(inside.reshape(-1, *x.shape[1:])).reshape(inside.shape)
+        inside += (y * (size / keep)).astype(y.dtype)
+        parts = inside[:, :over], rows[:, over:start], inside[:, over:], rows[:, end:]
+        return jnp.concatenate(parts, 1).reshape(x.shape)
+
+
+def drop_path(config, index: int, place: int) -> DropPath:
+    """Of branch `place`, 0 or 1, of layer `index`: the rate grows from layer to layer."""
+    rate = config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1)
+    return DropPath(rate, config.drop_path_mode, 2 * index + place)
 
 
 def gelu(x):
@@ -199,6 +235,7 @@ class TransformerConfig:
       attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
       fold: whether kernels take in, while training, the scales that surround them, see `Normed`.
+      drop_path_mode: "sample", or "window" that saves work, see `DropPath`.
     """
 
     FAMILY: ClassVar[str] = "The model"
@@ -225,6 +262,7 @@ class TransformerConfig:
     attention: str = "auto"
     remat: str = "none"
     fold: bool = True
+    drop_path_mode: str = "sample"
 
     def __post_init__(self):
         size = pair_image_size(self)
@@ -240,7 +278,7 @@ class TransformerConfig:
             len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
-        expect_one_of(self, dtype=DTYPES)
+        expect_one_of(self, dtype=DTYPES, drop_path_mode=DROP_PATH_MODES)
         attention.get(self.attention)
 
     @property

@@ -17,13 +17,14 @@ from flax import linen as nn
 from beit_jax.models import attention
 from beit_jax.models.layers import (
     ACTIVATIONS,
+    DROP_PATH_MODES,
     DTYPES,
     REMAT_POLICIES,
     Dense,
-    DropPath,
     Mlp,
     PatchEmbeddings,
     classifier,
+    drop_path,
     expect,
     expect_one_of,
     make_config,
@@ -94,6 +95,7 @@ class SwinConfig:
       attention: "auto", "plain" or "xla", see `models/attention.py`.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
       fold: as the other families have it; nothing here is changed by it.
+      drop_path_mode: "sample", or "window" that saves work, see `layers.DropPath`.
     """
 
     FAMILY: ClassVar[str] = "Swin"
@@ -122,6 +124,7 @@ class SwinConfig:
     attention: str = "auto"
     remat: str = "none"
     fold: bool = True
+    drop_path_mode: str = "sample"
 
     def __post_init__(self):
         size = pair_image_size(self)
@@ -133,6 +136,7 @@ class SwinConfig:
             hidden_act=ACTIVATIONS,
             remat=REMAT_POLICIES,
             dtype=DTYPES,
+            drop_path_mode=DROP_PATH_MODES,
             attention=ATTENTIONS,
         )
         expect(
@@ -281,8 +285,6 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):
         config = self.config
-        last = max(config.num_hidden_layers - 1, 1)
-        drop_path = DropPath(config.drop_path_rate * self.index / last)
         dropout = nn.Dropout(config.hidden_dropout_prob)
         attend = self.attention(config, self.stage, name="attention")
         width = int(config.mlp_ratio * self.stage.width)
@@ -291,10 +293,13 @@ class Layer(nn.Module):
         def attend_windows(x):
             return self.over_windows(functools.partial(attend, deterministic=deterministic), x)
 
-        for branch, name in ((attend_windows, "layernorm_before"), (mlp, "layernorm_after")):
-            y = self.normed(branch, norm(config, name), x)
-            y = dropout(y, deterministic=deterministic)
-            x = x + drop_path(y, deterministic=deterministic)
+        def branch(module, layernorm, x):
+            return dropout(self.normed(module, layernorm, x), deterministic=deterministic)
+
+        for place, (module, name) in enumerate([(attend_windows, "before"), (mlp, "after")]):
+            own_branch = functools.partial(branch, module, norm(config, f"layernorm_{name}"))
+            add = drop_path(config, self.index, place)
+            x = add(x, own_branch, deterministic=deterministic)
         return x
 
     def normed(self, branch, layernorm, x):

@@ -5,6 +5,7 @@ B batch, T tokens (class token, distillation token?, N patches), D hidden, K cla
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -17,9 +18,9 @@ from beit_jax.models.layers import (
     REMAT_POLICIES,
     Attention,
     Dense,
-    DropPath,
     Mlp,
     PatchEmbeddings,
+    drop_path,
     layer_id,
     norm,
     normal,
@@ -131,25 +132,27 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):
         config = self.config
-        depth = max(config.num_hidden_layers - 1, 1)
-        drop_path = DropPath(config.drop_path_rate * self.index / depth)
         dropout = nn.Dropout(config.hidden_dropout_prob)
         biased = ("query", "key", "value") if config.qkv_bias else ()
         attention = Attention(config, normal(config), biased, name="attention")
         mlp = Mlp(config, normal(config), name="mlp")
 
-        def residual(x, branch):
-            branch = dropout(branch, deterministic=deterministic)
-            return x + drop_path(branch, deterministic=deterministic)
+        attend = functools.partial(attention, bias=None, deterministic=deterministic)
+        fold = config.fold and not deterministic
+
+        def branch(module, layernorm, x):
+            x = module(layernorm(x, fold=fold) if layernorm else x)
+            return dropout(x, deterministic=deterministic)
+
+        def residual(x, place, *parts):
+            add = drop_path(config, self.index, place)
+            return add(x, functools.partial(branch, *parts), deterministic=deterministic)
 
         if config.use_post_norm:
-            x = residual(x, attention(x, None, deterministic=deterministic))
-            x = norm(config, "attention_layernorm")(x)
-            return norm(config, "mlp_layernorm")(residual(x, mlp(x)))
-        fold = config.fold and not deterministic
-        normed = norm(config, "layernorm_before")(x, fold=fold)
-        x = residual(x, attention(normed, None, deterministic=deterministic))
-        return residual(x, mlp(norm(config, "layernorm_after")(x, fold=fold)))
+            x = norm(config, "attention_layernorm")(residual(x, 0, attend, None))
+            return norm(config, "mlp_layernorm")(residual(x, 1, mlp, None))
+        x = residual(x, 0, attend, norm(config, "layernorm_before"))
+        return residual(x, 1, mlp, norm(config, "layernorm_after"))
 
 
 class Embeddings(nn.Module):

@@ -21,7 +21,8 @@ from beit_jax.models import layers
 from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.task import Data, Task
 
-RUNTIME = ("dtype", "attention", "remat", "fold")  # of config.model; the same weights run with any
+# of config.model; the same weights run with any
+RUNTIME = ("dtype", "attention", "remat", "fold", "drop_path_mode")
 
 
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
