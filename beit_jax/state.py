@@ -68,7 +68,8 @@ def make_train_step(
     """Returns step(state, frozen, resident, batch) -> (state, scalars), to be jitted.
 
     The random numbers of a step depend on the seed and `state.step` alone. If the loss or the
-    gradient is not finite, the state stays as it is and the scalar "finite" is False.
+    gradient is not finite, the scalar "finite" is False and the new state worth nothing; to keep
+    the old one in that case would make the compiler copy the optimizer's state in every step.
 
     Args:
       task: what to train.
@@ -102,7 +103,6 @@ def make_train_step(
         if ema_params is not None:
             ema_params = optim.ema_update(ema_params, params, ema_decay, state.step)
         new = TrainState(state.step + 1, params, model_state, opt_state, ema_params)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         scalars = {"loss": value, **scalars, "learning_rate": schedule(state.step)}
         return new, {**scalars, "gradient_norm": norm, "finite": finite}
 
