@@ -36,6 +36,7 @@ class Row(NamedTuple):
       step_ms: milliseconds per training step.
       images_per_second: trained on, without compilation, evaluation and saving.
       curve: (step, validation accuracy) of the first run.
+      pictures: checksums of what the runs were measured on, where they left them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Row(NamedTuple):
     step_ms: float | None
     images_per_second: float | None
     curve: list[tuple[int, float]]
+    pictures: frozenset[str] = frozenset()
 
 
 COLUMNS = {  # title: (field of Row, format)
@@ -90,10 +92,10 @@ def read(name: str, workdirs: list[str]) -> Row:
         values = [r[key] for r in results if r.get(key) is not None]
         return float(np.mean(values)) * scale if values else None
 
-    speed = mean("images_per_second")
+    speed, split = mean("images_per_second"), splits.pop()
     return Row(
         name=name,
-        split=splits.pop(),
+        split=split,
         accuracy=float(accuracy.mean()),
         low=float(low),
         high=float(high),
@@ -108,6 +110,7 @@ def read(name: str, workdirs: list[str]) -> Row:
             for line in report.read_metrics(workdirs[0])
             if line.get("val/accuracy") is not None
         ],
+        pictures=frozenset(filter(None, (_pictures(workdir, split) for workdir in workdirs))),
     )
 
 
@@ -125,6 +128,14 @@ def _results(workdir):
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
+
+
+def _pictures(workdir, split):
+    path = os.path.join(workdir, "data.json")
+    if not os.path.exists(path):  # of an evaluation only
+        return None
+    with open(path) as file:
+        return json.load(file).get(split)
 
 
 def _evaluated(workdir, results):
@@ -163,9 +174,11 @@ def write(rows: list[Row], directory: str) -> None:
         for line in (header, ruler, *lines):
             file.write(f"| {' | '.join(line)} |\n")
         file.write(f"\nAccuracy on {splits}. {_INTERVALS}\n")
+        if len({row.pictures for row in rows if row.pictures}) > 1:
+            file.write("\nNot all rows were measured on the same pictures.\n")
     with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        fields = [field for field in Row._fields if field != "curve"]
+        fields = [field for field in Row._fields if field not in ("curve", "pictures")]
         writer.writerow(fields)
         writer.writerows([getattr(row, field) for field in fields] for row in rows)
     plots.comparison(rows, f"{path}.png")

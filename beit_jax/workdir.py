@@ -116,7 +116,9 @@ def _has_begun(workdir):
 
 
 def _compare(workdir, stored, given, allow_change):
+    """A setting that the run does not have came into being after it."""
     keys = sorted(set(stored) | set(given))
+    allow_change = {*allow_change, *(set(given) - set(stored))}
     drift = [key for key in keys if stored.get(key) != given.get(key) and key not in allow_change]
     if drift:
         rows = [f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}" for key in drift]

@@ -53,8 +53,8 @@ def make(start, batch: dict, **changes):
     with config.unlocked():
         config.model.update({k: v for k, v in changes.items() if k in classify.RUNTIME})
     config.augment.crop, config.augment.color_jitter = "rrc", 0.4
-    info, rate = start.info, {"drop_path_rate": changes.get("drop_path_rate", 0.0)}
-    info = info._replace(architecture=info.architecture | rate)
+    architecture = {**start.info.architecture, "drop_path_rate": changes.get("drop_path_rate", 0.0)}
+    info = start.info._replace(architecture=architecture)
     data = Data(info.class_names, resized=False)
     task = classify.make_task(config, data, start=start, info=info)
     params = start.params

@@ -54,6 +54,18 @@ def test_table_and_figure(tmp_path, make_run, capsys):
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
 
 
+def test_other_pictures_are_told(tmp_path, make_run, capsys):
+    workdirs = [make_run(name, 0.5) for name in "abc"]
+    for workdir, checksum in zip(workdirs, ("one", "one", "other"), strict=True):
+        with open(f"{workdir}/data.json", "w") as file:
+            json.dump({"train": workdir, "test": checksum}, file)
+    told = "Not all rows were measured on the same pictures."
+    assert compare.main([*workdirs, "--out", str(tmp_path / "out")]) == 0
+    assert told in capsys.readouterr().out
+    assert compare.main([*workdirs[:2], "--out", str(tmp_path / "out")]) == 0
+    assert told not in capsys.readouterr().out
+
+
 def test_several_runs_are_one_row(make_run):
     accuracy = [0.80, 0.84, 0.88]
     workdirs = [make_run(f"fold{i}", a, split="val") for i, a in enumerate(accuracy)]

@@ -127,6 +127,20 @@ def test_gradient_is_that_of_merged_kernels(hf_directory, batch, remat):
     assert checked == 8  # two layers, four of each
 
 
+@pytest.mark.parametrize("target", ["query", "fc2"])
+def test_adapters_are_not_folded(hf_directory, batch, target):
+    """They need what a layer is given and what it gives; `task_of` leaves folding off for them."""
+    plain, config, start = task_of(hf_directory, {"lora.rank": 2, "lora.targets": (target,)})
+    config.lora.rank = 0
+    info = start.info._replace(class_names=list(NAMES))
+    folded = classify.make_task(config, Data(NAMES, resized=True), start=start, info=info)
+    config.lora.rank = 2
+    task = lora.wrap(folded, config, "base")
+    trained = task.init(jax.random.key(0))[0]
+    with pytest.raises(ValueError, match=f"Adapters of layer_0/.*{target} need config.model.fold"):
+        task.loss(trained, {}, task.frozen, batch, jax.random.key(1))
+
+
 def compiled_step(task, config):
     """The compiled training step of a task, for 8 pictures."""
     params = jax.eval_shape(task.init, jax.random.key(0))[0]

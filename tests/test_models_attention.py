@@ -179,10 +179,11 @@ def test_cudnn_pads_and_masks(kernel_on_cpu, tokens, padded, with_bias):
         {"use_relative_position_bias": False, "use_shared_relative_position_bias": True},
         {"use_shared_relative_position_bias": True, "use_mean_pooling": False},
         {"head": "mim", "early_layers": 1, "head_layers": 1, "vocab_size": 5},
-        {"attention_probs_dropout_prob": 0.5, "remat": "full"},
+        {"remat": "full"},
     ],
 )
-def test_a_network_pads_its_tokens_once(kernel_on_cpu, changes):
+@pytest.mark.parametrize("training", [False, True])
+def test_a_network_pads_its_tokens_once(kernel_on_cpu, changes, training):
     """17 tokens are 24 from the first layer to the last; outputs and gradients are as without."""
     model = {
         name: beit.Model(
@@ -193,6 +194,7 @@ def test_a_network_pads_its_tokens_once(kernel_on_cpu, changes):
             image_size=16,
             patch_size=4,
             num_labels=3,
+            drop_path_rate=0.5,
             attention=name,
             **changes,
         )
@@ -205,7 +207,9 @@ def test_a_network_pads_its_tokens_once(kernel_on_cpu, changes):
 
     def run(model):
         def loss(params):
-            out, state = model.apply({"params": params}, image, mutable=["aggregation"])
+            rngs = {"rngs": {"dropout": jax.random.key(0)}, "deterministic": False}
+            options = rngs if training else {}
+            out, state = model.apply({"params": params}, image, mutable=["aggregation"], **options)
             found = jax.tree.leaves((out, state))
             return sum((x**2).sum() for x in found), found
 
@@ -218,6 +222,19 @@ def test_a_network_pads_its_tokens_once(kernel_on_cpu, changes):
     assert_same(gradients, expected_gradients, 2e-4)
     layers = features.layer_outputs(model["cudnn"], params, image)
     assert_same(layers, features.layer_outputs(model["plain"], params, image))
+
+
+def test_padded_tokens_with_dropout_of_probabilities(kernel_on_cpu):
+    """Which the kernel cannot do: `plain` sees the padding, and the mask, in its stead."""
+    changes = {"attention_probs_dropout_prob": 0.5, "hidden_size": 16, "num_attention_heads": 2}
+    sizes = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 1, "intermediate_size": 16}
+    model = beit.Model(**changes, **sizes, attention="cudnn")
+    image = jnp.ones((2, 16, 16, 3))
+    params = model.init(jax.random.key(0), image)
+    rngs = {"dropout": jax.random.key(0)}
+    kernel_on_cpu.clear()
+    out = model.apply(params, image, deterministic=False, rngs=rngs)
+    assert not kernel_on_cpu and np.isfinite(out).all()
 
 
 @pytest.fixture

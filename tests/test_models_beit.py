@@ -570,6 +570,10 @@ def test_where_dropout_is():
     model = beit.Model(**TINY | {"num_hidden_layers": 3, "drop_path_rate": 0.3})
     rates = [module.rate for module in calls(model, DropPath)]
     np.testing.assert_allclose(rates, np.repeat(np.linspace(0, 0.3, 3), 2))
+    more = {"head": "mim", "use_mask_token": True, "early_layers": 2, "num_hidden_layers": 2}
+    model = beit.Model(**TINY | more | {"drop_path_rate": 0.3})
+    rates = [module.rate for module in calls(model, DropPath)]
+    np.testing.assert_allclose(rates, [0.0] * 2 + [0.3] * 6)
     model = beit.Model(**TINY, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1)
     rates = [module.rate for module in calls(model, nn.Dropout)]
     assert rates == [0.2] + 2 * [0.1, 0.2, 0.2]  # embeddings; probabilities and two branches
@@ -587,50 +591,97 @@ def test_drop_path_keeps_the_expectation():
     np.testing.assert_array_equal(DropPath(0.3).apply({}, *arguments, deterministic=True), 3 * x)
 
 
+class Branches(nn.Module):
+    """Adds twice the tokens, by many windows."""
+
+    count: int
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, see, *, deterministic):
+        def branch(x):
+            see(x)
+            return 2 * x
+
+        return [
+            DropPath(self.rate, "window")(x, branch, deterministic=deterministic)
+            for _ in range(self.count)
+        ]
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_window_of_the_batch_is_left_out(monkeypatch, devices):
     """Of each device's part; the branch does not see it, and gives as much as if it were masked."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     x = np.random.default_rng(0).uniform(1, 2, (12, 3, 2)).astype(np.float32)
     size, keep = 12 // devices, 8 // devices
-    left_out = set()
-    for place in range(40):
-        seen = []
-
-        def branch(x, seen=seen):
-            seen.append(x.shape)
-            return 2 * x
-
-        module = DropPath(1 / 3, "window", place)
-        added = np.asarray(module.apply({}, x, branch, deterministic=False)) - x
-        assert seen == [(devices * keep, 3, 2)]
+    seen, left_out = [], set()
+    module = Branches(80, 1 / 3)
+    for y in module.apply({}, x, lambda x: seen.append(x.shape), deterministic=False):
+        added = np.asarray(y) - x
         kept = added.any((1, 2)).reshape(devices, size)
         assert (kept.sum(1) == keep).all() and (kept == kept[0]).all()
-        borders = (kept[0] != np.roll(kept[0], 1)).sum()
-        assert borders == 2  # one run, that may go round
+        assert (kept[0] != np.roll(kept[0], 1)).sum() == 2  # one run, that may go round
         kept = kept.reshape(-1)
         np.testing.assert_allclose(added[kept], 2 * x[kept] * 12 / (devices * keep), rtol=1e-6)
         left_out.add(tuple(np.flatnonzero(~kept)))
-        np.testing.assert_array_equal(module.apply({}, x, branch, deterministic=True), 3 * x)
+    assert seen == 80 * [(devices * keep, 3, 2)]
     assert len(left_out) == size  # every window comes
+    for y in module.apply({}, x, lambda x: None, deterministic=True):
+        np.testing.assert_array_equal(y, 3 * x)
+
+
+def test_a_window_of_no_place_is_drawn():
+    x = np.ones((4000, 1), np.float32)
+    for rate, batch in ((0.3, 1), (0.1, 4)):
+        module = Branches(1, rate)
+        rngs = [{"dropout": jax.random.key(i)} for i in range(400)]
+        (first,) = module.apply({}, x[:batch], lambda x: None, deterministic=False, rngs=rngs[0])
+        assert first.shape == (batch, 1)
+        found = [
+            module.apply({}, x[:batch], lambda x: None, deterministic=False, rngs=rng)[0]
+            for rng in rngs
+        ]
+        dropped = np.mean(np.asarray(found) == 1)
+        assert abs(dropped - rate) < 5 * (rate * (1 - rate) / (400 * batch)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fold": False}, {"remat": "full"}, {"remat": "dots"}], ids=str
+)
+def test_windows_go_with_everything(changes):
+    dropping = {"hidden_dropout_prob": 0.2, "drop_path_rate": 0.5, "drop_path_mode": "window"}
+    models = [beit.Model(**TINY | dropping | extra) for extra in ({}, changes)]
+    params, batch = random_params(models[0]), random_batch(models[0], 4)
+    rng = jax.random.key(1)
+    expected, actual = (loss_and_gradients(model, params, batch, rng) for model in models)
+    np.testing.assert_allclose(actual[0][1], expected[0][1], rtol=1e-5, atol=1e-5)
+    assert_same_tree(actual[1], expected[1], tolerance=1e-4)
 
 
 def test_windows_save_work():
-    """A third of the work of the last of two layers, and gradients where the windows are."""
-    changes = {"drop_path_rate": 1 / 3, "image_size": 32}
-    params, flops, gradients = None, {}, {}
+    """A third of the work of the last of two layers."""
+    flops = {}
     for mode in ("sample", "window"):
-        model = beit.Model(**TINY | changes, drop_path_mode=mode)
-        batch = random_batch(model, 6)
-        params = random_params(model) if params is None else params
-        compiled = loss_and_gradients.lower(model, params, batch, jax.random.key(0)).compile()
+        changes = {"drop_path_rate": 1 / 3, "image_size": 32, "drop_path_mode": mode}
+        model = beit.Model(**TINY | changes)
+        arguments = model, random_params(model), random_batch(model, 6), jax.random.key(0)
+        compiled = loss_and_gradients.lower(*arguments).compile()
         flops[mode] = compiled.cost_analysis()["flops"]
-        gradients[mode] = compiled(params, batch, jax.random.key(0))[1]
     assert 0.8 < flops["window"] / flops["sample"] < 0.9
-    for gradient in jax.tree.leaves(gradients["window"]):
-        assert np.isfinite(gradient).all()
-    with pytest.raises(ValueError, match="drop_path_mode must be one of sample, window"):
-        beit.Model(drop_path_mode="rows")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"drop_path_mode": "rows"}, "drop_path_mode must be one of sample, window"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1, got 1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0 and below 1"),
+    ],
+)
+def test_drop_path_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        beit.Model(**changes)
 
 
 # What belongs to the family

@@ -1,5 +1,6 @@
 """Pre-training as whole runs on the digits, and what starts from them."""
 
+import json
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ from PIL import Image
 from beit_jax import build, checkpoint, convert, reconstruct, sharding
 from beit_jax import train as loop
 from beit_jax.data import inputs, pipeline, views
+from beit_jax.data.images import Rendering
 from beit_jax.tasks import pretrain as train_task
 from configs import pretrain, train_tokenizer
 
@@ -366,6 +368,33 @@ def test_a_teacher_sees_streamed_pictures_by_its_own_filter(photos, tmp_path):
     value, _ = task.loss(params, model_state, task.frozen, batch, rng)
     inverted = dict(batch, teacher=255 - batch["teacher"])
     assert task.loss(params, model_state, task.frozen, inverted, rng)[0] != value
+
+
+def test_what_is_seen_alike_is_rendered_once():
+    own, other = Rendering((8, 8), "bicubic"), Rendering((8, 8), "lanczos")
+    assert views.renderings(own, target=None, teacher=own) == {"image": own}
+    assert views.renderings(own, target=other) == {"image": own, "target": other}
+
+
+def test_an_unknown_filter_is_told_before_a_picture_is_read(photos, tokenizer, tmp_path):
+    changes = {"tokenizer": tokenizer, "tokenizer_interpolation": "lanczos4"}
+    pictures = {"data.name": f"folder:{photos}", "data.train": "all", "data.val": ""}
+    config = config_of(
+        "tokens", changes | pictures | {"batch_size": 5, "data.on_bad_image": "skip"}
+    )
+    with pytest.raises(ValueError, match="tokenizer_interpolation 'lanczos4'; available: bicubic"):
+        loop.run(config, str(tmp_path))
+
+
+def test_reconstruction_of_an_older_run(runs, photos, tmp_path):
+    """Whose config does not have the settings of today."""
+    workdir = shutil.copytree(runs("simmim")[0], tmp_path / "old")
+    config = json.loads((workdir / "config.json").read_text())
+    del config["model"]["fold"], config["model"]["drop_path_mode"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    out = str(tmp_path / "seen.png")
+    arguments = ["--checkpoint", str(workdir), "--images", str(photos), "--out", out]
+    assert reconstruct.main(arguments) == 0
 
 
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])

@@ -7,6 +7,7 @@ quarter or an eighth of its size.
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -138,6 +139,19 @@ def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.
         return np.asarray(covering.crop((left, top, left + size[1], top + size[0])))
 
     return {name: render(*rendering) for name, rendering in renderings.items()}
+
+
+def whole_crop(crop: str, renderings: Renderings, crop_pct: float = 1.0):
+    """The crop "squash" or "center" as a function of the picture alone.
+
+    Raises:
+      ValueError: it is another.
+    """
+    if crop == "squash":
+        return functools.partial(squash, renderings=renderings)
+    if crop == "center":
+        return functools.partial(center_crop, renderings=renderings, crop_pct=crop_pct)
+    raise ValueError(f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' or 'pad'")
 
 
 def pad_crop(

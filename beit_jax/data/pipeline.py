@@ -145,7 +145,7 @@ def train_batches(
         "rrc": functools.partial(images.random_resized_crop, scale=scale, ratio=ratio),
         "pad": functools.partial(images.pad_crop, pad=pad),
     }
-    whole = None if crop in random_crops else _whole(crop, renderings, crop_pct)
+    whole = None if crop in random_crops else images.whole_crop(crop, renderings, crop_pct)
     bad_images = {}
 
     def random_crop(step, row):
@@ -181,7 +181,7 @@ def eval_batches(
     last batch ("index" -1) and for a picture that cannot be decoded ("index" its own), which
     `source.on_bad_image` "skip" lets pass. The arguments are those of `train_batches`.
     """
-    transform = _whole(crop, renderings, crop_pct)
+    transform = images.whole_crop(crop, renderings, crop_pct)
     black = {name: np.zeros((*r.size, 3), np.uint8) for name, r in renderings.items()}
     blank = black, None if source.class_names is None else 0
     bad_images = {}
@@ -317,12 +317,3 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
         raise ValueError(f"batch_size={batch_size} is no multiple of {process_count} processes")
     count = batch_size // process_count
     return range(process_index * count, (process_index + 1) * count)
-
-
-def _whole(crop, renderings, crop_pct) -> Callable:
-    """The crops without random numbers."""
-    if crop == "squash":
-        return functools.partial(images.squash, renderings=renderings)
-    if crop == "center":
-        return functools.partial(images.center_crop, renderings=renderings, crop_pct=crop_pct)
-    raise ValueError(f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' or 'pad'")

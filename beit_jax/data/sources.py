@@ -17,7 +17,7 @@ import pathlib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -86,8 +86,8 @@ class Source:
         self,
         index: int,
         record: Record,
-        transform: Callable[[Image.Image], np.ndarray] = images.decode,
-    ) -> tuple[np.ndarray, int | None]:
+        transform: Callable[[Image.Image], Any] = images.decode,
+    ) -> tuple[Any, int | None]:
         """Returns `transform(picture)` and the label of a record that `fetch` gave for `index`.
 
         Raises:

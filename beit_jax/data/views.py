@@ -4,13 +4,11 @@ B batch, H x W picture as stored, S side as a network sees it, C channels. Every
 the `image` of model.json, and `resized` tells that the host has cropped and resized the pictures.
 """
 
-import functools
-
 import jax
 import numpy as np
 
 from beit_jax.data import augment, images
-from beit_jax.data.resize import Size
+from beit_jax.data.resize import FILTERS, Size
 
 
 def train_view(
@@ -70,11 +68,15 @@ def _augmented(rng, image, config, **rendering):
     )
 
 
-def check_crop(config) -> None:
-    """Raises ValueError where `config.augment.crop` is unknown."""
-    if config.augment.crop not in augment.CROPS:
-        available = ", ".join(augment.CROPS)
-        raise ValueError(f"Unknown crop {config.augment.crop!r}; available: {available}.")
+def check(config) -> None:
+    """Raises ValueError where the config names an unknown crop or interpolation."""
+    for key, name, known in (
+        ("augment.crop", config.augment.crop, augment.CROPS),
+        ("image.interpolation", config.image.interpolation, FILTERS),
+        ("tokenizer_interpolation", config.tokenizer_interpolation, FILTERS),
+    ):
+        if name is not None and name not in known:
+            raise ValueError(f"Unknown config.{key} {name!r}; available: {', '.join(known)}.")
 
 
 def eval_view(image, prepared, size: Size, *, resized: bool) -> jax.Array:
@@ -102,6 +104,12 @@ def rendering(prepared, size: Size) -> images.Rendering:
     return images.Rendering(size, prepared["interpolation"])
 
 
+def renderings(image: images.Rendering, **others: images.Rendering | None) -> images.Renderings:
+    """What the host makes of a crop: "image", and those others that are not the same."""
+    different = {name: other for name, other in others.items() if other not in (None, image)}
+    return {"image": image, **different}
+
+
 def stored(batch, name: str) -> jax.Array:
     """What to make a view of, [B, H, W, C]: the rendering of that name where the host made one."""
     return batch.get(name, batch["image"])
@@ -109,18 +117,15 @@ def stored(batch, name: str) -> jax.Array:
 
 def host_crop(prepared, renderings: images.Renderings):
     """Returns the function that crops and resizes a Pillow picture as for evaluation."""
-    if prepared["crop"] == "center":
-        crop_pct = prepared["crop_pct"]
-        return functools.partial(images.center_crop, renderings=renderings, crop_pct=crop_pct)
-    return functools.partial(images.squash, renderings=renderings)
+    return images.whole_crop(prepared["crop"], renderings, prepared["crop_pct"])
 
 
-def as_batch(pictures) -> images.Pictures:
+def as_batch(pictures) -> dict[str, np.ndarray]:
     """Stacks what a crop gave of each picture: uint8 [B, H, W, C] for each rendering."""
     return jax.tree.map(lambda *rows: np.stack(rows), *pictures)
 
 
-def first_pictures(split, prepared, renderings: images.Renderings, index) -> images.Pictures:
+def first_pictures(split, prepared, renderings: images.Renderings, index) -> dict[str, np.ndarray]:
     """The pictures of a split that a task draws, as a batch; `index` as in its outputs."""
     if split.resident is not None:
         return {"image": np.asarray(split.resident["image"][: len(index)])}

@@ -80,8 +80,8 @@ def cudnn(query, key, value, bias):
     """cuDNN's fused attention, forward and backward with the gradient of the bias; for bfloat16 or
     float16.
 
-    With a bias the kernel wants an even number of tokens: an odd one is padded here, unless the
-    network has done so for all its layers, see `pad_tokens`.
+    With a bias the kernel wants an even number of tokens: they are padded here, unless the network
+    has done so for all its layers, see `pad_tokens`.
     """
     options = dict(scale=query.shape[-1] ** -0.5, implementation="cudnn")
     if bias is None:

@@ -139,17 +139,17 @@ class Layer(nn.Module):
             x = layernorm(x, fold=fold)
             if fold or scale is None:
                 x = module(x, scale=scale)
-            else:
+            else:  # apart from the kernel, to whose result adapters add theirs
                 x = module(x)
                 x *= scale.astype(x.dtype)
             return dropout(x, deterministic=deterministic)
 
-        for place, (module, name) in enumerate([(attend, "before"), (mlp, "after")]):
+        for i, (module, name) in enumerate([(attend, "before"), (mlp, "after")], start=1):
             layernorm, scale = norm(config, f"layernorm_{name}"), None
             if config.layer_scale_init_value:
                 initial = nn.initializers.constant(config.layer_scale_init_value)
-                scale = self.param(f"lambda_{place + 1}", initial, (x.shape[-1],))
-            add = drop_path(config, self.index, place)
+                scale = self.param(f"lambda_{i}", initial, (x.shape[-1],))
+            add = drop_path(config, self.index)
             own_branch = functools.partial(branch, module, layernorm, scale)
             x = add(x, own_branch, deterministic=deterministic)
         return x

@@ -61,7 +61,11 @@ class CnnConfig:
         for name in ("conv_channels", "hidden_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         layers.expect_one_of(
-            self, head=("classifier", "none"), dtype=layers.DTYPES, remat=layers.REMAT_POLICIES
+            self,
+            head=("classifier", "none"),
+            dtype=layers.DTYPES,
+            remat=layers.REMAT_POLICIES,
+            drop_path_mode=layers.DROP_PATH_MODES,
         )
         layers.expect(
             self,

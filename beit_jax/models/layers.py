@@ -8,6 +8,7 @@ import functools
 import math
 import numbers
 import re
+import zlib
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -132,14 +133,12 @@ class DropPath(nn.Module):
     Attributes:
       rate: share of samples without the branch.
       mode: "sample" draws for each sample. "window" leaves the same run of places in the batch out
-        in every step, and computes nothing for them: exactly `rate` of the batch, up to rounding,
-        each device its part. Which picture comes to which place is random anyway.
-      place: of the branch among all of the network, which shifts the window.
+        in every step, and computes nothing for them: `rate` of each device's part, rounded; which
+        picture comes to which place is random anyway. It draws too where that would be no place.
     """
 
     rate: float
     mode: str = "sample"
-    place: int = 0
 
     @nn.compact
     def __call__(self, x, branch, *, deterministic):
@@ -157,7 +156,7 @@ class DropPath(nn.Module):
 
     def _add_in_window(self, x, branch, size, keep):
         """The window goes round: it starts anywhere in `size` places and takes `keep` of them."""
-        start = int(np.random.default_rng(self.place).integers(size))
+        start = zlib.crc32("/".join(self.path).encode()) % size
         end, over = min(start + keep, size), max(start + keep - size, 0)
         rows = x.reshape(-1, size, *x.shape[1:])
         inside = jnp.concatenate([rows[:, :over], rows[:, start:end]], 1)
@@ -167,10 +166,10 @@ class DropPath(nn.Module):
         return jnp.concatenate(parts, 1).reshape(x.shape)
 
 
-def drop_path(config, index: int, place: int) -> DropPath:
-    """Of branch `place`, 0 or 1, of layer `index`: the rate grows from layer to layer."""
-    rate = config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1)
-    return DropPath(rate, config.drop_path_mode, 2 * index + place)
+def drop_path(config, index: int) -> DropPath:
+    """Of a branch of layer `index`: the rate grows from 0 in the first to that of the config."""
+    depth = min(index / max(config.num_hidden_layers - 1, 1), 1.0)
+    return DropPath(config.drop_path_rate * depth, config.drop_path_mode)
 
 
 def gelu(x):
@@ -212,6 +211,12 @@ def expect(config, condition: bool, message: str) -> None:
     """Raises ValueError, in the name of the family, where the condition does not hold."""
     if not condition:
         raise ValueError(f"{config.FAMILY}: {message}.")
+
+
+def expect_rate(config, **rates: float) -> None:
+    """Raises ValueError where a rate is not below 1, or negative."""
+    for name, rate in rates.items():
+        expect(config, 0 <= rate < 1, f"{name} must be at least 0 and below 1, got {rate}")
 
 
 def expect_one_of(config, **choices) -> None:
@@ -279,6 +284,7 @@ class TransformerConfig:
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
         expect_one_of(self, dtype=DTYPES, drop_path_mode=DROP_PATH_MODES)
+        expect_rate(self, drop_path_rate=self.drop_path_rate)
         attention.get(self.attention)
 
     @property
@@ -376,7 +382,7 @@ class Mlp(nn.Module):
     def __call__(self, x, scale=None):
         """Tokens [..., D], or `Normed` ones, to [..., D]; `scale` [D] multiplies the result."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        features = x[0].shape[-1] if isinstance(x, Normed) else x.shape[-1]
+        features = x.x.shape[-1] if isinstance(x, Normed) else x.shape[-1]
         width = self.width or config.intermediate_size
         hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
         hidden = ACTIVATIONS[config.hidden_act](hidden)

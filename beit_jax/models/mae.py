@@ -17,7 +17,7 @@ class Decoder(nn.Module):
     config: BeitConfig
 
     @nn.compact
-    def __call__(self, x, visible_index):
+    def __call__(self, x, visible_index, deterministic=True):
         """Tokens [B, 1 + S, D] and their patches [B, S] to pixels float32 [B, N, P P C]."""
         config = self.config
         normal, dtype = nn.initializers.truncated_normal(0.02), jnp.dtype(config.dtype)
@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         tokens += sincos_position_embeddings(config.grid, width, 0).astype(dtype)
         x = jnp.concatenate([x[:, :1], tokens], axis=1)
         for index in range(config.num_hidden_layers):
-            x = Layer(config, index, name=f"layer_{index}")(x, None, True)
+            x = Layer(config, index, name=f"layer_{index}")(x, None, deterministic)
         x = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="layernorm")(x[:, 1:])
         pixels = config.patch_size**2 * config.num_channels
         return Dense(pixels, normal, dtype=dtype, name="pixels")(x).astype(jnp.float32)

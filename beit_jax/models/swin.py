@@ -27,6 +27,7 @@ from beit_jax.models.layers import (
     drop_path,
     expect,
     expect_one_of,
+    expect_rate,
     make_config,
     norm,
     normal,
@@ -139,6 +140,7 @@ class SwinConfig:
             drop_path_mode=DROP_PATH_MODES,
             attention=ATTENTIONS,
         )
+        expect_rate(self, drop_path_rate=self.drop_path_rate)
         expect(
             self,
             len(self.depths) == len(self.num_heads) > 0 and min(self.depths) > 0,
@@ -296,9 +298,9 @@ class Layer(nn.Module):
         def branch(module, layernorm, x):
             return dropout(self.normed(module, layernorm, x), deterministic=deterministic)
 
-        for place, (module, name) in enumerate([(attend_windows, "before"), (mlp, "after")]):
+        for module, name in ((attend_windows, "before"), (mlp, "after")):
             own_branch = functools.partial(branch, module, norm(config, f"layernorm_{name}"))
-            add = drop_path(config, self.index, place)
+            add = drop_path(config, self.index)
             x = add(x, own_branch, deterministic=deterministic)
         return x
 

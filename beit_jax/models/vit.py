@@ -144,15 +144,15 @@ class Layer(nn.Module):
             x = module(layernorm(x, fold=fold) if layernorm else x)
             return dropout(x, deterministic=deterministic)
 
-        def residual(x, place, *parts):
-            add = drop_path(config, self.index, place)
+        def residual(x, *parts):
+            add = drop_path(config, self.index)
             return add(x, functools.partial(branch, *parts), deterministic=deterministic)
 
         if config.use_post_norm:
-            x = norm(config, "attention_layernorm")(residual(x, 0, attend, None))
-            return norm(config, "mlp_layernorm")(residual(x, 1, mlp, None))
-        x = residual(x, 0, attend, norm(config, "layernorm_before"))
-        return residual(x, 1, mlp, norm(config, "layernorm_after"))
+            x = norm(config, "attention_layernorm")(residual(x, attend, None))
+            return norm(config, "mlp_layernorm")(residual(x, mlp, None))
+        x = residual(x, attend, norm(config, "layernorm_before"))
+        return residual(x, mlp, norm(config, "layernorm_after"))
 
 
 class Embeddings(nn.Module):

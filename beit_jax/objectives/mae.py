@@ -50,6 +50,7 @@ def make(config, model) -> Objective:
             drop_path_rate=0.0,
             dtype=c.dtype,
             attention=c.attention,
+            fold=c.fold,
         )
     )
 
@@ -64,7 +65,7 @@ def make(config, model) -> Objective:
     def predict(params, views, masks, rng):
         index = masking.visible(masks.index, patches)
         x = model.apply({"params": params}, views.image, visible_index=index, **apply_options(rng))
-        x = decoder.apply({"params": params["decoder"]}, x, index)
+        x = decoder.apply({"params": params["decoder"]}, x, index, rng is None)
         return pixels.gather(x, masks.index)  # [B, M, Q]
 
     def targets(views, masks):

@@ -54,7 +54,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
             f"The model tells {len(info.class_names)} classes ({_few(info.class_names)}), "
             f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
         )
-    views.check_crop(config)
+    views.check(config)
     weights = class_weights(config.class_weights, data.class_counts)
     family = modules.load("models", info.model_name)
     model = make_model(info, **runtime(config))
@@ -139,9 +139,11 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
 
 
 def runtime(config) -> dict:
-    """How the network is computed, which is no part of its architecture."""
-    found = {key: config.model[key] for key in RUNTIME}
-    found["fold"] &= not config.lora.rank  # kernels that stay would be multiplied in every step
+    """How the network is computed, which is no part of its architecture; a config of an older run
+    may lack some of it."""
+    found = {key: config.model[key] for key in RUNTIME if key in config.model}
+    if config.lora.rank:
+        found["fold"] = False  # adapters want what a layer is given and what it gives
     return found
 
 

@@ -65,7 +65,9 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         label = jnp.broadcast_to(batch["label"], found.shape[:2])
         value = losses.softmax_cross_entropy(found, label).mean(1)  # [L]
         correct = (found.argmax(-1) == label).astype(jnp.float32).mean(1)
-        return value.sum(), (model_state, {"accuracy": correct.max()})
+        best = correct.argmax()  # of which the curves tell, as in `summarize`
+        scalars = {"loss": value[best], "accuracy": correct[best]}
+        return value.sum(), (model_state, scalars)
 
     def evaluate(params, model_state, frozen, batch):
         view = views.eval_view(batch["image"], info.image, size, resized=resized)

@@ -100,7 +100,7 @@ def make_parts(config, start=None, info=None):
     Raises:
       ValueError: they do not fit.
     """
-    views.check_crop(config)
+    views.check(config)
     objective = modules.load("objectives", config.objective)
     objective.check(config)
     if info is None:
@@ -123,10 +123,10 @@ def make_parts(config, start=None, info=None):
 
 def make_renderings(config, info, objective: Objective, size) -> images.Renderings:
     """What model and tokenizer see of a crop."""
-    found = {"image": views.rendering(info.image, size)}
+    target = None
     if objective.target_size is not None:
-        found["target"] = images.Rendering(objective.target_size, config.tokenizer_interpolation)
-    return found
+        target = images.Rendering(objective.target_size, config.tokenizer_interpolation)
+    return views.renderings(views.rendering(info.image, size), target=target)
 
 
 def train_views(config, info, objective: Objective, size, rng, batch, resized: bool) -> Views:

@@ -41,7 +41,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
             "A tokenizer's running averages need the whole batch: set config.accumulate_steps=1, "
             f"got {config.accumulate_steps}."
         )
-    views.check_crop(config)
+    views.check(config)
     family = modules.load("tokenizers", info.model_name if info else config.tokenizer_name)
     teacher = load_teacher(config.teacher, **classify.runtime(config)) if config.teacher else None
     if info is None:
@@ -55,9 +55,10 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
             f"{model.config.grid[1]}; change config.model.image_size or patch_size."
         )
     trainer = family.make(config, model, teacher.width if teacher else 0)
-    renderings = {"image": images.Rendering(size, config.tokenizer_interpolation)}
+    own, seen_by_teacher = images.Rendering(size, config.tokenizer_interpolation), None
     if teacher:
-        renderings["teacher"] = views.rendering(teacher.image, teacher.size)
+        seen_by_teacher = views.rendering(teacher.image, teacher.size)
+    renderings = views.renderings(own, teacher=seen_by_teacher)
 
     def eval_view(batch):
         stored = batch["image"]
