@@ -130,8 +130,8 @@ def main():
     parser.add_argument("--peers", nargs="*", choices=peers.CONTENDERS)
     parser.add_argument("--attention", default="auto", help="ours: plain, xla or cudnn")
     parser.add_argument("--remat", default="none", help="ours: none, full or dots")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a block of steps, about")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a block of steps, about")
     args = parser.parse_args()
     sizes = SIZES[args.device]
     kinds = args.kinds or KINDS[args.device]
