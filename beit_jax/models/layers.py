@@ -108,7 +108,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x, scale=None):
-        """Tokens [..., in], or `Normed` ones, to [..., out]; `scale` [out] multiplies them."""
+        """Tokens [..., in], or `Normed` ones, to [..., out], and these times `scale` [out]."""
         x, gain, shift = x if isinstance(x, Normed) else (x, None, None)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = 0.0
@@ -134,7 +134,7 @@ class DropPath(nn.Module):
       rate: share of samples without the branch.
       mode: "sample" draws for each sample. "window" leaves the same run of places in the batch out
         in every step, and computes nothing for them: `rate` of each device's part, rounded; which
-        picture comes to which place is random anyway. It draws too where that would be no place.
+        picture comes to which place is random anyway. Where it rounds to no place, "window" draws.
     """
 
     rate: float
