@@ -126,7 +126,7 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"accumulate_steps": 0}, ["config.accumulate_steps is 0"]),
         ({"accumulate_steps": 3}, ["config.batch_size is 32", "3 micro-batches", "such as 30"]),
         ({"optim.freeze": "('layr_0/.*',)"}, ["layr_0/.*"]),
-        ({"augment.crop": "random"}, ["Unknown crop 'random'", "rrc", "squash"]),
+        ({"augment.crop": "random"}, ["Unknown config.augment.crop 'random'", "rrc", "squash"]),
         ({"model.patch_size": 3}, ["patch", "3", "8"]),
         ({"model.image_size": "big"}, ["image_size must be a number of pixels", "'big'"]),
         ({"model.dtype": "float8"}, ["float8", "bfloat16"]),

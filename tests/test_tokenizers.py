@@ -324,7 +324,7 @@ def test_a_convolutional_tokenizer_takes_the_grid_that_is_wanted(tmp_path):
         ({"preset": "huge"}, "Unknown preset 'huge'; available: .*digits"),
         ({"accumulate_steps": 2}, "set config.accumulate_steps=1, got 2"),
         ({"codebook.decay": 1.0}, "needs 0 < decay < 1"),
-        ({"augment.crop": "cut"}, "Unknown crop 'cut'"),
+        ({"augment.crop": "cut"}, "Unknown config.augment.crop 'cut'"),
         ({"model.code_dim": 0}, "code_dim must be above 0, got 0"),
         (SMALL_DVAE | {"dvae.end_temperature": 0.0}, "temperatures above 0"),
         (SMALL_DVAE | {"model.image_size": 7}, "image_size .7, 7. must be a multiple of 2"),
