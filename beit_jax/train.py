@@ -9,7 +9,7 @@ import jax
 
 from beit_jax import build, checkpoint, evaluate, profiling, report, sharding
 from beit_jax import workdir as workdirs
-from beit_jax.data import inputs
+from beit_jax.data import inputs, views
 from beit_jax.steps import is_time
 
 LAG = 2  # steps queued on the device while the numbers of an earlier one are read
@@ -48,6 +48,7 @@ def run(config, workdir: str) -> dict | None:
     workdir = os.path.abspath(workdir)
     mesh = sharding.make_mesh()
     build.check_numbers(config)
+    views.check(config)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     if config.compile_cache:

@@ -79,6 +79,11 @@ class Normed(NamedTuple):
     scale: jax.Array
     shift: jax.Array | None
 
+    @property
+    def shape(self):
+        """Of the tokens."""
+        return self.x.shape
+
 
 class LayerNorm(nn.Module):
     """LayerNorm with float32 statistics; folded, it leaves scale and shift to the next layer."""
@@ -343,7 +348,7 @@ class Attention(nn.Module):
     def __call__(self, x, bias, *, deterministic, scale=None):
         """Tokens [B, T, D], or `Normed` ones, to [B, T, D]; `scale` [D] multiplies the result."""
         config = self.config
-        batch, tokens, width = x.x.shape if isinstance(x, Normed) else x.shape
+        batch, tokens, width = x.shape
         heads, dtype = config.num_attention_heads, jnp.dtype(config.dtype)
 
         def project(name):
@@ -382,11 +387,10 @@ class Mlp(nn.Module):
     def __call__(self, x, scale=None):
         """Tokens [..., D], or `Normed` ones, to [..., D]; `scale` [D] multiplies the result."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        features = x.x.shape[-1] if isinstance(x, Normed) else x.shape[-1]
         width = self.width or config.intermediate_size
         hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
         hidden = ACTIVATIONS[config.hidden_act](hidden)
-        return Dense(features, self.output_init, dtype=dtype, name="fc2")(hidden, scale)
+        return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden, scale)
 
 
 def patchify(image, size: int):

@@ -54,7 +54,6 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
             f"The model tells {len(info.class_names)} classes ({_few(info.class_names)}), "
             f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
         )
-    views.check(config)
     weights = class_weights(config.class_weights, data.class_counts)
     family = modules.load("models", info.model_name)
     model = make_model(info, **runtime(config))

@@ -100,7 +100,6 @@ def make_parts(config, start=None, info=None):
     Raises:
       ValueError: they do not fit.
     """
-    views.check(config)
     objective = modules.load("objectives", config.objective)
     objective.check(config)
     if info is None:

@@ -41,7 +41,6 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
             "A tokenizer's running averages need the whole batch: set config.accumulate_steps=1, "
             f"got {config.accumulate_steps}."
         )
-    views.check(config)
     family = modules.load("tokenizers", info.model_name if info else config.tokenizer_name)
     teacher = load_teacher(config.teacher, **classify.runtime(config)) if config.teacher else None
     if info is None:
