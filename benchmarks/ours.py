@@ -3,6 +3,7 @@
 import functools
 import tempfile
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,47 +28,62 @@ def load(directory: str) -> Pretrained:
     return Pretrained(loaded.params, info)
 
 
-def make_step(
+class Program(NamedTuple):
+    """A jitted function with its arguments; one that trains returns its first argument anew."""
+
+    function: Callable
+    args: tuple
+    trains: bool
+
+
+def make_program(
     kind: str,
     directory: str,
     dtype: str,
     image: np.ndarray,
     target: dict[str, np.ndarray],
     runtime: dict,
-) -> tuple[Callable[[int], float], Callable[[], int]]:
-    """Returns run(n), as `peers.make_step`, and a function that tells the bytes that the compiled
-    step needs on the device.
+) -> Program:
+    """Our step, not yet compiled.
 
     Args:
       kind: one of `peers.KINDS`, or "mim, tokenizer", where the tokens are those of a dVAE of
         OpenAI's size, with random weights, inside the step.
       directory: of transformers' model, whose weights are taken.
-      dtype: "float32" or "bfloat16" of the computation.
+      dtype: "float32" or "bfloat16" of the computation, and of weights that adapters leave alone.
       image: uint8 [B, H, W, 3].
       target: of the kind, see `peers.make_target`.
-      runtime: attention and remat, as `config.model` has them.
+      runtime: settings of `config.model`, such as attention and remat.
     """
     start = load(directory)
     if kind == "inference":
-        return _inference(start, dtype, image, runtime)
+        network = classify.make_model(start.info, dtype=dtype, **runtime)
+        apply = functools.partial(classify.classify, network, start.info, resized=True)
+        return Program(jax.jit(apply), (start.params, image), trains=False)
     config = common.get_config()
     with config.unlocked():
         config.model.update(dtype=dtype, **runtime)
     config.augment.flip = 0.0
+    config.lora.base_dtype = dtype
     task, batch = _MAKE[kind.split(",")[0]](kind, config, start, target)
     return _train(task, {"image": image, **batch})
 
 
-def _inference(start, dtype, image, runtime):
-    network = classify.make_model(start.info, dtype=dtype, **runtime)
-    params, image = jax.device_put((start.params, image))
-    apply = jax.jit(lambda p, x: classify.classify(network, start.info, p, x, resized=True))
-    compiled = apply.lower(params, image).compile()
+def make_step(*args, **kwargs) -> tuple[Callable[[int], float], Callable[[], int]]:
+    """Compiles `make_program` of the same arguments; returns run(n), as `peers.make_step`, and a
+    function that tells the bytes that the compiled step needs on the device."""
+    function, args, trains = make_program(*args, **kwargs)
+    compiled = function.lower(*args).compile()
+    first, *rest = jax.device_put(args)
+    del args
 
     def run(n):
+        nonlocal first
         for _ in range(n):
-            out = compiled(params, image)
-        return float(out.mean())
+            out = compiled(first, *rest)
+            if trains:
+                first, out = out
+        return float(out["loss"] if trains else out.mean())
 
     return run, lambda: build.memory_of(compiled)
 
@@ -138,13 +154,5 @@ def _train(task, batch):
         seed=0,
     )
     current = jax.jit(functools.partial(state.create, tx=tx, ema=False))(params, {})
-    frozen, data = jax.device_put((task.frozen, batch))
-    compiled = jax.jit(step, donate_argnums=0).lower(current, frozen, None, data).compile()
-
-    def run(n):
-        nonlocal current
-        for _ in range(n):
-            current, scalars = compiled(current, frozen, None, data)
-        return float(scalars["loss"])
-
-    return run, lambda: build.memory_of(compiled)
+    function = jax.jit(step, donate_argnums=0)
+    return Program(function, (current, task.frozen, None, batch), trains=True)

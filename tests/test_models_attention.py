@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.models import attention, beit, features
+from beit_jax.models import attention, beit, features, vit
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 10, 2, 8
 # small programs compile far longer than they run
@@ -149,21 +149,22 @@ def kernel_on_cpu(monkeypatch):
     """jax's own mathematics for cuDNN's kernel, as strict about its operands as the kernel is."""
     attend, calls = jax.nn.dot_product_attention, []
 
-    def kernel(query, key, value, *, scale, implementation, bias=None):
+    def kernel(query, key, value, *, scale, implementation, **masks):
         _, tokens, heads, _ = query.shape
         assert implementation == "cudnn" and query.shape == key.shape == value.shape
-        if bias is not None:
-            assert tokens % 2 == 0
+        assert tokens % 2 == 0
+        if (bias := masks.get("bias")) is not None:
             assert bias.shape == (1, heads, tokens, tokens) and bias.dtype == jnp.float32
         calls.append(tokens)
-        return attend(query, key, value, bias=bias, scale=scale, implementation="xla")
+        return attend(query, key, value, scale=scale, implementation="xla", **masks)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     return calls
 
 
 @pytest.mark.parametrize(
-    "tokens, padded, with_bias", [(5, 8, True), (8, 8, True), (10, 16, True), (5, 5, False)]
+    "tokens, padded, with_bias",
+    [(5, 8, True), (8, 8, True), (10, 16, True), (5, 8, False), (8, 8, False)],
 )
 def test_cudnn_pads_and_masks(kernel_on_cpu, tokens, padded, with_bias):
     arrays = inputs(tokens=tokens, with_bias=with_bias)
@@ -251,11 +252,13 @@ def cudnn_found(monkeypatch):
         monkeypatch.setattr(fused, name, answer)
 
 
+@pytest.mark.parametrize("family, kernel", [(beit, "ScaleBiasSoftmax"), (vit, "Softmax")])
 @pytest.mark.parametrize("image_size, patch_size", [(224, 16), (384, 16), (32, 4)])
-def test_cudnn_is_called_forward_and_backward(cudnn_found, image_size, patch_size):
-    """A training step at 197, 577 and 65 tokens, compiled for CUDA as far as a CPU can."""
+def test_cudnn_is_called_forward_and_backward(cudnn_found, family, kernel, image_size, patch_size):
+    """A training step at 197, 577 and 65 tokens, compiled for CUDA as far as a CPU can. The kernel
+    is not called again for the bias that the backward pass makes anew."""
     layers = 2
-    model = beit.Model(
+    model = family.Model(
         hidden_size=128,
         num_hidden_layers=layers,
         num_attention_heads=2,
@@ -277,8 +280,91 @@ def test_cudnn_is_called_forward_and_backward(cudnn_found, image_size, patch_siz
 
     traced = jax.jit(step).trace(params, image, jax.eval_shape(lambda: jax.random.key(0)))
     program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    calls = re.findall(r"__cudnn\$fmha\w+", program)
-    assert sorted(calls) == sorted(
-        layers * ["__cudnn$fmhaScaleBiasSoftmax"]
-        + layers * ["__cudnn$fmhaScaleBiasSoftmaxBackward"]
+    calls = re.findall(r"__cudnn\$fmha(\w+)", program)
+    assert sorted(calls) == sorted(layers * [kernel] + layers * [f"{kernel}Backward"])
+
+
+def test_biases_are_not_kept_for_the_backward_pass(kernel_on_cpu, monkeypatch):
+    """Each layer's own, of all heads and pairs of tokens, would be most of the memory of adapters
+    at high resolution."""
+    with monkeypatch.context() as all_is_kept:
+        all_is_kept.setattr(attention, "saves_kernel", lambda primitive, *_, **__: True)
+        kept = _residual_bytes()
+    assert _residual_bytes() < kept / 2
+
+
+def _residual_bytes():
+    """What the backward pass of a network with tables of its own for each layer is given."""
+    model = beit.Model(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=8,
+        image_size=44,
+        patch_size=4,
+        attention="cudnn",
     )
+    image = jnp.zeros((1, 44, 44, 3))
+    params = model.init(jax.random.key(0), image)
+    _, pull = jax.vjp(lambda params: model.apply(params, image), params)
+    return sum(x.nbytes for x in jax.tree.leaves(pull))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention.resolve.cache_clear()
+    yield
+    attention.resolve.cache_clear()
+
+
+def resolve(dtype="bfloat16", biased=True, name="auto"):
+    return attention.resolve(name, dtype, 17, 8, biased)
+
+
+def test_auto_is_xla_without_a_gpu(kernel_on_cpu):
+    assert resolve() == "xla" and not kernel_on_cpu
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_auto_tries_cudnn_on_a_gpu(kernel_on_cpu, gpu, caplog, biased):
+    assert resolve(biased=biased) == "cudnn"
+    assert resolve(biased=biased) == "cudnn"
+    assert kernel_on_cpu == [24]  # one trial, padded
+    assert not caplog.text
+
+
+def test_auto_tries_nothing_for_float32_or_where_a_name_is_given(kernel_on_cpu, gpu):
+    assert resolve(dtype="float32") == "xla"
+    assert [resolve(name=name) for name in ("plain", "xla", "cudnn")] == ["plain", "xla", "cudnn"]
+    assert not kernel_on_cpu
+
+
+@pytest.mark.parametrize(
+    "kernel, reason",
+    [
+        (None, "NotImplementedError: no such kernel"),
+        (lambda query, key, value, **_: query * jnp.nan, "results are nan"),
+        (lambda query, key, value, **_: value, "of the largest off"),
+        (lambda q, k, v, **_: attention.plain(q, k, v, None), "of the largest off"),  # no bias
+    ],
+)
+def test_auto_does_not_take_a_kernel_that_fails_its_trial(gpu, monkeypatch, caplog, kernel, reason):
+    def missing(*args, **kwargs):
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel or missing)
+    assert resolve() == "xla"
+    assert "Attention is computed by XLA" in caplog.text and reason in caplog.text
+
+
+def test_a_network_asks_for_the_trial_while_it_is_traced(kernel_on_cpu, gpu):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 4}
+    model = beit.Model(**sizes, dtype="bfloat16")
+    image = jnp.ones((2, 16, 16, 3))
+    params = model.init(jax.random.key(0), image)
+    kernel_on_cpu.clear()
+    jax.jit(model.apply)(params, image)
+    assert kernel_on_cpu == [24]  # that of the layer; the trial was when the network was made

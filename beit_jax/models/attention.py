@@ -5,11 +5,15 @@
 result [B, T, H, K]; `plain` takes any leading axes, [..., T, H, K], and a bias that broadcasts.
 """
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 MASKED = -1e9
+TRIAL_TOLERANCE = 0.05  # bfloat16 has 8 bits; a wrong mask or scale is off by far more
 
 
 def plain(query, key, value, bias, *, dropout=None):
@@ -80,16 +84,23 @@ def cudnn(query, key, value, bias):
     """cuDNN's fused attention, forward and backward with the gradient of the bias; for bfloat16 or
     float16.
 
-    With a bias the kernel wants an even number of tokens: they are padded here, unless the network
-    has done so for all its layers, see `pad_tokens`.
+    The kernel wants an even number of tokens for a gradient: they are padded here, unless the
+    network has done so for all its layers, see `pad_tokens`.
     """
     options = dict(scale=query.shape[-1] ** -0.5, implementation="cudnn")
-    if bias is None:
-        return jax.nn.dot_product_attention(query, key, value, **options)
-    tokens = query.shape[1]
+    batch, tokens = query.shape[:2]
     query, key, value = (pad_tokens(x) for x in (query, key, value))
-    bias = mask_padding(bias, query.shape[1]).astype(jnp.float32)[None]
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, **options)[:, :tokens]
+    if bias is not None:
+        options["bias"] = mask_padding(bias, query.shape[1]).astype(jnp.float32)[None]
+    elif query.shape[1] > tokens:
+        options["key_value_seq_lengths"] = jnp.full(batch, tokens, jnp.int32)
+    return jax.nn.dot_product_attention(query, key, value, **options)[:, :tokens]
+
+
+def saves_kernel(primitive, *_, **__) -> bool:
+    """Policy of `jax.checkpoint` for what leads to `cudnn`: its results are kept for the backward
+    pass, and all else, such as the bias, made again."""
+    return "dot_product_attention" in primitive.name
 
 
 def pad_tokens(x):
@@ -117,3 +128,50 @@ def get(name: str):
             f"Unknown attention {name!r}; available: auto, {', '.join(IMPLEMENTATIONS)}."
         )
     return IMPLEMENTATIONS[name]
+
+
+@functools.cache
+def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> str:
+    """What "auto" stands for: "cudnn" for bfloat16 on a GPU where a trial of these sizes, forward
+    and backward, gives the numbers of `plain`; "xla" elsewhere. Other names stay.
+
+    The trial takes a few seconds, once in a process. Why it failed is logged.
+    """
+    if name != "auto":
+        return name
+    if jax.default_backend() != "gpu" or dtype != "bfloat16":
+        return "xla"
+    try:
+        with jax.ensure_compile_time_eval():  # a network asks while it is traced
+            error = _trial(cudnn, tokens, head_dim, biased)
+    except Exception as exception:  # no cuDNN, an old one, another maker's GPU, sizes it lacks
+        reason = f"{type(exception).__name__}: {(str(exception).splitlines() or [''])[0][:200]}"
+    else:
+        if error <= TRIAL_TOLERANCE:
+            return "cudnn"
+        reason = f"its results are {error:.2g} of the largest off"
+    logging.warning("Attention is computed by XLA, cuDNN's is of no use here: %s", reason)
+    return "xla"
+
+
+def _trial(attend, tokens, head_dim, biased):
+    """How far output and gradients of bfloat16 inputs are from `plain` in float32, of the largest
+    number of each."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, tokens, 2, head_dim)) for _ in range(4)]
+    *inputs, gradient = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+    bias = jnp.asarray(rng.standard_normal((2, tokens, tokens)), jnp.float32)
+
+    def results(attend, dtype):
+        given = [x.astype(dtype) for x in inputs] + [bias] * biased
+        call = attend if biased else functools.partial(attend, bias=None)
+        out, pull = jax.vjp(call, *given)
+        return (out, *pull(gradient.astype(dtype)))
+
+    pairs = zip(
+        jax.jit(results, static_argnums=(0, 1))(attend, jnp.bfloat16),
+        jax.jit(results, static_argnums=(0, 1))(plain, jnp.float32),
+        strict=True,
+    )
+    errors = [np.abs(np.float32(a) - b).max() / np.abs(b).max() for a, b in pairs]
+    return float(np.max(errors))  # nan, if there is one

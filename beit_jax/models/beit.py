@@ -242,7 +242,8 @@ class Beit(nn.Module):
             image, bool_masked_pos, visible_index, deterministic=deterministic
         )
         tokens, bias = x.shape[1], None
-        pad = attention.pad_tokens if is_biased and config.attention == "cudnn" else lambda x: x
+        is_padded = is_biased and config.resolved_attention(biased=True) == "cudnn"
+        pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)
         policy = REMAT_POLICIES[config.remat]

@@ -302,6 +302,12 @@ class TransformerConfig:
         """Patches (down, across)."""
         return tuple(n // self.patch_size for n in self.image_size)
 
+    def resolved_attention(self, biased: bool) -> str:
+        """The implementation that computes attention with a bias or without."""
+        tokens = self.num_prefix + math.prod(self.grid)
+        head_dim = self.hidden_size // self.num_attention_heads
+        return attention.resolve(self.attention, self.dtype, tokens, head_dim, biased)
+
 
 def make_config(config_class, architecture: dict[str, Any]):
     """The configuration of an architecture; unknown keys are an error that lists the known."""
@@ -357,16 +363,24 @@ class Attention(nn.Module):
             seen = x._replace(shift=None) if isinstance(x, Normed) and name == "key" else x
             return dense(seen).reshape(batch, tokens, heads, width // heads)
 
-        if self.has_bias_table:
-            own_bias = relative_position_bias(bias_table(self, config), config.grid)
-            bias = own_bias if bias is None else bias + own_bias
-        if bias is not None:
-            bias = attention.mask_padding(bias, tokens)
-        attend = attention.get(config.attention)
+        table = bias_table(self, config) if self.has_bias_table else None
+        implementation = config.resolved_attention(bias is not None or self.has_bias_table)
+        kernel = attention.get(implementation)
         if config.attention_probs_dropout_prob and not deterministic:
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
-            attend = functools.partial(attention.plain, dropout=dropout)
-        x = attend(project("query"), project("key"), project("value"), bias)
+            kernel = functools.partial(attention.plain, dropout=dropout)
+
+        def attend(query, key, value, bias, table):
+            if table is not None:
+                own_bias = relative_position_bias(table, config.grid)
+                bias = own_bias if bias is None else bias + own_bias
+            if bias is not None:
+                bias = attention.mask_padding(bias, tokens)
+            return kernel(query, key, value, bias)
+
+        if implementation == "cudnn" and self.has_bias_table:  # which would keep every layer's bias
+            attend = jax.checkpoint(attend, policy=attention.saves_kernel)
+        x = attend(project("query"), project("key"), project("value"), bias, table)
         x = x.reshape(batch, tokens, width)
         return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
 
