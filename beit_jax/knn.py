@@ -16,7 +16,7 @@ from rich.progress import track
 
 from beit_jax import pretrained
 from beit_jax.data import pipeline, sources, views
-from beit_jax.models import features
+from beit_jax.models import features, layers
 from beit_jax.tasks import classify
 
 
@@ -29,13 +29,13 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
     size, image = model.config.image_size, start.info.image
 
     @jax.jit
-    def layers(params, pictures):
+    def describe(params, pictures):
         view = views.eval_view(pictures, start.info.image, size, resized=True)
         found = features.layer_outputs(model, params, view)
         pooled = (features.pool(x, model.config.num_prefix) for x in found)
         return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
 
-    params = jax.device_put(start.params)
+    params = layers.for_inference(start.params, model.config.dtype)
     result, labels = None, np.full(len(source), -1, np.int32)
     batch_size = min(batch_size, len(source))
     with pipeline.eval_batches(
@@ -48,7 +48,7 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
         count = -(-len(source) // batch_size)
         for batch in track(batches, source.split, total=count, disable=not sys.stderr.isatty()):
             real = batch["index"] >= 0
-            found = jax.device_get(layers(params, batch["image"]))
+            found = jax.device_get(describe(params, batch["image"]))
             if result is None:
                 result = [np.zeros((len(source), x.shape[-1]), np.float32) for x in found]
             for rows, x in zip(result, found, strict=True):

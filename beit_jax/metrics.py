@@ -7,8 +7,6 @@ are added leaf by leaf, so the result is exact on any number of devices and for 
 Shape letters: B batch, K classes, M calibration bins.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +114,7 @@ def summarize_classification(sums, class_names=None) -> dict:
     recall = _divide(true_positive, support)
     f1 = _divide(2 * true_positive, predicted + support)
     accuracy = float(sums["correct"]) / count
-    accuracy_low, accuracy_high = _wilson_interval(accuracy, count)
+    accuracy_low, accuracy_high = wilson_interval(accuracy, count)
     bin_gaps = np.abs(sums["bin_correct"] - sums["bin_confidence"])
     columns = zip(class_names, *(x.tolist() for x in (precision, recall, f1, support)), strict=True)
     return {
@@ -149,10 +147,10 @@ def _divide(numerator, denominator):
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
-def _wilson_interval(p, n, z=1.959964):
-    """Wilson's score interval of a share `p` of `n` trials, 95 % by default."""
+def wilson_interval(p, n, z=1.959964):
+    """Wilson's score interval of a share `p` of `n` trials, 95 % by default; numbers or arrays."""
     center = p + z**2 / (2 * n)
-    margin = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    margin = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return (center - margin) / (1 + z**2 / n), (center + margin) / (1 + z**2 / n)
 
 

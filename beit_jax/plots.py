@@ -11,6 +11,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from beit_jax.metrics import wilson_interval
+
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Okabe-Ito
 _SERIES = [_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", _GREY]
 _KINDS = {"train": ("training", _BLUE), "val": ("validation", _ORANGE), "test": ("test", _GREEN)}
@@ -184,7 +186,7 @@ def reliability_diagram(calibration: Sequence[dict], path: str) -> Figure:
         np.array([bin[key] for bin in bins]) for key in ("count", "confidence", "accuracy")
     )
     share = count / count.sum()
-    low, high = _wilson_interval(accuracy, count)
+    low, high = wilson_interval(accuracy, count)
     figure = Figure(figsize=(4.4, 5.2), layout="constrained")
     axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     axes.plot([0, 1], [0, 1], color=_GREY, ls="--", lw=1, label="calibrated")
@@ -279,13 +281,6 @@ def _running_mean(values, width):
     low, high = np.maximum(i - width, 0), np.minimum(i + width + 1, len(values))
     with np.errstate(invalid="ignore"):
         return (total[high] - total[low]) / (count[high] - count[low])
-
-
-def _wilson_interval(p, n, z=1.96):
-    """95 % interval of a share `p` of `n` trials."""
-    center = p + z**2 / (2 * n)
-    margin = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (center - margin) / (1 + z**2 / n), (center + margin) / (1 + z**2 / n)
 
 
 def _short(name, most=24):

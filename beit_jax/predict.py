@@ -20,6 +20,7 @@ from rich.progress import track
 
 from beit_jax import pretrained
 from beit_jax.data import folder, pipeline, sources, views
+from beit_jax.models import layers
 from beit_jax.tasks import classify
 
 
@@ -92,7 +93,7 @@ def probabilities(
     def softmax(params, image):
         return jax.nn.softmax(classify.classify(model, info, params, image, resized=True))
 
-    params = jax.device_put(start.params)
+    params = layers.for_inference(start.params, model.config.dtype)
     source = sources.FileSource(
         "pictures", "all", None, "skip", root=pathlib.Path(), ids=paths, labels=None
     )

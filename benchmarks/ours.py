@@ -12,6 +12,7 @@ import numpy as np
 from beit_jax import build, checkpoint, convert, lora, optim, state
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert.preprocessor import DEFAULT
+from beit_jax.models import layers
 from beit_jax.pretrained import Pretrained
 from beit_jax.tasks import classify, pretrain
 from beit_jax.tasks.task import Data
@@ -59,7 +60,8 @@ def make_program(
     if kind == "inference":
         network = classify.make_model(start.info, dtype=dtype, **runtime)
         apply = functools.partial(classify.classify, network, start.info, resized=True)
-        return Program(jax.jit(apply), (start.params, image), trains=False)
+        params = layers.for_inference(start.params, network.config.dtype)
+        return Program(jax.jit(apply), (params, image), trains=False)
     config = common.get_config()
     with config.unlocked():
         config.model.update(dtype=dtype, **runtime)

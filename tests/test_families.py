@@ -7,6 +7,7 @@ from flax import traverse_util
 from PIL import Image
 
 from beit_jax import checkpoint, modules, predict, pretrained, report, train
+from beit_jax.models import layers
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from configs import common, quickstart, vit_cifar10
@@ -224,3 +225,27 @@ def test_adapters_of_every_family(tmp_path, pictures, name):
         saver.save(0, {"params": merged.params})
     again = finetune(tmp_path / "again", exported, name, changes)
     assert again["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(set(DIGITS) - {"cnn"}))
+def test_kernels_converted_ahead_give_the_same_bits(name):
+    family = modules.load("models", name)
+    architecture = {**family.PRESETS["digits"], "num_labels": 10}
+    model = family.Model(**architecture, dtype="bfloat16")
+    side = model.config.image_size
+    image = jax.random.normal(jax.random.key(0), (2, *side, model.config.num_channels))
+    params = model.init(jax.random.key(1), image)["params"]
+    params = jax.tree.map(lambda x: x + 0.05, params)
+    ready = layers.for_inference(params, "bfloat16")
+    converted = {
+        "/".join(path[-2:])
+        for path, x in traverse_util.flatten_dict(ready).items()
+        if x.dtype == "bfloat16"
+    }
+    parts = ("query", "key", "value", "output", "fc1", "fc2")
+    assert converted == {f"{part}/kernel" for part in parts}
+    apply = jax.jit(model.apply)
+    expected = apply({"params": params}, image)
+    np.testing.assert_array_equal(apply({"params": ready}, image), expected)
+    same = layers.for_inference(params, "float32")
+    jax.tree.map(np.testing.assert_array_equal, same, params)

@@ -85,6 +85,36 @@ class Normed(NamedTuple):
         return self.x.shape
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def standardize(x: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
+    """x [..., D] less its mean, by its standard deviation, in `dtype`; statistics are float32.
+
+    The gradient is computed from the result, which the next product keeps anyway, so that x itself
+    is not kept for the backward pass.
+    """
+    return _standardize_forward(x, epsilon, dtype)[0]
+
+
+def _standardize_forward(x, epsilon, dtype):
+    wide = x.astype(jnp.float32)
+    wide -= wide.mean(-1, keepdims=True)
+    scale = lax.rsqrt((wide**2).mean(-1, keepdims=True) + epsilon)
+    # or XLA keeps x, to compute both again
+    y, scale = lax.optimization_barrier(((wide * scale).astype(dtype), scale))
+    return y, (y, scale, jnp.zeros((0,), x.dtype))
+
+
+def _standardize_backward(epsilon, dtype, residuals, gradient):
+    y, scale, like_x = residuals
+    y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
+    gradient -= gradient.mean(-1, keepdims=True)
+    gradient -= y * (gradient * y).mean(-1, keepdims=True)
+    return ((gradient * scale).astype(like_x.dtype),)
+
+
+standardize.defvjp(_standardize_forward, _standardize_backward)
+
+
 class LayerNorm(nn.Module):
     """LayerNorm with float32 statistics; folded, it leaves scale and shift to the next layer."""
 
@@ -95,11 +125,11 @@ class LayerNorm(nn.Module):
     def __call__(self, x, *, fold: bool = False):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         shift = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        if fold:
+            return Normed(standardize(x, self.epsilon, self.dtype), scale, shift)
         x = x.astype(jnp.float32)
         x -= x.mean(-1, keepdims=True)
         x *= lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
-        if fold:
-            return Normed(x.astype(self.dtype), scale, shift)
         return (x * scale + shift).astype(self.dtype)
 
 
@@ -461,6 +491,18 @@ def classifier(config: TransformerConfig, x, name: str = "classifier"):
     """Logits [B, K] of features [B, D], in float32."""
     initial = normal(config, config.head_init_scale)
     return Dense(config.num_labels, initial, name=name)(x.astype(jnp.float32))
+
+
+def for_inference(params, dtype: str):
+    """The parameters of a network with the kernels of attention and MLP in the type of its
+    computation, to which it would otherwise convert them in every call; same results."""
+    kernel = re.compile(r"(query|key|value|output|fc1|fc2)/kernel")
+
+    def convert(path, x):
+        is_kernel = kernel.fullmatch("/".join(str(key.key) for key in path[-2:]))
+        return jnp.asarray(x, dtype) if is_kernel else jnp.asarray(x)
+
+    return jax.tree.map_with_path(convert, params)
 
 
 def layer_id(name: str, num_layers: int) -> int:

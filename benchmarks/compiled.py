@@ -1,0 +1,213 @@
+"""What XLA makes of our steps for an NVIDIA H200, on a machine that need not have one.
+
+    pip install "jax[cuda13]"
+    python -m benchmarks.compiled
+
+The compiler is given the description of the GPU, compiles the very step that `benchmarks` times,
+and tells the memory that it needs; its kernels are counted, and the bytes that each has to read and
+write. Nothing is run, so no figure is a speed. As no kernel can be timed, products are cuBLAS's, and
+`at_most` is what no run can exceed whose products reach the rate and whose other kernels the bandwidth
+given below, one after the other: good for comparing options.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import unittest.mock
+
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which ask the driver
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from benchmarks import ours, peers
+from benchmarks.sizes import SIZES, flops
+from benchmarks.timing import RESULTS, machine
+
+PRODUCTS, BANDWIDTH = 790e12, 4.3e12  # FLOP/s and bytes/s that good kernels reach on an H200
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 62914560
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+ROWS = [  # size, kind, batch, options of config.model
+    ("BEiT-B/16 @224", "training", 256, {}),
+    ("BEiT-B/16 @224", "training", 256, {"fold": False}),
+    ("BEiT-B/16 @224", "training", 256, {"attention": "xla"}),
+    ("BEiT-B/16 @224", "training", 256, {"remat": "dots"}),
+    ("BEiT-B/16 @224", "training", 256, {"remat": "full"}),
+    ("BEiT-B/16 @224", "training", 256, {"dtype": "float32", "attention": "xla"}),
+    ("BEiT-B/16 @224", "mim, tokenizer", 128, {}),
+    ("BEiT-B/16 @224", "inference", 512, {}),
+    ("BEiT-B/16 @224", "inference", 1, {}),
+    ("BEiT-L/16 @224", "training", 256, {}),
+    ("BEiT-L/16 @384", "training", 64, {}),
+    ("BEiT-L/16 @384", "training", 64, {"attention": "xla"}),
+    ("BEiT-L/16 @384", "training", 2, {}),
+    ("BEiT-L/16 @384", "lora", 2, {}),
+    ("BEiT-L/16 @512", "training", 32, {}),
+    ("ViT-8M/4 @32", "training", 1024, {}),
+    ("ViT-8M/4 @32", "training", 1024, {"attention": "xla"}),
+]
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{t}{b}": b // 8 for t in "fsu" for b in (8, 32, 64)}
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
+_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"}
+
+
+def traffic(program: str) -> dict[str, collections.Counter]:
+    """Counts "kernels" and "bytes" of an optimized HLO program, each by what the kernel is:
+    "product", "attention", "convolution" or "other". Loops count once."""
+    entry = program[program.index("\nENTRY ") :]
+    shapes, found = {}, {"kernels": collections.Counter(), "bytes": collections.Counter()}
+    for name, shape, operation, rest in filter(None, map(_match, entry.splitlines())):
+        shapes[name] = shape
+        if operation in _FREE:
+            continue
+        operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+        target = re.search(r'custom_call_target="([^"]+)"', rest)
+        kind = _kind(target[1] if target else "")
+        found["kernels"][kind] += 1
+        found["bytes"][kind] += sum(map(_size, [shape, *(shapes[x] for x in operands)]))
+    return found
+
+
+def _match(line):
+    match = _INSTRUCTION.match(line)
+    return match and match.groups()
+
+
+def _kind(target):
+    names = {"cublas": "product", "fmha": "attention", "conv": "convolution"}
+    return next((kind for part, kind in names.items() if part in target), "other")
+
+
+def _size(shape):
+    """Bytes of an array, or of all of a tuple, such as "(bf16[2,3]{1,0}, f32[])"."""
+    return sum(
+        _BYTES[kind] * int(np.prod([int(n) for n in sides.split(",") if n]))
+        for kind, sides in _ARRAY.findall(shape)
+    )
+
+
+def compile_for(device: jax.sharding.Sharding, size, kind, batch, options):
+    """The compiled step of a row."""
+    architecture = SIZES["gpu"][size].architecture
+    side = architecture["image_size"]
+    runtime = {"attention": "cudnn", "remat": "none"} | options
+    dtype = runtime.pop("dtype", "bfloat16")
+    image = np.zeros((batch, side, side, 3), np.uint8)
+    target = peers.make_target(kind, architecture, batch)
+    with tempfile.TemporaryDirectory() as directory:
+        peers.transformers_model(architecture, kind).save_pretrained(directory)
+        program = ours.make_program(kind, directory, dtype, image, target, runtime)
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype), sharding=device
+        ),
+        program.args,
+    )
+    return program.function.trace(*args).lower(lowering_platforms=("cuda",)).compile()
+
+
+def row(device, size, kind, batch, options) -> dict:
+    """What one step needs."""
+    compiled = compile_for(device, size, kind, batch, options)
+    memory, found = compiled.memory_analysis(), traffic(compiled.as_text())
+    operations = flops(SIZES["gpu"][size].architecture, kind) * batch
+    moved = sum(n for kind, n in found["bytes"].items() if kind != "product")
+    return {
+        "model": size,
+        "kind": kind,
+        "batch": batch,
+        "options": options,
+        "kernels": found["kernels"].total(),
+        "memory_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        "flops": operations,
+        "bytes": dict(found["bytes"]),
+        "at_most": batch / (operations / PRODUCTS + moved / BANDWIDTH),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The table of docs/step.md, in Markdown."""
+    lines = [
+        "| | batch | kernels | memory, GB | beside products, MB/image | images/s at most |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        what = " ".join([f"{r['model']}, {r['kind']}", *map(_option, r["options"].items())])
+        moved = sum(n for kind, n in r["bytes"].items() if kind != "product") / r["batch"] / 1e6
+        memory, bound = r["memory_bytes"] / 1e9, r["at_most"]
+        lines.append(
+            f"| {what} | {r['batch']} | {r['kernels']:,} | {memory:.2f} | {moved:,.0f} "
+            f"| {bound:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _option(item):
+    return "not folded" if item == ("fold", False) else " ".join(map(str, item))
+
+
+def main():
+    """Compiles all rows, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default=os.path.join(RESULTS, "compiled_h200.json"))
+    args = parser.parse_args()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    mesh = topologies.make_mesh(topology, (1,), ("device",))
+    device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = []
+    with unittest.mock.patch.object(jax, "default_backend", lambda: "gpu"):
+        for settings in ROWS:
+            rows.append(row(device, *settings))
+            print(table(rows).splitlines()[-1], flush=True)
+    content = {
+        "command": shlex.join(["python", "-m", "benchmarks.compiled", *sys.argv[1:]]),
+        "machine": machine() | {"device": "NVIDIA H200, described"},
+        "flags": os.environ["XLA_FLAGS"],
+        "product_flops_per_second": PRODUCTS,
+        "bytes_per_second": BANDWIDTH,
+        "rows": rows,
+    }
+    with open(args.out, "w") as file:
+        json.dump(content, file, indent=1)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
