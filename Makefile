@@ -39,6 +39,9 @@ bench: setup
 bench-gpu: setup
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --rounds 3 --seconds 2
 	$(BIN)/python -m benchmarks.parts --device gpu
+	$(BIN)/python -m benchmarks.inputs --out benchmarks/results/inputs_gpu.json
+	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup_gpu.json --config.preset=base \
+		--config.model.image_size=224 --config.model.patch_size=16
 
 story: setup
 	$(BIN)/python -m benchmarks.story

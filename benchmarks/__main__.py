@@ -23,10 +23,10 @@ import torch
 
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES, flops
-from benchmarks.timing import RESULTS, Contender, machine, measure
+from benchmarks.timing import RESULTS, SEED, Contender, machine, measure
 
-PEERS = {
-    "cpu": ("transformers eager", "transformers compiled"),
+PEERS = {  # timm wants torchvision, which may be missing
+    "cpu": tuple(x for x in peers.CONTENDERS if "max" not in x and peers.is_installed(x)),
     "gpu": tuple(peers.CONTENDERS),
 }
 KINDS = {"cpu": peers.KINDS, "gpu": (*peers.KINDS, "mim, tokenizer")}
@@ -52,7 +52,7 @@ def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
 
 def _row(size, kind, dtype, batch, args, stack):
     architecture = SIZES[args.device][size].architecture
-    side, rng = architecture["image_size"], np.random.default_rng(0)
+    side, rng = architecture["image_size"], np.random.default_rng(SEED)
     image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
     target = peers.make_target(kind, architecture, batch)
     contenders, failed = {}, {}
@@ -149,6 +149,7 @@ def main():
     variables = ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
     content = {
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "seed": SEED,
         "machine": machine(),
         "environment": {key: os.environ.get(key) for key in variables},
         "matmul_flops_per_second": rate,

@@ -4,10 +4,10 @@
     python -m benchmarks.compiled
 
 The compiler is given the description of the GPU, compiles the very step that `benchmarks` times,
-and tells the memory that it needs; its kernels are counted, and the bytes that each has to read and
-write. Nothing is run, so no figure is a speed. As no kernel can be timed, products are cuBLAS's, and
-`at_most` is what no run can exceed whose products reach the rate and whose other kernels the bandwidth
-given below, one after the other: good for comparing options.
+and tells the memory that it needs; its kernels are counted, and the bytes that each has to read
+and write. Nothing is run, so no figure is a speed. As no kernel can be timed, products are
+cuBLAS's. `at_most` is what no run exceeds whose products reach the rate below, and whose other
+kernels the bandwidth, one after the other: good for comparing options.
 """
 
 import argparse

@@ -93,8 +93,8 @@ def tf_data(folder, workers):
             shape, tf.zeros([0, 0, 4]), area_range=(0.08, 1.0), use_image_if_no_bounding_boxes=True
         )
         window = tf.stack([begin[0], begin[1], size[0], size[1]])
-        image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
-        image = tf.image.resize(image, SIZE, "bicubic")
+        image = tf.io.decode_and_crop_jpeg(data, window, channels=3, dct_method="INTEGER_ACCURATE")
+        image = tf.image.resize(image, SIZE, "bicubic", antialias=True)
         return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
     paths = [str(path) for path in pathlib.Path(folder).rglob("*.jpg")]

@@ -3,9 +3,10 @@
     python -m beit_jax.data cifar10 --data_dir DATA_DIR
     python -m benchmarks.main_job --data_dir DATA_DIR
 
-Writes a BEiT of 1.2 million random parameters with transformers, fine-tunes it on a fifth of CIFAR-10's
-training pictures with main.py, ends that with `kill -9` once a checkpoint is complete, and starts
-the same command again. What comes out goes to transformers and through `predict`. Minutes on a CPU.
+Writes a BEiT of 1.2 million random parameters with transformers, fine-tunes it on a fifth of
+CIFAR-10's training pictures with main.py, ends that with `kill -9` once a checkpoint is complete,
+and starts the same command again. What comes out goes to transformers and through `predict`.
+Minutes on a CPU.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from beit_jax.pretrained import Pretrained
 from beit_jax.tasks import classify, pretrain
 from beit_jax.tasks.task import Data
 from beit_jax.tokenizers import dvae
+from benchmarks.timing import SEED
 from configs import common
 
 
@@ -130,7 +131,7 @@ def _random_tokenizer(directory, info):
     architecture = {"image_size": 8 * grid, "vocab_size": info.architecture["vocab_size"]}
     model = dvae.Model(**architecture)
     image = jnp.zeros((1, 8 * grid, 8 * grid, 3))
-    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
+    params = jax.jit(model.init)(jax.random.key(SEED), image)["params"]
     architecture |= {"num_groups": 4}
     with checkpoint.Checkpointer(directory) as saver:
         saver.save(0, {"params": params, "step": jnp.zeros(())})
@@ -143,7 +144,7 @@ _MAKE = {"training": _classify, "lora": _lora, "mim": _mim}
 
 
 def _train(task, batch):
-    params = task.start(jax.device_get(jax.jit(task.init)(jax.random.key(0))[0]))
+    params = task.start(jax.device_get(jax.jit(task.init)(jax.random.key(SEED))[0]))
     schedule = optim.make_schedule("constant", learning_rate=1e-4, total_steps=1000)
     tx, schedule = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0
@@ -153,7 +154,7 @@ def _train(task, batch):
         tx,
         schedule=schedule,
         trainable=jax.tree.map(lambda x: True, params),
-        seed=0,
+        seed=SEED,
     )
     current = jax.jit(functools.partial(state.create, tx=tx, ema=False))(params, {})
     function = jax.jit(step, donate_argnums=0)

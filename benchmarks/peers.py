@@ -1,5 +1,6 @@
 """What we are measured against: transformers and timm, the same architecture, weights and batch."""
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import transformers
+
+from benchmarks.timing import SEED
 
 KINDS = ("training", "inference", "mim", "lora")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,9 +23,14 @@ CONTENDERS = {
 }
 
 
+def is_installed(contender: str) -> bool:
+    """Whether its library is there."""
+    return importlib.util.find_spec(CONTENDERS[contender][0]) is not None
+
+
 def transformers_model(architecture: dict, kind: str = "training"):
     """BEiT with SDPA attention; drop path off, so that all do the same."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     is_mim = kind.startswith("mim")
     switches = dict(
         use_relative_position_bias=not is_mim,
@@ -41,7 +49,7 @@ def transformers_model(architecture: dict, kind: str = "training"):
 def make_target(kind: str, architecture: dict, batch: int) -> dict[str, np.ndarray]:
     """What the step is to learn: "label" [B]; or "token" [B, N], and the "mask" [N] of all
     pictures, of 40 % of the patches."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(SEED)
     if not kind.startswith("mim"):
         return {"label": rng.integers(0, architecture["num_labels"], batch).astype(np.int32)}
     patches = (architecture["image_size"] // architecture["patch_size"]) ** 2
@@ -50,21 +58,26 @@ def make_target(kind: str, architecture: dict, batch: int) -> dict[str, np.ndarr
     return {"token": rng.integers(0, 8192, (batch, patches)).astype(np.int32), "mask": mask}
 
 
-def _with_adapters(model):
-    """PEFT's LoRA of rank 16 on query and value; the classifier learns too."""
+def _with_adapters(model, dtype):
+    """PEFT's LoRA of rank 16 on query and value of a network in `dtype`; the classifier learns
+    too, in float32 as the adapters."""
     import peft
 
     settings = peft.LoraConfig(
         r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]
     )
-    return peft.get_peft_model(model, settings)
+    model = peft.get_peft_model(model.to(getattr(torch, dtype)), settings)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def timm_model(architecture: dict):
     """timm's `Beit` of the same architecture, with weights of its own."""
     from timm.models.beit import Beit
 
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     return Beit(
         img_size=architecture["image_size"],
         patch_size=architecture["patch_size"],
@@ -94,7 +107,8 @@ def make_step(
       contender: one of `CONTENDERS`.
       kind: one of `KINDS`; all but inference are steps of AdamW with gradients clipped to 3.0.
       architecture: keyword arguments of `transformers.BeitConfig`.
-      dtype: "float32", or "bfloat16", which is autocast over float32 parameters.
+      dtype: "float32", or "bfloat16", which is autocast over float32 parameters, but for those
+        that adapters leave alone.
       image: uint8 [B, H, W, 3].
       target: as `make_target` gives it.
 
@@ -110,7 +124,7 @@ def make_step(
         transformers_model(architecture, kind) if library != "timm" else timm_model(architecture)
     )
     if kind == "lora":
-        model = _with_adapters(model)
+        model = _with_adapters(model, dtype)
     model = model.to(DEVICE).train(kind != "inference")
     network = model
     if mode:

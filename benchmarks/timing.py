@@ -5,10 +5,14 @@ import importlib.util
 import multiprocessing
 import os
 import platform
+import re
+import shutil
+import subprocess
 import time
 
 import jax
 
+SEED = 0
 RESULTS = os.path.join(os.path.dirname(__file__), "results")
 
 
@@ -85,15 +89,27 @@ def _serve(pipe, make, args):
 
 
 def machine() -> dict:
-    """Hardware and versions."""
-    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    names = ("jax", "flax", "optax", "torch", "transformers", "timm", "numpy")
-    found = [name for name in names if importlib.util.find_spec(name)]
+    """Hardware, its clocks as they are now, and versions."""
+    about = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
+    cpu = re.search(r"model name\s*: (.*)", about)
+    names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "timm", "peft", "numpy")
+    found = [name for name in (*names, "tensorflow") if importlib.util.find_spec(name)]
     return {
-        "cpu": cpu or platform.processor(),
+        "cpu": cpu[1].strip() if cpu else platform.processor(),
+        "cpu_mhz": [float(x) for x in re.findall(r"cpu MHz\s*: ([\d.]+)", about)],
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
+        **_gpu(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in found},
     }
+
+
+def _gpu():
+    """Driver and clocks of the first NVIDIA GPU, as nvidia-smi tells them."""
+    if not shutil.which("nvidia-smi"):
+        return {}
+    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return dict(zip(asked.split(","), told[0].split(", "), strict=True)) if told else {}
