@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,6 +44,7 @@ RECIPE = {
     "model.dtype": "bfloat16",
     "compile_cache": "",
 }
+LIMIT = 3600  # seconds of a command
 PREDICTED = 200  # pictures that transformers and `predict` both name
 
 
@@ -119,7 +119,11 @@ def run(data_dir: str, directory: pathlib.Path, recipe: dict) -> dict:
 
 def _output(*command) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT,
     )
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
@@ -129,13 +133,16 @@ def _output(*command) -> str:
 def _kill_after_a_checkpoint(command, workdir):
     """Starts the command and ends it with SIGKILL when the workdir has a complete checkpoint."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
-    # one that is being written has a longer name
-    while not any(path.name.isdecimal() for path in workdir.glob("checkpoints/*")):
-        if process.poll() is not None:
-            raise RuntimeError(f"{command} ended with {process.returncode} before it had saved.")
-        time.sleep(1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    end = time.monotonic() + LIMIT
+    try:
+        # one that is being written has a longer name
+        while not any(path.name.isdecimal() for path in workdir.glob("checkpoints/*")):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{command} has not saved; exit status {process.returncode}.")
+            time.sleep(1)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _labels_of_transformers(exported, pictures, data_dir):

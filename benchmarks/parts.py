@@ -113,6 +113,14 @@ def runner(function, arguments):
     return run, compiled
 
 
+def table(content: dict) -> str:
+    """The table of docs/step.md, in Markdown."""
+    lines = ["| | of the step's time | of its memory |", "|---|---:|---:|"]
+    for name, share in content["of_step"].items():
+        lines.append(f"| {name} | {share:.2f} | {content['memory_of_step'][name]:.2f} |")
+    return "\n".join(lines)
+
+
 def main():
     """Measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(
@@ -165,9 +173,7 @@ def main():
     }
     with open(os.path.join(RESULTS, f"parts_{args.device}.json"), "w") as file:
         json.dump(content, file, indent=1)
-    for name, t in median.items():
-        share, room = content["of_step"][name], content["memory_of_step"][name]
-        print(f"{name:22} {1e3 * t:9.1f} ms  {share:6.2f} of the step  memory {room:6.2f}")
+    print(table(content))
     for name, reason in failed.items():
         print(f"{name:22} {reason}")
 

@@ -107,8 +107,8 @@ def make_step(
       contender: one of `CONTENDERS`.
       kind: one of `KINDS`; all but inference are steps of AdamW with gradients clipped to 3.0.
       architecture: keyword arguments of `transformers.BeitConfig`.
-      dtype: "float32", or "bfloat16", which is autocast over float32 parameters, but for those
-        that adapters leave alone.
+      dtype: "float32" or "bfloat16". This is autocast over float32 parameters, but for those that
+        adapters leave alone, and for inference, where all is bfloat16.
       image: uint8 [B, H, W, 3].
       target: as `make_target` gives it.
 
@@ -126,6 +126,8 @@ def make_step(
     if kind == "lora":
         model = _with_adapters(model, dtype)
     model = model.to(DEVICE).train(kind != "inference")
+    kept = getattr(torch, dtype) if kind == "inference" else torch.float32
+    model = model if kind == "lora" else model.to(kept)
     network = model
     if mode:
         network = torch.compile(model, mode=None if mode == "default" else mode)
@@ -138,7 +140,7 @@ def make_step(
     autocast = torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
     def logits():
-        x = pixels.float() / 127.5 - 1
+        x = (pixels.float() / 127.5 - 1).to(kept)
         if kind == "mim":
             return network(x, bool_masked_pos=masked).logits[masked]
         out = network(x)
@@ -149,7 +151,7 @@ def make_step(
         no_grad = torch.inference_mode if DEVICE == "cuda" and not mode else torch.no_grad
 
         def infer(n):
-            with no_grad(), autocast:
+            with no_grad():
                 for _ in range(n):
                     out = logits()
             _wait()

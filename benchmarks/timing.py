@@ -89,12 +89,13 @@ def _serve(pipe, make, args):
 
 
 def machine() -> dict:
-    """Hardware, its clocks as they are now, and versions."""
+    """The commit, hardware with its clocks as they are now, and versions."""
     about = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
     cpu = re.search(r"model name\s*: (.*)", about)
     names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "timm", "peft", "numpy")
     found = [name for name in (*names, "tensorflow") if importlib.util.find_spec(name)]
     return {
+        "commit": _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"),
         "cpu": cpu[1].strip() if cpu else platform.processor(),
         "cpu_mhz": [float(x) for x in re.findall(r"cpu MHz\s*: ([\d.]+)", about)],
         "cores": os.cpu_count(),
@@ -107,9 +108,14 @@ def machine() -> dict:
 
 def _gpu():
     """Driver and clocks of the first NVIDIA GPU, as nvidia-smi tells them."""
-    if not shutil.which("nvidia-smi"):
-        return {}
     asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    return dict(zip(asked.split(","), told[0].split(", "), strict=True)) if told else {}
+    told = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader").splitlines()
+    return dict(zip(asked.split(","), told[0].split(", "), strict=False)) if told else {}
+
+
+def _output(*command):
+    """What a command says; nothing where it is not installed or fails."""
+    if not shutil.which(command[0]):
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if done.returncode else done.stdout.strip()

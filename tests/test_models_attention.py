@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.models import attention, beit, features, vit
+from beit_jax.models import attention, beit, cnn, features, vit
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 10, 2, 8
 # small programs compile far longer than they run
@@ -63,7 +63,7 @@ with_and_without_bias = pytest.mark.parametrize("with_bias", [True, False], ids=
 @with_and_without_bias
 def test_definition(name, with_bias):
     arrays = inputs(with_bias=with_bias)
-    out, _ = output_and_gradients(attention.get(name), arrays)
+    out, _ = output_and_gradients(attention.IMPLEMENTATIONS[name], arrays)
     np.testing.assert_allclose(out, reference(*arrays), atol=1e-6)
 
 
@@ -84,10 +84,10 @@ def test_bfloat16(name):
     bounded as a whole, by 2^-6 of its norm.
     """
     arrays = inputs("bfloat16")
-    out, gradients = output_and_gradients(attention.get(name), arrays)
+    out, gradients = output_and_gradients(attention.IMPLEMENTATIONS[name], arrays)
     exact = tuple(x.astype(jnp.float32) for x in arrays)
     exact_out, exact_gradients = output_and_gradients(attention.plain, exact)
-    assert jax.eval_shape(attention.get(name), *arrays).dtype == jnp.bfloat16
+    assert jax.eval_shape(attention.IMPLEMENTATIONS[name], *arrays).dtype == jnp.bfloat16
     assert np.abs(out - exact_out).max() <= 2**-8 * np.abs(exact[2]).max()
     for a, b in zip(gradients, exact_gradients, strict=True):
         assert np.linalg.norm(a - b) < 2**-6 * np.linalg.norm(b)
@@ -115,7 +115,7 @@ def test_gradient_of_the_bias_is_summed_over_the_batch():
 def test_large_logits_stay_finite(name):
     query, key, value, bias = inputs()
     arrays = (query, key, value, jnp.where(bias > 1, 1e4, bias) - 2e4)
-    out, gradients = output_and_gradients(attention.get(name), arrays)
+    out, gradients = output_and_gradients(attention.IMPLEMENTATIONS[name], arrays)
     # float32 holds logits of 20,000 to 2^-10
     np.testing.assert_allclose(out, reference(*arrays), atol=2**-9)
     assert all(np.isfinite(g).all() for g in gradients)
@@ -136,12 +136,9 @@ def test_plain_drops_probabilities():
 
 
 def test_names():
-    assert attention.get("auto") in attention.IMPLEMENTATIONS.values()
-    assert attention.get("plain") is attention.plain
-    with pytest.raises(ValueError, match="'flash'; available: auto, plain, xla, cudnn"):
-        attention.get("flash")
-    with pytest.raises(ValueError, match="'flash'; available: auto, plain, xla, cudnn"):
-        beit.Model(attention="flash")
+    for family in (beit, vit, cnn):
+        with pytest.raises(ValueError, match="one of auto, plain, xla, cudnn, got 'flash'"):
+            family.Model(attention="flash")
 
 
 @pytest.fixture
@@ -319,8 +316,8 @@ def gpu(monkeypatch):
     attention.resolve.cache_clear()
 
 
-def resolve(dtype="bfloat16", biased=True, name="auto"):
-    return attention.resolve(name, dtype, 17, 8, biased)
+def resolve(dtype="bfloat16", biased=True, name="auto", tokens=17, head_dim=8):
+    return attention.resolve(name, dtype, tokens, head_dim, biased)
 
 
 def test_auto_is_xla_without_a_gpu(kernel_on_cpu):
@@ -341,30 +338,56 @@ def test_auto_tries_nothing_for_float32_or_where_a_name_is_given(kernel_on_cpu, 
     assert not kernel_on_cpu
 
 
+def unmasked(query, key, value, bias=None, **_):
+    """Attends to the padding: without lengths, or with a bias of 0 for it."""
+    bias = None if bias is None else jnp.where(bias[0] < -1e8, 0, bias[0])
+    return attention.plain(query, key, value, bias)
+
+
 @pytest.mark.parametrize(
-    "kernel, reason",
+    "kernel, biased, reason",
     [
-        (None, "NotImplementedError: no such kernel"),
-        (lambda query, key, value, **_: query * jnp.nan, "results are nan"),
-        (lambda query, key, value, **_: value, "of the largest off"),
-        (lambda q, k, v, **_: attention.plain(q, k, v, None), "of the largest off"),  # no bias
+        (None, True, "NotImplementedError: no such kernel"),
+        (lambda query, key, value, **_: query * jnp.nan, True, "results are nan"),
+        (lambda query, key, value, **_: value, True, "of the largest off"),
+        (lambda q, k, v, **_: attention.plain(q, k, v, None), True, "of the largest off"),
+        (unmasked, True, "of the largest off"),
+        (unmasked, False, "of the largest off"),
     ],
 )
-def test_auto_does_not_take_a_kernel_that_fails_its_trial(gpu, monkeypatch, caplog, kernel, reason):
+def test_auto_does_not_take_a_kernel_that_fails_its_trial(
+    gpu, monkeypatch, caplog, kernel, biased, reason
+):
     def missing(*args, **kwargs):
         raise NotImplementedError("no such kernel")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel or missing)
-    assert resolve() == "xla"
+    assert resolve(tokens=197, head_dim=64, biased=biased) == "xla"
     assert "Attention is computed by XLA" in caplog.text and reason in caplog.text
 
 
-def test_a_network_asks_for_the_trial_while_it_is_traced(kernel_on_cpu, gpu):
+def test_auto_takes_no_kernel_that_is_not_deterministic_where_that_is_asked(
+    kernel_on_cpu, gpu, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert resolve() == "xla" and not kernel_on_cpu
+
+
+def test_auto_tries_nothing_on_several_gpus_or_with_dropout(kernel_on_cpu, gpu, monkeypatch):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    model = beit.Model(**sizes, attention_probs_dropout_prob=0.1, dtype="bfloat16")
+    assert model.config.resolved_attention(17, biased=True) == "xla"
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert resolve() == "xla" and not kernel_on_cpu
+
+
+@pytest.mark.parametrize("family", [beit, vit])
+def test_a_network_asks_for_the_trial_while_it_is_traced(kernel_on_cpu, gpu, family):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 4}
-    model = beit.Model(**sizes, dtype="bfloat16")
-    image = jnp.ones((2, 16, 16, 3))
-    params = model.init(jax.random.key(0), image)
-    kernel_on_cpu.clear()
-    jax.jit(model.apply)(params, image)
-    assert kernel_on_cpu == [24]  # that of the layer; the trial was when the network was made
+    model = family.Model(**sizes, dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((2, 16, 16, 3), "float32")
+    jax.eval_shape(model.init, jax.random.key(0), image)
+    assert kernel_on_cpu == [24, 24]  # of the trial, and of the layer
+    assert model.config.resolved_attention(17, biased=family is beit) == "cudnn"
+    assert kernel_on_cpu == [24, 24]

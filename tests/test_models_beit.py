@@ -19,7 +19,7 @@ from scipy import special, stats
 
 from beit_jax import convert
 from beit_jax.models import beit
-from beit_jax.models.layers import Dense, DropPath
+from beit_jax.models.layers import Dense, DropPath, standardize
 
 TINY = {
     "hidden_size": 24,
@@ -742,3 +742,24 @@ def test_image_size_of_json():
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(golden_trees(), indent=2) + "\n")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_the_gradient_of_a_norm_comes_from_its_result(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 + 2 * rng.standard_normal((5, 7, 64)), dtype)
+    gradient = jnp.asarray(rng.standard_normal(x.shape), dtype)
+
+    def plain(x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    y, pull = jax.vjp(lambda x: standardize(x, 1e-6, jnp.dtype(dtype)), x)
+    expected, expected_pull = jax.vjp(plain, x.astype(jnp.float32))
+    (actual,), (wanted,) = pull(gradient), expected_pull(gradient.astype(jnp.float32))
+    assert y.dtype == actual.dtype == x.dtype
+    for a, b in ((y, expected), (actual, wanted)):
+        assert np.abs(np.float32(a) - b).max() <= tolerance * np.abs(b).max()
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size]
+    assert sorted(leaf.shape for leaf in kept) == [(5, 7, 1), (5, 7, 64)]
+    assert not any(np.array_equal(leaf, x) for leaf in kept)

@@ -18,10 +18,11 @@ pytestmark = [
 ]
 
 
-def test_main_job(tmp_path):
+def test_main_job(tmp_path, monkeypatch):
     """Training, kill -9, resume, evaluation, export and prediction."""
     from benchmarks import main_job
 
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     recipe = main_job.RECIPE | {"num_epochs": 8, "data.test": "test[:2000]"}
     found = main_job.run(DATA_DIR, tmp_path, recipe)
     print(found)

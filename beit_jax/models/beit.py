@@ -242,7 +242,7 @@ class Beit(nn.Module):
             image, bool_masked_pos, visible_index, deterministic=deterministic
         )
         tokens, bias = x.shape[1], None
-        is_padded = is_biased and config.resolved_attention(biased=True) == "cudnn"
+        is_padded = is_biased and config.resolved_attention(tokens, biased=True) == "cudnn"
         pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models import attention, layers
+from beit_jax.models import layers
 from beit_jax.models.layers import Dense, layer_id
 from beit_jax.models.position import Grid
 
@@ -66,6 +66,7 @@ class CnnConfig:
             dtype=layers.DTYPES,
             remat=layers.REMAT_POLICIES,
             drop_path_mode=layers.DROP_PATH_MODES,
+            attention=layers.ATTENTIONS,
         )
         layers.expect(
             self,
@@ -73,7 +74,6 @@ class CnnConfig:
             f"nothing is left of image_size {size} after {len(self.conv_channels)} convolutions of "
             f"kernel_size {self.kernel_size}",
         )
-        attention.get(self.attention)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -22,10 +22,13 @@ from beit_jax.models.position import Grid, num_relative_positions, relative_posi
 
 DTYPES = ("float32", "bfloat16")
 DROP_PATH_MODES = ("sample", "window")
+ATTENTIONS = ("auto", *attention.IMPLEMENTATIONS)
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, attention.saves_kernel
+    ),
 }
 
 
@@ -318,9 +321,8 @@ class TransformerConfig:
             len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
-        expect_one_of(self, dtype=DTYPES, drop_path_mode=DROP_PATH_MODES)
+        expect_one_of(self, dtype=DTYPES, drop_path_mode=DROP_PATH_MODES, attention=ATTENTIONS)
         expect_rate(self, drop_path_rate=self.drop_path_rate)
-        attention.get(self.attention)
 
     @property
     def num_prefix(self) -> int:
@@ -332,9 +334,12 @@ class TransformerConfig:
         """Patches (down, across)."""
         return tuple(n // self.patch_size for n in self.image_size)
 
-    def resolved_attention(self, biased: bool) -> str:
-        """The implementation that computes attention with a bias or without."""
-        tokens = self.num_prefix + math.prod(self.grid)
+    def resolved_attention(self, tokens: int, biased: bool) -> str:
+        """The implementation for so many tokens, with a bias or without."""
+        if self.attention == "auto" and self.attention_probs_dropout_prob:
+            return "xla"  # only `plain` drops probabilities
+        if biased:
+            tokens = self.num_prefix + math.prod(self.grid)  # not those that pad them
         head_dim = self.hidden_size // self.num_attention_heads
         return attention.resolve(self.attention, self.dtype, tokens, head_dim, biased)
 
@@ -394,8 +399,9 @@ class Attention(nn.Module):
             return dense(seen).reshape(batch, tokens, heads, width // heads)
 
         table = bias_table(self, config) if self.has_bias_table else None
-        implementation = config.resolved_attention(bias is not None or self.has_bias_table)
-        kernel = attention.get(implementation)
+        biased = bias is not None or self.has_bias_table
+        implementation = config.resolved_attention(tokens, biased)
+        kernel = attention.IMPLEMENTATIONS[implementation]
         if config.attention_probs_dropout_prob and not deterministic:
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
             kernel = functools.partial(attention.plain, dropout=dropout)
@@ -408,7 +414,7 @@ class Attention(nn.Module):
                 bias = attention.mask_padding(bias, tokens)
             return kernel(query, key, value, bias)
 
-        if implementation == "cudnn" and self.has_bias_table:  # which would keep every layer's bias
+        if kernel is attention.cudnn and self.has_bias_table:  # which would keep every layer's bias
             attend = jax.checkpoint(attend, policy=attention.saves_kernel)
         x = attend(project("query"), project("key"), project("value"), bias, table)
         x = x.reshape(batch, tokens, width)

@@ -35,7 +35,7 @@ from beit_jax.models.layers import (
 )
 from beit_jax.models.position import Grid, relative_position_bias, resize_bicubic
 
-ATTENTIONS = ("auto", "plain", "xla")
+ATTENTIONS = {"auto": attention.xla, "plain": attention.plain, "xla": attention.xla}
 EMBEDDING_NORM_EPS = 1e-5  # of norms that transformers' layer_norm_eps does not reach
 BASE = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
 LARGE = dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48))
@@ -93,7 +93,7 @@ class SwinConfig:
       head: "classifier" -> logits [B, num_labels], "none" -> features [B, hidden_size].
       head_init_scale: the classifier starts this much smaller than other layers.
       dtype: computation type; parameters are float32, logits too.
-      attention: "auto", "plain" or "xla", see `models/attention.py`.
+      attention: "plain", "xla", see `models/attention.py`, or "auto", which is "xla" here.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
       fold: as the other families have it; nothing here is changed by it.
       drop_path_mode: "sample", or "window" that saves work, see `layers.DropPath`.
@@ -258,7 +258,8 @@ class Attention(nn.Module):
             x = attention.plain(query, key, value, bias, dropout=dropout)
         else:
             axes = (1, 1, 1, None if mask is None else 0)
-            x = jax.vmap(attention.get(config.attention), axes, 1)(query, key, value, bias)
+            attend = ATTENTIONS[config.attention]
+            x = jax.vmap(attend, axes, 1)(query, key, value, bias)
         x = x.reshape(*x.shape[:-2], width)
         return Dense(width, normal(config), dtype=dtype, name="output")(x)
 

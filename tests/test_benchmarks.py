@@ -1,0 +1,73 @@
+"""What the benchmarks count, and whether the documents say what their results say."""
+
+import json
+import pathlib
+
+import pytest
+
+pytest.importorskip("torch")
+
+from benchmarks import __main__ as steps
+from benchmarks import compiled, parts, sizes
+from benchmarks.timing import RESULTS
+
+ROOT = pathlib.Path(RESULTS).parents[1]
+PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[2,3]{1,0})->f32[2,3]{1,0}}
+
+%fused (p: f32[2,3]) -> f32[2,3] {
+  ROOT %p.1 = f32[2,3]{1,0} parameter(0)
+}
+
+ENTRY %main (x: f32[2,3], w: bf16[3,3]) -> f32[2,3] {
+  %x = f32[2,3]{1,0} parameter(0)
+  %w = bf16[3,3]{1,0} parameter(1)
+  %cast = bf16[2,3]{1,0} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="a(b), c"}
+  %view = bf16[2,3]{1,0} bitcast(%cast)
+  %gemm = (bf16[2,3], s8[16]) custom-call(%view, %w), custom_call_target="__cublas$lt$matmul"
+  %y = bf16[2,3]{1,0} get-tuple-element(%gemm), index=0
+  %a = (bf16[2,3]{1,0}, u8[0]{0}) custom-call(%y, %y), custom_call_target="__cudnn$fmhaSoftmax"
+  %z = bf16[2,3]{1,0} get-tuple-element(%a), index=0
+  %n = f32[] constant(2)
+  ROOT %out = f32[2,3]{1,0} fusion(%z, %n), kind=kLoop, calls=%fused
+}
+"""
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def test_traffic_of_a_program():
+    found = compiled.traffic(PROGRAM)
+    assert found["kernels"] == {"other": 2, "product": 1, "attention": 1}
+    assert found["bytes"] == {
+        "other": (24 + 12) + (12 + 4 + 24),
+        "product": 12 + 18 + 12 + 16,
+        "attention": 3 * 12,
+    }
+
+
+@pytest.mark.parametrize(
+    "size, training, inference",
+    [("BEiT-B/16 @224", 105.2, 35.13), ("BEiT-L/16 @384", 1145.5, 382.1)],
+)
+def test_operations_of_a_picture(size, training, inference):
+    """Counted by hand from the architecture, in 1e9."""
+    architecture = sizes.SIZES["gpu"][size].architecture
+    assert sizes.flops(architecture, "training") / 1e9 == pytest.approx(training, rel=1e-3)
+    assert sizes.flops(architecture, "inference") / 1e9 == pytest.approx(inference, rel=1e-3)
+    lora = sizes.flops(architecture, "lora")
+    assert 0.6 < lora / sizes.flops(architecture, "training") < 0.7
+
+
+@pytest.mark.parametrize(
+    "document, table",
+    [
+        ("README.md", lambda: steps.table(results("cpu.json")["rows"])),
+        ("docs/step.md", lambda: parts.table(results("parts_cpu.json"))),
+        ("docs/step.md", lambda: compiled.table(results("compiled_h200.json")["rows"])),
+    ],
+    ids=["steps", "parts", "compiled"],
+)
+def test_documents_have_the_tables_of_the_results(document, table):
+    assert table() in (ROOT / document).read_text()
