@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import ours, peers
-from benchmarks.sizes import SIZES, flops
+from benchmarks.sizes import SIZES, flops, title
 from benchmarks.timing import RESULTS, SEED, Contender, machine, measure
 
 PEERS = {  # timm wants torchvision, which may be missing
@@ -30,7 +30,6 @@ PEERS = {  # timm wants torchvision, which may be missing
     "gpu": tuple(peers.CONTENDERS),
 }
 KINDS = {"cpu": peers.KINDS, "gpu": (*peers.KINDS, "mim, tokenizer")}
-NAMES = {"mim": "masked image modelling", "lora": "LoRA"}
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 
 
@@ -112,9 +111,9 @@ def table(rows: list[dict]) -> str:
         speed = r["images_per_second"]
         peer = f"{speed[r['best_peer']]:,.1f} ({r['best_peer']})" if r["best_peer"] else "–"
         ratio = f"{r['speed_ratio']:.2f}" if r["speed_ratio"] else "–"
-        what = f"{r['model'].replace('@', 'at ')}, {NAMES.get(r['kind'], r['kind'])}"
         lines.append(
-            f"| {what} | {r['batch']} | {r['dtype']} | {speed['ours']:,.1f} | {peer} | {ratio} |"
+            f"| {title(r)} | {r['batch']} | {r['dtype']} | {speed['ours']:,.1f} | {peer} "
+            f"| {ratio} |"
         )
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ from jax.experimental import topologies
 
 from beit_jax import build
 from benchmarks import ours, peers
-from benchmarks.sizes import SIZES, flops
+from benchmarks.sizes import SIZES, flops, title
 from benchmarks.timing import RESULTS, machine
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
@@ -76,7 +76,6 @@ ROWS = [  # size, kind, batch, options of config.model
     ("ViT-8M/4 @32", "training", 1024, {}),
     ("ViT-8M/4 @32", "training", 1024, {"attention": "xla"}),
 ]
-NAMES = {"lora": "LoRA", "mim, tokenizer": "masked image modelling and tokenizer"}
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{t}{b}": b // 8 for t in "fsu" for b in (8, 32, 64)}
 _ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
@@ -166,8 +165,7 @@ def table(rows: list[dict]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
-        what = f"{r['model'].replace('@', 'at ')}, {NAMES.get(r['kind'], r['kind'])}"
-        what = ", ".join([what, *map(_option, r["options"].items())])
+        what = ", ".join([title(r), *map(_option, r["options"].items())])
         moved = sum(n for kind, n in r["bytes"].items() if kind != "product") / r["batch"] / 1e6
         memory, bound = r["memory_bytes"] / 1e9, r["at_most"]
         lines.append(

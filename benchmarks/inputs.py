@@ -13,7 +13,9 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 
@@ -135,7 +137,7 @@ def main():
     median = {name: statistics.median(values) for name, values in speeds.items()}
     best = max(value for name, value in median.items() if name != "ours")
     content = {
-        "command": "python -m benchmarks.inputs",
+        "command": shlex.join(["python", "-m", "benchmarks.inputs", *sys.argv[1:]]),
         "machine": machine(),
         "images_per_second": {n: [median[n], min(v), max(v)] for n, v in speeds.items()},
         "speed_ratio": median["ours"] / best,

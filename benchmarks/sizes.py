@@ -45,6 +45,18 @@ SIZES = {
 }
 
 
+NAMES = {
+    "mim": "masked image modelling",
+    "mim, tokenizer": "masked image modelling and tokenizer",
+    "lora": "LoRA",
+}
+
+
+def title(row: dict) -> str:
+    """What a row of a result measures, for a table."""
+    return f"{row['model'].replace('@', 'at ')}, {NAMES.get(row['kind'], row['kind'])}"
+
+
 def flops(architecture: dict, kind: str) -> float:
     """Floating-point operations for one picture, two per multiply-add; training is three times a
     forward pass but for the gradient of the pictures. With adapters the kernels have no gradient,

@@ -138,7 +138,7 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
         return "xla"
     try:
         with jax.ensure_compile_time_eval():  # a network asks while it is traced
-            error = _trial(cudnn, tokens, head_dim, biased)
+            error = _trial(tokens, head_dim, biased)
     except jax.errors.JAXTypeError:  # a mistake of ours
         raise
     except Exception as exception:  # no cuDNN, an old one, another maker's GPU, sizes it lacks
@@ -152,9 +152,9 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
     return "xla"
 
 
-def _trial(attend, tokens, head_dim, biased):
-    """How far output and gradients of bfloat16 inputs are from `plain` in float32, of the largest
-    number of each. All logits are low, so that padding that is not masked would outweigh them."""
+def _trial(tokens, head_dim, biased):
+    """How far `cudnn` in bfloat16 is from `plain` in float32, in its output and gradients, of the
+    largest number of each. All logits are low: padding that is not masked would outweigh them."""
     rng = np.random.default_rng(0)
     arrays = rng.standard_normal((4, 2, tokens, 2, head_dim))
     arrays += np.reshape([1, -1, 0, 0], (4, 1, 1, 1, 1))  # query, key, value, gradient
@@ -168,6 +168,6 @@ def _trial(attend, tokens, head_dim, biased):
         out, pull = jax.vjp(call, *given)
         return (out, *pull(gradient.astype(dtype)))
 
-    pairs = zip(results(attend, jnp.bfloat16), results(plain, jnp.float32), strict=True)
+    pairs = zip(results(cudnn, jnp.bfloat16), results(plain, jnp.float32), strict=True)
     errors = [np.abs(np.float32(a) - b).max() / np.abs(b).max() for a, b in pairs]
     return float(np.max(errors))  # nan, if there is one

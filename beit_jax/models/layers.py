@@ -98,12 +98,18 @@ def standardize(x: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
     return _standardize_forward(x, epsilon, dtype)[0]
 
 
+def _normalize(x, epsilon):
+    """x in float32 less its mean, by its standard deviation; and what it was multiplied by."""
+    x = x.astype(jnp.float32)
+    x -= x.mean(-1, keepdims=True)
+    scale = lax.rsqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return x * scale, scale
+
+
 def _standardize_forward(x, epsilon, dtype):
-    wide = x.astype(jnp.float32)
-    wide -= wide.mean(-1, keepdims=True)
-    scale = lax.rsqrt((wide**2).mean(-1, keepdims=True) + epsilon)
+    y, scale = _normalize(x, epsilon)
     # or XLA keeps x, to compute both again
-    y, scale = lax.optimization_barrier(((wide * scale).astype(dtype), scale))
+    y, scale = lax.optimization_barrier((y.astype(dtype), scale))
     return y, (y, scale, jnp.zeros((0,), x.dtype))
 
 
@@ -130,9 +136,7 @@ class LayerNorm(nn.Module):
         shift = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         if fold:
             return Normed(standardize(x, self.epsilon, self.dtype), scale, shift)
-        x = x.astype(jnp.float32)
-        x -= x.mean(-1, keepdims=True)
-        x *= lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
+        x, _ = _normalize(x, self.epsilon)
         return (x * scale + shift).astype(self.dtype)
 
 
