@@ -22,7 +22,7 @@ quickstart: setup
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10 -o faulthandler_timeout=600
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow --durations=10

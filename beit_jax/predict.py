@@ -8,7 +8,6 @@ an error in their row, and make the exit status 3; bad arguments make it 2.
 import argparse
 import csv
 import json
-import logging
 import os
 import pathlib
 import sys
@@ -95,7 +94,7 @@ def probabilities(
 
     params = layers.for_inference(start.params, model.config.dtype)
     source = sources.FileSource(
-        "pictures", "all", None, "skip", root=pathlib.Path(), ids=paths, labels=None
+        "pictures", "all", None, "record", root=pathlib.Path(), ids=paths, labels=None
     )
     batch_size = min(batch_size, len(paths))
     result, errors = np.zeros((len(paths), len(class_names(start))), np.float32), {}
@@ -189,7 +188,6 @@ def main(argv=None) -> int:
         parser.error("--top-k and --batch-size must be at least 1")
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}")
-    logging.getLogger().setLevel(logging.ERROR)  # pictures that cannot be read are told once
     try:
         models = [_load(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)

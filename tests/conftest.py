@@ -1,6 +1,7 @@
 """What tests of whole runs share: tiny models and data, and main.py in processes of its own."""
 
 import itertools
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -65,6 +66,13 @@ class Program:
             self.kill()
             raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
         return Finished(self._process.exitcode, self.output)
+
+
+@pytest.fixture(autouse=True)
+def log_level_stays():
+    """What a test does not see in the log would depend on the tests before it."""
+    yield
+    assert logging.getLogger().level == logging.WARNING
 
 
 @pytest.fixture(scope="session")

@@ -616,7 +616,7 @@ def test_an_error_in_the_block_is_the_one_to_see(tmp_path, broken):
 # ---------------------------------------------------------------------------- kill -9
 
 SAVE_FOR_EVER = """
-import itertools, os, sys
+import faulthandler, itertools, os, sys
 import numpy as np
 from beit_jax.checkpoint import Checkpointer
 
@@ -625,6 +625,7 @@ for line in sys.stdin:  # one child each: what takes seconds here are the import
         os.waitpid(child, 0)
         print("gone", flush=True)
         continue
+    faulthandler.dump_traceback_later(60, exit=True)  # a save that hangs is to be told
     print("child", os.getpid(), flush=True)
     with Checkpointer(sys.argv[1], keep_last=2) as saver:
         state = saver.restore()

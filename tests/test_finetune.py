@@ -271,6 +271,7 @@ def test_picture_that_cannot_be_read(tmp_path, start, picture_folder, finetuned)
     ).wait()
     assert status == 3
     assert f"not read: {pictures}/3.png" in output
+    assert output.count("3.png") == 1
     assert "19 predictions, 1 not read" in output
     with open(out, newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}

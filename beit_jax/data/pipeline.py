@@ -112,7 +112,8 @@ def train_batches(
 ) -> Batches:
     """Batches for training, without end, from `start_step` on.
 
-    With `source.on_bad_image` "skip" the next picture that can be decoded stands in for a bad one.
+    With `source.on_bad_image` other than "error" the next picture that can be decoded stands in for
+    a bad one.
 
     Args:
       source: where the examples come from.
@@ -179,7 +180,7 @@ def eval_batches(
 
     "weight" is 1 for an example; it is 0, on a black picture with label 0, for the padding of the
     last batch ("index" -1) and for a picture that cannot be decoded ("index" its own), which
-    `source.on_bad_image` "skip" lets pass. The arguments are those of `train_batches`.
+    `source.on_bad_image` other than "error" lets pass. The arguments are those of `train_batches`.
     """
     transform = images.whole_crop(crop, renderings, crop_pct)
     black = {name: np.zeros((*r.size, 3), np.uint8) for name, r in renderings.items()}
@@ -215,7 +216,7 @@ def load_all(
     """Decodes a whole source whose pictures have one shape, to be kept in device memory.
 
     Returns {"image": uint8 [N, H, W, 3], "label": int32 [N], "index": int32 [N]}; without the
-    pictures that cannot be decoded, where `source.on_bad_image` is "skip".
+    pictures that cannot be decoded, where `source.on_bad_image` is not "error".
 
     Args:
       source: what to decode.
@@ -282,7 +283,7 @@ def _decode(source, index, record, transform, bad_images) -> tuple[Any, int | No
             )
             raise
         bad_images[error.name] = error.reason
-        if error.name not in SKIPPED:
+        if source.on_bad_image == "skip" and error.name not in SKIPPED:
             SKIPPED.add(error.name)
             logging.warning("skipped: %s", error)
         return None

@@ -53,13 +53,17 @@ class Source:
 
     Without labels (`class_names` is None) there is no "label". A source can be pickled, and read
     in many threads at once.
+
+    Reading a picture that cannot be decoded raises. What the pipeline does about one is up to
+    `on_bad_image`: it raises for "error", and leaves the picture out and counts it for "skip", with
+    a line in the log, and for "record", where the caller tells of it.
     """
 
     def __init__(
         self, name: str, split: str, class_names: tuple[str, ...] | None, on_bad_image: str
     ):
         self.name, self.split, self.class_names = name, split, class_names
-        self.on_bad_image = on_bad_image  # for the pipeline; reading a bad picture here raises
+        self.on_bad_image = on_bad_image
 
     def __len__(self) -> int:
         raise NotImplementedError
