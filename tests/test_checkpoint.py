@@ -616,7 +616,7 @@ def test_an_error_in_the_block_is_the_one_to_see(tmp_path, broken):
 # ---------------------------------------------------------------------------- kill -9
 
 SAVE_FOR_EVER = """
-import faulthandler, itertools, os, sys
+import itertools, os, sys
 import numpy as np
 from beit_jax.checkpoint import Checkpointer
 
@@ -625,7 +625,6 @@ for line in sys.stdin:  # one child each: what takes seconds here are the import
         os.waitpid(child, 0)
         print("gone", flush=True)
         continue
-    faulthandler.dump_traceback_later(60, exit=True)  # a save that hangs is to be told
     print("child", os.getpid(), flush=True)
     with Checkpointer(sys.argv[1], keep_last=2) as saver:
         state = saver.restore()
@@ -659,7 +658,8 @@ def kill_often(workdir, kills):
                 reached = [int(next(parent.stdout)) for _ in range(rng.randrange(2, 6))][-1]
                 time.sleep(rng.uniform(0, 0.1))
                 os.kill(int(child.split()[1]), signal.SIGKILL)
-                assert "gone\n" in parent.stdout
+                # after what may be half a line: without a buffer, print writes its end by itself
+                assert any(line.endswith("gone\n") for line in parent.stdout)
                 check_after_kill(workdir, reached)
         finally:
             os.killpg(parent.pid, signal.SIGKILL)
