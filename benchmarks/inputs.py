@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from beit_jax.data import images, pipeline, sources
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import RESULTS, SEED, machine
 
 SIZE, BATCH = (224, 224), 64
 SEEN = {"image": images.Rendering(SIZE)}
@@ -32,7 +32,7 @@ SEEN = {"image": images.Rendering(SIZE)}
 
 def make_files(folder: pathlib.Path, number: int) -> None:
     """Pictures with the detail of photographs, in two classes."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     for i in range(number):
         coarse = rng.integers(0, 256, (24, 32, 3), np.uint8)
         picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
@@ -45,8 +45,8 @@ def make_files(folder: pathlib.Path, number: int) -> None:
 def ours(folder, workers):
     """Batches of the pipeline that `main.py` trains with."""
     source = sources.get_source(f"folder:{folder}", "all")
-    order = pipeline.Order(len(source), BATCH, seed=0)
-    return pipeline.train_batches(source, order, renderings=SEEN, seed=0, threads=workers)
+    order = pipeline.Order(len(source), BATCH, seed=SEED)
+    return pipeline.train_batches(source, order, renderings=SEEN, seed=SEED, threads=workers)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -139,6 +139,7 @@ def main():
     content = {
         "command": shlex.join(["python", "-m", "benchmarks.inputs", *sys.argv[1:]]),
         "machine": machine(),
+        "seed": SEED,
         "images_per_second": {n: [median[n], min(v), max(v)] for n, v in speeds.items()},
         "speed_ratio": median["ours"] / best,
     }

@@ -27,7 +27,7 @@ from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES
-from benchmarks.timing import RESULTS, machine, measure
+from benchmarks.timing import RESULTS, SEED, machine, measure
 from configs import common
 
 DEFAULT = {"cpu": ("ViT-tiny/4 @32", 64, "float32"), "gpu": ("BEiT-B/16 @224", 128, "bfloat16")}
@@ -68,12 +68,12 @@ def make(start, batch: dict, **changes):
         tx,
         schedule=schedule,
         trainable=jax.tree.map(lambda x: True, params),
-        seed=0,
+        seed=SEED,
         accumulate_steps=changes.get("accumulate_steps", 1),
         ema_decay=ema,
     )
     current = jax.jit(functools.partial(state.create, tx=tx, ema=ema > 0))(params, {})
-    rng, image = jax.random.key(0), batch["image"]
+    rng, image = jax.random.key(SEED), batch["image"]
     model = classify.make_model(info, **classify.runtime(config))
 
     def augment(rng, image):
@@ -136,7 +136,7 @@ def main():
     given = (args.size, args.batch, args.dtype)
     size, count, dtype = (x or y for x, y in zip(given, DEFAULT[args.device], strict=True))
     architecture = SIZES[args.device][size].architecture
-    side, rng = architecture["image_size"], np.random.default_rng(0)
+    side, rng = architecture["image_size"], np.random.default_rng(SEED)
     image = rng.integers(0, 256, (count, side, side, 3), np.uint8)
     batch = jax.device_put({"image": image, **peers.make_target("training", architecture, count)})
     with tempfile.TemporaryDirectory() as directory:
@@ -161,6 +161,7 @@ def main():
     content = {
         "command": shlex.join(["python", "-m", "benchmarks.parts", *sys.argv[1:]]),
         "machine": machine(),
+        "seed": SEED,
         "environment": {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES")},
         "model": size,
         "batch": count,
