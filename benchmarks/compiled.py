@@ -13,7 +13,6 @@ kernels is not in the memory.
 
 import argparse
 import collections
-import json
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from beit_jax import build
+from beit_jax.report import write_json
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES, flops, title
 from benchmarks.timing import RESULTS, machine
@@ -206,8 +206,7 @@ def main():
         "bytes_per_second": BANDWIDTH,
         "rows": rows,
     }
-    with open(args.out, "w") as file:
-        json.dump(content, file, indent=1)
+    write_json(args.out, content)
     print(table(rows))
 
 

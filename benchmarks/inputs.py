@@ -10,7 +10,6 @@ tf.data, where TensorFlow is installed, decodes only the part that is cut out.
 
 import argparse
 import importlib.util
-import json
 import os
 import pathlib
 import shlex
@@ -24,6 +23,7 @@ import torch
 from PIL import Image
 
 from beit_jax.data import images, pipeline, sources
+from beit_jax.report import write_json
 from benchmarks.timing import RESULTS, SEED, machine
 
 SIZE, BATCH = (224, 224), 64
@@ -143,8 +143,7 @@ def main():
         "images_per_second": {n: [median[n], min(v), max(v)] for n, v in speeds.items()},
         "speed_ratio": median["ours"] / best,
     }
-    with open(args.out, "w") as file:
-        json.dump(content, file, indent=1)
+    write_json(args.out, content)
     for name, value in median.items():
         print(f"{name:18} {value:8,.0f} images/s")
     print(f"ratio to the best peer {content['speed_ratio']:.2f}")

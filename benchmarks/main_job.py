@@ -171,8 +171,7 @@ def main():
         found = run(args.data_dir, pathlib.Path(directory), RECIPE)
     command = "python -m benchmarks.main_job --data_dir DATA_DIR"
     content = {"command": command, "machine": machine(), "recipe": RECIPE, **found}
-    with open(args.out, "w") as file:
-        json.dump(content, file, indent=1)
+    report.write_json(args.out, content)
     print(json.dumps(found, indent=1))
 
 

@@ -10,7 +10,6 @@ so that they need not add up to the whole step. All are measured in turns in one
 
 import argparse
 import functools
-import json
 import os
 import shlex
 import statistics
@@ -23,6 +22,7 @@ import optax
 
 from beit_jax import build, optim, state
 from beit_jax.data import views
+from beit_jax.report import write_json
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from benchmarks import ours, peers
@@ -172,8 +172,7 @@ def main():
         "memory_of_step": {name: m / memory["step"] for name, m in memory.items()},
         "failed": failed,
     }
-    with open(os.path.join(RESULTS, f"parts_{args.device}.json"), "w") as file:
-        json.dump(content, file, indent=1)
+    write_json(os.path.join(RESULTS, f"parts_{args.device}.json"), content)
     print(table(content))
     for name, reason in failed.items():
         print(f"{name:22} {reason}")

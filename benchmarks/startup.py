@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 
+from beit_jax.report import write_json
 from benchmarks.timing import RESULTS, machine
 
 RUN = {
@@ -80,8 +81,7 @@ def main():
         "seconds": median,
         "ratio_of_compilation": median["cached"]["compile"] / median["cold"]["compile"],
     }
-    with open(args.out, "w") as file:
-        json.dump(content, file, indent=1)
+    write_json(args.out, content)
     for kind, values in median.items():
         print(kind, "  ".join(f"{key} {value:.2f}" for key, value in values.items()))
 

@@ -17,6 +17,7 @@ import shlex
 import statistics
 
 from beit_jax import compare
+from beit_jax.report import write_json
 from benchmarks.timing import RESULTS, machine
 
 CONFIGS = {  # of tokenizer, pre-training, fine-tuning
@@ -84,8 +85,7 @@ def main():
         "tokenizer": [results(f"{out}/tokenizer_{s}")["val"] for s in range(args.seeds)],
         "pretrain": [results(f"{out}/pretrain_{s}")["val"] for s in range(args.seeds)],
     }
-    with open(os.path.join(RESULTS, f"story_{args.data}.json"), "w") as file:
-        json.dump(content, file, indent=1)
+    write_json(os.path.join(RESULTS, f"story_{args.data}.json"), content)
     print(open(os.path.join(out, "comparison.md")).read())
     print(f"margin {content['margin_mean']:.4f}, of each seed {[round(m, 4) for m in margin]}")
 

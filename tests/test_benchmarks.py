@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -58,6 +59,41 @@ def test_operations_of_a_picture(size, training, inference):
     assert sizes.flops(architecture, "inference") / 1e9 == pytest.approx(inference, rel=1e-3)
     lora = sizes.flops(architecture, "lora")
     assert 0.6 < lora / sizes.flops(architecture, "training") < 0.7
+
+
+def make_row(size, kind, dtype, batch, args):
+    """As of a step that nobody had the memory for."""
+    return {
+        **{"model": size, "kind": kind, "dtype": dtype, "batch": batch, "failed": {"ours": "no"}},
+        **{"images_per_second": {}, "flops_per_second": {}, "best_peer": None, "speed_ratio": None},
+    }
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def row(*key):
+        if measured[1:2] and not resumed:
+            raise KeyboardInterrupt
+        measured.append(key[:4])
+        return make_row(*key)
+
+    monkeypatch.setattr(steps, "row", row)
+    out, resumed = tmp_path / "cpu.json", False
+    monkeypatch.setattr("sys.argv", ["benchmarks", f"--out={out}", "--kinds", "training"])
+    with pytest.raises(KeyboardInterrupt):
+        steps.main()
+    first = json.loads(out.read_text())
+    assert [row["dtype"] for row in first["rows"]] == ["float32", "bfloat16"]
+    resumed = True
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--resume"])
+    steps.main()
+    assert len(measured) == len(set(measured)) == 4
+    assert json.loads(out.read_text())["rows"][:2] == first["rows"]
+    out.write_text(json.dumps(first | {"machine": {"commit": "of yesterday"}}))
+    with pytest.raises(SystemExit):
+        steps.main()
+    assert "another commit, of yesterday" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
