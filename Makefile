@@ -22,7 +22,7 @@ quickstart: setup
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=workdirs/quickstart
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10 -o faulthandler_timeout=600
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10 -o faulthandler_timeout=1200
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow --durations=10
@@ -37,10 +37,12 @@ bench: setup
 	$(BIN)/python -m benchmarks.startup
 
 bench-gpu: setup
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks --device gpu --rounds 3 --seconds 2
-	$(BIN)/python -m benchmarks.parts --device gpu
-	$(BIN)/python -m benchmarks.inputs --out benchmarks/results/inputs_gpu.json
-	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup_gpu.json --config.preset=base \
+	$(BIN)/python -m benchmarks --device gpu --rounds 2 --seconds 1 --resume
+	$(BIN)/python -m benchmarks.parts --device gpu --seconds 1
+	$(BIN)/python -m benchmarks.parts --device gpu --seconds 1 --size "ViT-8M/4 @32" --batch 1024 \
+		--options "attention xla" "attention cudnn" --out benchmarks/results/parts_gpu_small.json
+	$(BIN)/python -m benchmarks.inputs --files 4096 --batches 64 --out benchmarks/results/inputs_gpu.json
+	$(BIN)/python -m benchmarks.startup --rounds 1 --out benchmarks/results/startup_gpu.json --config.preset=base \
 		--config.model.image_size=224 --config.model.patch_size=16
 
 story: setup

@@ -24,10 +24,11 @@ def parse_flags(argv):
     except OSError as error:
         available = ", ".join(sorted(map(str, pathlib.Path("configs").glob("[!_]*.py"))))
         sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {available}")
-    except AttributeError as error:
-        if not isinstance(error.__context__, KeyError):
+    except (AttributeError, KeyError) as error:  # of the last name of a key, or of one before it
+        unknown = error if isinstance(error, KeyError) else error.__context__
+        if not isinstance(unknown, KeyError):
             raise
-        sys.exit("Unknown config key: " + error.__context__.args[0].replace("\n", ". "))
+        sys.exit("Unknown config key: " + str(unknown.args[0]).replace("\n", ". "))
 
 
 def main(argv):

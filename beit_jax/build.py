@@ -1,5 +1,6 @@
 """The parts of a run, built as its config describes them."""
 
+import os
 import re
 from typing import NamedTuple
 
@@ -56,7 +57,9 @@ def make_task(config, splits, workdir, mesh, step: int | None):
     module = modules.load("tasks", config.task_name)
     task = module.make_task(config, data, start=start, info=info)
     if config.lora.rank:
-        task = lora.wrap(task, config, config.pretrained)
+        base = os.path.expanduser(config.pretrained)  # is looked for from other directories, too
+        base = os.path.abspath(base) if os.path.exists(base) else config.pretrained
+        task = lora.wrap(task, config, base)
     return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
 
 
@@ -73,6 +76,11 @@ def check_numbers(config) -> None:
     for key in ("label_smoothing", "ema_decay"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"config.{key} is {config[key]}; expected 0 <= {key} < 1.")
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            "config.model.attention is 'cudnn', which needs an NVIDIA GPU, and this is a "
+            f"{jax.default_backend()}; expected auto, xla or plain."
+        )
 
 
 def frozen_fingerprint(task) -> str:
@@ -116,7 +124,7 @@ def make_plan(config, num_examples: int) -> Plan:
     if warmup > total_steps:
         raise ValueError(
             f"config.optim.warmup {config.optim.warmup!r} is {warmup} steps, and the run has only "
-            f"{total_steps}; set it to a share such as '5%', or raise config.num_epochs."
+            f"{total_steps}; set it to a share such as '5%', or make the run longer."
         )
     return Plan(
         total_steps,

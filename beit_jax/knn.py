@@ -17,6 +17,7 @@ from rich.progress import track
 from beit_jax import pretrained
 from beit_jax.data import pipeline, sources, views
 from beit_jax.models import features, layers
+from beit_jax.predict import check_folder
 from beit_jax.tasks import classify
 
 
@@ -102,6 +103,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.k < 1 or args.batch_size < 1:
         parser.error("--k and --batch-size must be at least 1")
+    check_folder(parser, args.out or "")
     try:
         start = pretrained.load(args.checkpoint)
         splits = [

@@ -59,6 +59,12 @@ def predict(
     return rows
 
 
+def check_folder(parser, out: str) -> None:
+    """Ends the program, with status 2, where the folder of the file `out` is not there."""
+    if not os.path.isdir(os.path.dirname(out) or "."):
+        parser.error(f"--out {out}: there is no folder {os.path.dirname(out)}")
+
+
 def class_names(model: pretrained.Pretrained) -> list[str]:
     """The classes that a model tells; LABEL_0 and so on where they have no names."""
     count = np.size(model.params["classifier"]["bias"])
@@ -186,8 +192,7 @@ def main(argv=None) -> int:
         parser.error(f"--out {args.out}: expected a file ending in .csv or .json")
     if args.top_k < 1 or args.batch_size < 1:
         parser.error("--top-k and --batch-size must be at least 1")
-    if not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}")
+    check_folder(parser, args.out)
     try:
         models = [_load(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)

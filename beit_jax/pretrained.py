@@ -65,7 +65,11 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
     params = checkpoint.load_params(workdir, step)
     if not info.lora:
         return Pretrained(params, info)
-    start = load(info.lora["base"], info.lora.get("revision", ""))
+    try:
+        start = load(info.lora["base"], info.lora.get("revision", ""))
+    except FileNotFoundError as error:
+        message = f"{error} (the base that the adapters in {workdir} belong to)"
+        raise FileNotFoundError(message) from error
     base = blank_filled(start, info, info.lora["resize_method"])
     return Pretrained(lora.merge(params, base, info.lora), info._replace(lora=None))
 

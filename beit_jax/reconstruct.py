@@ -16,8 +16,13 @@ from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, pretrained
 from beit_jax.data import images, views
-from beit_jax.predict import find_pictures
+from beit_jax.predict import check_folder, find_pictures
 from beit_jax.tasks import pretrain
+
+
+def _open(path):
+    with images.naming(lambda: str(path)):
+        return images.open_image(path)
 
 
 def reconstruct(workdir, paths: list[pathlib.Path], *, step="best") -> list[np.ndarray]:
@@ -40,7 +45,7 @@ def reconstruct(workdir, paths: list[pathlib.Path], *, step="best") -> list[np.n
         raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
     size = model.config.image_size
     crop = views.host_crop(info.image, pretrain.make_renderings(config, info, objective, size))
-    batch = views.as_batch([crop(images.open_image(path)) for path in paths])
+    batch = views.as_batch([crop(_open(path)) for path in paths])
     draw = pretrain.make_reconstruction(config, info, objective, size, True)
     params = pretrained.load_workdir(workdir, step).params
     return draw(params, {**objective.frozen, "masks": bank}, batch, np.arange(len(paths)))
@@ -66,6 +71,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not args.out.endswith(".png"):
         parser.error(f"--out {args.out}: expected a file ending in .png")
+    check_folder(parser, args.out)
     if args.max_images < 1:
         parser.error("--max-images must be at least 1")
     try:

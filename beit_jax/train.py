@@ -165,11 +165,13 @@ def _train(config, workdir, mesh, stack):
 
 def not_finite(step, scalars, saver) -> str:
     """What to say when a step's loss or gradient is not finite."""
+    last = saver.latest_step()
+    kept = f"The last good checkpoint is of step {last}" if last else "There is no checkpoint yet"
     return (
         f"Loss {scalars['loss']} and gradient norm {scalars['gradient_norm']} at step {step}, with "
-        f"learning rate {scalars['learning_rate']:.3g}: the run stops without this update. The "
-        f"last good checkpoint is of step {saver.latest_step()}; lower config.optim.learning_rate, "
-        "or set config.optim.clip_norm=1.0, in a new workdir."
+        f"learning rate {scalars['learning_rate']:.3g}: the run stops without this update. "
+        f"{kept}; lower config.optim.learning_rate, or set config.optim.clip_norm=1.0, in a new "
+        "workdir."
     )
 
 

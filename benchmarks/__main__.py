@@ -4,15 +4,18 @@
     python -m benchmarks --device gpu        sizes for a GPU, benchmarks/results/gpu.json
 
 Every contender gets the same architecture, uint8 pictures, labels, AdamW with clipping and number
-of threads; all are checked for equal losses before they are timed. After two calls to warm up, each
-round runs ours and the peers in turn, forth and back; a figure is the median over blocks of steps
-that end with one wait for the device. Peers take their best of what `benchmarks/peers.py` lists.
-A contender that fails, for want of memory perhaps, leaves a gap. The JSON is written after every
-row, and `--resume` measures only the rows that it lacks.
+of threads. Each peer that `benchmarks/peers.py` lists is timed in turns with ours, forth and back,
+in blocks of steps that end with one wait for the device, while no other holds memory; its ratio is
+the median over pairs of blocks, and its speed, as ours, the median over all of its blocks. Those of
+transformers start from our weights, and their first losses or logits must be ours.
+
+A contender that fails, for want of memory perhaps, leaves a gap. Rows are written to the JSON as
+they come, in place of earlier ones of the same kind; `--resume` keeps those of the same code.
 """
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import shlex
@@ -26,71 +29,92 @@ import torch
 from beit_jax.report import write_json
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES, flops, title
-from benchmarks.timing import RESULTS, SEED, Contender, machine, measure
+from benchmarks.timing import (
+    RESULTS,
+    SEED,
+    Contender,
+    ContenderError,
+    clocks,
+    machine,
+    measure,
+    use,
+)
 
 PEERS = {  # timm wants torchvision, which may be missing
     "cpu": tuple(x for x in peers.CONTENDERS if "max" not in x and peers.is_installed(x)),
     "gpu": tuple(peers.CONTENDERS),
 }
 KINDS = {"cpu": peers.KINDS, "gpu": (*peers.KINDS, "mim, tokenizer")}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 
 
-def check(losses: dict[str, float], dtype: str) -> None:
-    """Raises RuntimeError unless the contenders that share weights gave the same number."""
-    limit = 1e-3 if dtype == "float32" else 5e-2
-    shared = {k: v for k, v in losses.items() if not k.startswith("timm")}
-    if shared and max(shared.values()) - min(shared.values()) > limit:
-        raise RuntimeError(f"Not the same work: {shared}.")
+def check(name: str, theirs: list[float], own: list[float], dtype: str) -> None:
+    """Compares the numbers of the first steps of a peer that has our weights.
+
+    Raises:
+      ContenderError: they differ by more than roundings do.
+    """
+    if not np.allclose(theirs, own, rtol=TOLERANCE[dtype], atol=0):
+        raise ContenderError(name, f"not the same work: its first numbers are {theirs}, ours {own}")
 
 
 def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
     """Measures one line of the table."""
-    with contextlib.ExitStack() as stack:
-        return _row(size, kind, dtype, batch, args, stack)
-
-
-def _row(size, kind, dtype, batch, args, stack):
     architecture = SIZES[args.device][size].architecture
     side, rng = architecture["image_size"], np.random.default_rng(SEED)
     image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
     target = peers.make_target(kind, architecture, batch)
-    contenders, failed = {}, {}
-
-    def enter(name, *make):
-        try:
-            contenders[name] = stack.enter_context(contextlib.closing(Contender(*make)))
-        except RuntimeError as error:
-            failed[name] = str(error)
-
     with tempfile.TemporaryDirectory() as directory:
         peers.transformers_model(architecture, kind).save_pretrained(directory)
         runtime = {"attention": args.attention, "remat": args.remat}
-        enter("ours", ours.make_step, kind, directory, dtype, image, target, runtime)
-    for name in args.peers if kind in peers.KINDS else ():
-        enter(name, peers.make_step, name, kind, architecture, dtype, image, target)
-    facts = {name: contender.facts for name, contender in contenders.items()}
-    losses = {name: fact["loss"] for name, fact in facts.items()}
-    check(losses, dtype)
-    times = measure(contenders, args.rounds, args.seconds)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    best = min((name for name in median if name != "ours"), key=median.get, default=None)
+        mine = ("ours", ours.make_step, kind, directory, dtype, image, target, runtime)
+        facts, failed, times, ratios = {}, {}, {"ours": []}, {}
+        try:
+            with contextlib.closing(Contender(*mine)) as own:
+                facts["ours"] = own.facts
+                theirs = [name for name in args.peers if peers.has(name, kind)]
+                if not theirs:
+                    times = measure({"ours": own}, args.rounds, args.seconds)
+                for name in theirs:
+                    try:
+                        made = (peers.make_step, name, kind, architecture, dtype, image, target)
+                        with contextlib.closing(Contender(name, *made)) as peer:
+                            facts[name] = peer.facts
+                            if name.startswith("transformers"):
+                                check(name, peer.facts["losses"], own.facts["losses"], dtype)
+                            pair = {"ours": own, name: peer}
+                            found = measure(pair, args.rounds, args.seconds)
+                    except ContenderError as error:
+                        if error.name == "ours":
+                            raise
+                        failed[name] = str(error)
+                        continue
+                    times["ours"] += found["ours"]
+                    times[name] = found[name]
+                    pairs = [b / a for a, b in zip(*found.values(), strict=True)]
+                    ratios[name] = [statistics.median(pairs), min(pairs), max(pairs)]
+        except ContenderError as error:
+            failed["ours"] = str(error)
+    median = {name: statistics.median(t) for name, t in times.items() if t}
+    best = min(ratios, key=lambda name: ratios[name][0], default=None)
     return {
         "model": size,
         "kind": kind,
         "dtype": dtype,
         "batch": batch,
-        "remat": args.remat,
-        "seconds": {name: [median[name], min(t), max(t)] for name, t in times.items()},
+        **runtime,
+        "facts": facts,
+        "seconds": times,
+        "ratios": ratios,
         "images_per_second": {name: batch / t for name, t in median.items()},
         "flops_per_second": {
             name: flops(architecture, kind) * batch / t for name, t in median.items()
         },
-        "memory_bytes": {name: fact["memory"] for name, fact in facts.items()},
-        "first_step_seconds": {name: fact["first_step"] for name, fact in facts.items()},
+        "clocks": clocks(),
         "failed": failed,
         "best_peer": best,
-        "speed_ratio": median[best] / median["ours"] if best and "ours" in median else None,
+        "speed_ratio": ratios[best][0] if best else None,
     }
 
 
@@ -126,52 +150,79 @@ def main():
     )
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--out", help="a JSON file")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that OUT has")
+    parser.add_argument("--resume", action="store_true", help="keep rows of the same code in OUT")
     parser.add_argument("--sizes", nargs="+", help="such as 'BEiT-B/16 @224'")
     parser.add_argument("--kinds", nargs="+", help="such as training; default: all")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: those of the sizes")
     parser.add_argument("--peers", nargs="*", choices=peers.CONTENDERS)
     parser.add_argument("--attention", default="auto", help="ours: plain, xla or cudnn")
     parser.add_argument("--remat", default="none", help="ours: none, full or dots")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a block of steps, about")
     args = parser.parse_args()
-    sizes = SIZES[args.device]
-    kinds = args.kinds or KINDS[args.device]
+    sizes, kinds = SIZES[args.device], KINDS[args.device]
     args.peers = PEERS[args.device] if args.peers is None else args.peers
-    if unknown := set(args.sizes or ()) - set(sizes):
-        parser.error(f"unknown size {', '.join(unknown)}; available: {', '.join(sizes)}")
+    for name, given, known in (("size", args.sizes, sizes), ("kind", args.kinds, kinds)):
+        if unknown := set(given or ()) - set(known):
+            parser.error(f"unknown {name} {', '.join(unknown)}; available: {', '.join(known)}")
+    if args.device == "gpu" and peers.DEVICE == "cpu":
+        parser.error("--device gpu: PyTorch finds no GPU")
+    use(args.device)
     out = args.out or os.path.join(RESULTS, f"{args.device}.json")
-    about, rows = machine(), []
-    if args.resume and os.path.exists(out):
+    content = {"runs": {}, "rows": []}
+    if os.path.exists(out):
         with open(out) as file:
-            earlier = json.load(file)
-        if earlier["machine"]["commit"] != about["commit"]:
-            parser.error(f"--resume: {out} is of another commit, {earlier['machine']['commit']}")
-        rows = earlier["rows"]
-    done = {tuple(row[key] for key in ("model", "kind", "dtype", "batch")) for row in rows}
-    rate = peers.matmul_rate(torch.bfloat16, 8192, 20) if args.device == "gpu" else None
+            content = json.load(file)
     variables = ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
-    content = {
+    rate = peers.matmul_rate(torch.bfloat16, 8192, 20) if args.device == "gpu" else None
+    run = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "seed": SEED,
-        "machine": about,
+        "machine": machine(),
         "environment": {key: os.environ.get(key) for key in variables},
         "matmul_flops_per_second": rate,
-        "rows": rows,
+    }
+    done = {
+        _key(there)
+        for there in content["rows"]
+        if content["runs"][there["run"]]["machine"].get("source") == run["machine"]["source"]
     }
     wanted = [
         (size, kind, dtype, batch)
         for size in args.sizes or sizes
-        for kind in kinds
+        for kind in args.kinds or kinds
         for dtype in DTYPES[args.device]
         for batch in getattr(sizes[size], kind.split(",")[0])
+        if not args.batches or batch in args.batches
     ]
     for key in wanted:
-        if key not in done:
-            rows.append(row(*key, args))
-            write_json(out, content)
-            print(describe(rows[-1], rate), rows[-1]["failed"] or "", flush=True)
-    print(table(rows))
+        if args.resume and (*key, args.attention, args.remat) in done:
+            continue
+        new = row(*key, args)
+        print(describe(new, rate), new["failed"] or "", flush=True)
+        merge(content, new, run)
+        write_json(out, content)
+    print(table(content["rows"]))
+
+
+def merge(content: dict, row: dict, run: dict) -> None:
+    """Puts a row in the place of an earlier one of its kind, and `run`, which it is of, among the
+    runs; those that no row is of any more are forgotten."""
+    row["run"] = run["time"]
+    content["runs"][run["time"]] = run
+    for place, there in enumerate(content["rows"]):
+        if _key(there) == _key(row):
+            content["rows"][place] = row
+            break
+    else:
+        content["rows"].append(row)
+    used = {row["run"] for row in content["rows"]}
+    content["runs"] = {time: run for time, run in content["runs"].items() if time in used}
+
+
+def _key(row):
+    return tuple(row[name] for name in ("model", "kind", "dtype", "batch", "attention", "remat"))
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ def make_program(
     return _train(task, {"image": image, **batch})
 
 
-def make_step(*args, **kwargs) -> tuple[Callable[[int], float], Callable[[], int]]:
+def make_step(*args, **kwargs) -> tuple[Callable[[int], float], Callable[[], dict]]:
     """Compiles `make_program` of the same arguments; returns run(n), as `peers.make_step`, and a
-    function that tells the bytes that the compiled step needs on the device."""
+    function that tells what bytes the compiled step needs on the device, the most that JAX had
+    allocated there, and how many of its kernels are cuDNN's attention."""
     function, args, trains = make_program(*args, **kwargs)
     compiled = function.lower(*args).compile()
     first, *rest = jax.device_put(args)
@@ -86,9 +87,16 @@ def make_step(*args, **kwargs) -> tuple[Callable[[int], float], Callable[[], int
             out = compiled(first, *rest)
             if trains:
                 first, out = out
-        return float(out["loss"] if trains else out.mean())
+        return float(out["loss"] if trains else jnp.abs(out).mean())
 
-    return run, lambda: build.memory_of(compiled)
+    def tell():
+        return {
+            "memory_bytes": build.memory_of(compiled),
+            "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+            "cudnn_attention": compiled.as_text().count('target="__cudnn$fmha'),
+        }
+
+    return run, tell
 
 
 def _classify(kind, config, start, target):

@@ -27,7 +27,7 @@ from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES
-from benchmarks.timing import RESULTS, SEED, machine, measure
+from benchmarks.timing import RESULTS, SEED, machine, measure, use
 from configs import common
 
 DEFAULT = {"cpu": ("ViT-tiny/4 @32", 64, "float32"), "gpu": ("BEiT-B/16 @224", 128, "bfloat16")}
@@ -128,11 +128,14 @@ def main():
     )
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.0, help="of a block of steps, about")
+    parser.add_argument("--out", help="default: benchmarks/results/parts_DEVICE.json")
     parser.add_argument("--size", help="such as 'BEiT-B/16 @224'")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--options", nargs="*", choices=OPTIONS, default=list(OPTIONS))
     args = parser.parse_args()
+    use(args.device)
     given = (args.size, args.batch, args.dtype)
     size, count, dtype = (x or y for x, y in zip(given, DEFAULT[args.device], strict=True))
     architecture = SIZES[args.device][size].architecture
@@ -156,7 +159,7 @@ def main():
             failed[name] = str(error).splitlines()[0][:200]
             continue
         memory[name] = build.memory_of(compiled)
-    times = measure(runs, args.rounds, 0.0)
+    times = measure(runs, args.rounds, args.seconds)
     median = {name: statistics.median(t) for name, t in times.items()}
     content = {
         "command": shlex.join(["python", "-m", "benchmarks.parts", *sys.argv[1:]]),
@@ -172,7 +175,7 @@ def main():
         "memory_of_step": {name: m / memory["step"] for name, m in memory.items()},
         "failed": failed,
     }
-    write_json(os.path.join(RESULTS, f"parts_{args.device}.json"), content)
+    write_json(args.out or os.path.join(RESULTS, f"parts_{args.device}.json"), content)
     print(table(content))
     for name, reason in failed.items():
         print(f"{name:22} {reason}")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import transformers
+from torch._inductor import config as inductor
+from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 from benchmarks.timing import SEED
 
@@ -20,12 +22,20 @@ CONTENDERS = {
     "transformers max-autotune": ("transformers", "max-autotune"),
     "timm eager": ("timm", None),
     "timm compiled": ("timm", "default"),
+    "timm max-autotune": ("timm", "max-autotune"),
 }
 
 
 def is_installed(contender: str) -> bool:
     """Whether its library is there."""
     return importlib.util.find_spec(CONTENDERS[contender][0]) is not None
+
+
+def has(contender: str, kind: str) -> bool:
+    """Whether its library has such a step; no peer makes tokens inside of it."""
+    return (
+        kind in KINDS if CONTENDERS[contender][0] != "timm" else kind in ("training", "inference")
+    )
 
 
 def transformers_model(architecture: dict, kind: str = "training"):
@@ -101,7 +111,7 @@ def make_step(
     target: dict[str, np.ndarray],
 ) -> tuple[Callable[[int], float], Callable]:
     """Returns run(n): n training steps or forward passes in a row, and the last loss or the mean
-    of the logits; and a function that tells the most bytes allocated on the GPU, or None.
+    size of the logits; and a function that tells the memory of a step on a GPU.
 
     Args:
       contender: one of `CONTENDERS`.
@@ -111,38 +121,36 @@ def make_step(
         adapters leave alone, and for inference, where all is bfloat16.
       image: uint8 [B, H, W, 3].
       target: as `make_target` gives it.
-
-    Raises:
-      RuntimeError: the contender has no such kind.
     """
     torch.set_num_threads(os.cpu_count())
     torch.set_float32_matmul_precision("high")
     library, mode = CONTENDERS[contender]
-    if library == "timm" and kind in ("mim", "lora"):
-        raise RuntimeError(f"timm has no {kind}")
-    model = (
-        transformers_model(architecture, kind) if library != "timm" else timm_model(architecture)
-    )
+    if library == "timm":
+        model = timm_model(architecture)
+    else:
+        model = transformers_model(architecture, kind)
+        _keep_index(architecture["image_size"] // architecture["patch_size"])
     if kind == "lora":
         model = _with_adapters(model, dtype)
     model = model.to(DEVICE).train(kind != "inference")
     kept = getattr(torch, dtype) if kind == "inference" else torch.float32
     model = model if kind == "lora" else model.to(kept)
-    network = model
+    network = _MaskedHead(model, target["mask"]) if kind == "mim" else model
     if mode:
-        network = torch.compile(model, mode=None if mode == "default" else mode)
+        inductor.freezing = kind == "inference"  # weights laid out for the products
+        network = torch.compile(network, mode=None if mode == "default" else mode)
     pixels = torch.from_numpy(image).to(DEVICE).permute(0, 3, 1, 2).contiguous()
     target = {key: torch.from_numpy(x).to(DEVICE) for key, x in target.items()}
     wanted = target.get("label")
     if kind == "mim":
         masked = target["mask"].expand(len(image), -1)
-        wanted = target["token"][masked]
+        wanted = target["token"][:, target["mask"]].flatten()
     autocast = torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
     def logits():
         x = (pixels.float() / 127.5 - 1).to(kept)
         if kind == "mim":
-            return network(x, bool_masked_pos=masked).logits[masked]
+            return network(x, masked)
         out = network(x)
         return out.logits if library == "transformers" else out
 
@@ -155,9 +163,9 @@ def make_step(
                 for _ in range(n):
                     out = logits()
             _wait()
-            return float(out.float().mean())
+            return float(out.float().abs().mean())
 
-        return infer, _memory
+        return infer, lambda: _memory(infer)
 
     fused = {"fused": True} if DEVICE == "cuda" else {}
     learning = [x for x in model.parameters() if x.requires_grad]
@@ -174,7 +182,29 @@ def make_step(
         _wait()
         return loss.item()
 
-    return train, _memory
+    return train, lambda: _memory(train)
+
+
+def _keep_index(side):
+    """Has transformers take one index of relative positions, on the device, in place of one that
+    every layer makes on the CPU, or copies from there."""
+    index = BeitRelativePositionBias.generate_relative_position_index((side, side)).to(DEVICE)
+    BeitRelativePositionBias.generate_relative_position_index = staticmethod(lambda _: index)
+
+
+class _MaskedHead(torch.nn.Module):
+    """Logits [B * masked, tokens] of transformers' `BeitForMaskedImageModeling`, of the masked
+    patches alone; the model itself computes all."""
+
+    def __init__(self, model, mask):
+        super().__init__()
+        self.model = model
+        self.register_buffer("index", 1 + torch.from_numpy(mask.nonzero()[0]).to(DEVICE))
+
+    def forward(self, pixels, masked):
+        tokens = self.model.beit(pixels, bool_masked_pos=masked).last_hidden_state
+        chosen = self.model.layernorm(tokens.index_select(1, self.index))
+        return self.model.lm_head(chosen).flatten(0, 1)
 
 
 def _wait():
@@ -182,8 +212,13 @@ def _wait():
         torch.cuda.synchronize()
 
 
-def _memory():
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+def _memory(run):
+    if DEVICE == "cpu":
+        return {"memory_bytes": None}
+    torch.cuda.reset_peak_memory_stats()
+    run(1)
+    reserved = torch.cuda.max_memory_reserved()  # with the pools of CUDA graphs
+    return {"memory_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": reserved}
 
 
 def matmul_rate(dtype, size: int, calls: int) -> float:

@@ -1,9 +1,11 @@
 """How anything here is timed: in turns, after warming up, beside a description of the machine."""
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -14,6 +16,18 @@ import jax
 
 SEED = 0
 RESULTS = os.path.join(os.path.dirname(__file__), "results")
+LIMIT = 600  # seconds that a contender may take to start, or for a block
+_ENVIRONMENT = {
+    "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+}
+
+
+def use(device: str) -> None:
+    """Keeps this process and those that it starts to the "cpu" or "gpu", without another to fall
+    back to, and without memory that is taken in advance. To be called before JAX is used."""
+    os.environ.update(_ENVIRONMENT[device])
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
 def measure(contenders: dict, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -37,10 +51,26 @@ def measure(contenders: dict, rounds: int, seconds: float) -> dict[str, list[flo
     return times
 
 
-class Contender:
-    """A step in a process of its own, so that no allocator and no thread is shared; run(n)."""
+class ContenderError(RuntimeError):
+    """The process of the contender `name` failed."""
 
-    def __init__(self, make, *args):
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+class Contender:
+    """A step in a process of its own, so that no allocator and no thread is shared; run(n).
+
+    `make(*args)` is called there, and returns run(n), which gives a number, and tell(), which
+    gives facts; `facts` are these, the numbers of the first three steps and the time of the first.
+
+    Raises:
+      ContenderError: by a call, too: the process failed, or took longer than `LIMIT`.
+    """
+
+    def __init__(self, name: str, make, *args):
+        self._name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, args))
@@ -48,21 +78,28 @@ class Contender:
         theirs.close()
         try:
             self.facts = self._receive()
-        except RuntimeError:
+        except ContenderError:
             self.close()
             raise
 
     def __call__(self, n: int):
-        self._pipe.send(n)
+        try:
+            self._pipe.send(n)
+        except OSError:
+            pass  # its last words, if it had any, are still to be read
         return self._receive()
 
     def _receive(self):
         try:
+            if not self._pipe.poll(LIMIT):
+                self._process.kill()
+                raise ContenderError(self._name, f"nothing came for {LIMIT} s")
             answer = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError("the process died, perhaps for want of memory") from None
+        except (EOFError, OSError):
+            message = "the process died, perhaps for want of memory"
+            raise ContenderError(self._name, message) from None
         if isinstance(answer, str):
-            raise RuntimeError(answer)
+            raise ContenderError(self._name, answer)
         return answer
 
     def close(self):
@@ -70,47 +107,70 @@ class Contender:
         self._pipe.close()
         self._process.join(10)
         self._process.kill()
+        self._process.join()
 
 
 def _serve(pipe, make, args):
     """The process: makes a step, tells of it, and does as many as it is told."""
     try:
         start = time.perf_counter()
-        run, memory = make(*args)
-        facts = {"loss": run(1), "first_step": time.perf_counter() - start}
-        run(1)
-        pipe.send({**facts, "memory": memory()})
+        run, tell = make(*args)
+        losses, first = [run(1)], time.perf_counter() - start
+        losses += [run(1), run(1)]
+        pipe.send({"losses": losses, "first_step_seconds": first, **tell()})
         while True:
             pipe.send(run(pipe.recv()))
     except EOFError:
         return
     except Exception as error:  # no memory, no compiler, no library: the table has a gap
-        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def machine() -> dict:
     """The commit, hardware with its clocks as they are now, and versions."""
-    about = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
-    cpu = re.search(r"model name\s*: (.*)", about)
+    cpu = re.search(r"model name\s*: (.*)", _cpuinfo())
     names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "timm", "peft", "numpy")
-    found = [name for name in (*names, "tensorflow") if importlib.util.find_spec(name)]
+    found = [name for name in (*names, "tensorflow", "triton") if importlib.util.find_spec(name)]
     return {
         "commit": _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"),
+        "source": _source(),
         "cpu": cpu[1].strip() if cpu else platform.processor(),
-        "cpu_mhz": [float(x) for x in re.findall(r"cpu MHz\s*: ([\d.]+)", about)],
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
-        **_gpu(),
+        **clocks(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in found},
+        **_cuda(),
     }
 
 
-def _gpu():
-    """Driver and clocks of the first NVIDIA GPU, as nvidia-smi tells them."""
+def _source():
+    """A checksum of the code, which is known without git too and tells of changes not committed."""
+    checksum, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
+    for folder in ("beit_jax", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            checksum.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return checksum.hexdigest()[:16]
+
+
+def _cuda():
+    """Versions of NVIDIA's libraries, of which JAX and PyTorch may have their own."""
+    found = importlib.metadata.distributions()
+    versions = {d.metadata["Name"]: d.version for d in found}
+    kinds = ("jax-cuda", "nvidia-cudnn", "nvidia-cublas", "nvidia-cuda-runtime")
+    return {k: v for k, v in sorted(versions.items()) if k and k.startswith(kinds)}
+
+
+def clocks() -> dict:
+    """As they are now: of the CPU in MHz, and of the first NVIDIA GPU as nvidia-smi tells them."""
+    mhz = {"cpu_mhz": [float(x) for x in re.findall(r"cpu MHz\s*: ([\d.]+)", _cpuinfo())]}
     asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
     told = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader").splitlines()
-    return dict(zip(asked.split(","), told[0].split(", "), strict=False)) if told else {}
+    return mhz | (dict(zip(asked.split(","), told[0].split(", "), strict=False)) if told else {})
+
+
+def _cpuinfo():
+    return open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
 
 
 def _output(*command):

@@ -5,6 +5,9 @@ run (`"5%"`) or examples (`"50000ex"`); `"0"` is never. `None` in `model` and `i
 the checkpoint has it, or the preset.
 """
 
+import csv
+import os
+
 from ml_collections import ConfigDict, config_dict
 
 SIZES = ("tiny", "small", "base", "large")  # presets that may be arguments
@@ -223,6 +226,26 @@ def parse_arg(arg: str | None, *allowed: str) -> str:
         available = ", ".join(allowed) or "none"
         raise ValueError(f"Unknown config argument {arg!r}; available: {available}.")
     return arg or ""
+
+
+def folder_splits(path: str | None) -> tuple[str, str, str]:
+    """What of a folder or CSV file is for training, validation and the test.
+
+    Splits of its own are kept; of train and one other, that one is the test and a tenth of train is
+    for validation. Without, pictures are split 80 % / 10 % / 10 %.
+    """
+    path, splits = os.path.expanduser(path or ""), set()
+    if path.endswith(".csv") and os.path.isfile(path):
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            splits = {row.get("split") for row in csv.DictReader(file)}
+    elif os.path.isdir(path):
+        splits = set(os.listdir(path))
+    val = next((name for name in ("val", "valid", "validation") if name in splits), None)
+    if "test" in splits and val:
+        return "train", val, "test"
+    if "test" in splits or val:
+        return "train[:90%]", "train[90%:]", "test" if "test" in splits else val
+    return "train[:80%]", "train[80%:90%]", "train[90%:]"
 
 
 def unlabelled(arg: str | None, task_name: str) -> tuple[ConfigDict, str, str]:

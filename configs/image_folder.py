@@ -10,18 +10,7 @@ hundred pictures are enough. Defaults after BEiT's own fine-tuning from a checkp
 fine-tuned before.
 """
 
-import csv
-import os
-
 from configs import common
-
-
-def _splits(path):
-    """Names of the splits that a folder or CSV file has of its own."""
-    if path.endswith(".csv") and os.path.isfile(path):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return {row.get("split") for row in csv.DictReader(file)} - {None}
-    return set(os.listdir(path)) if os.path.isdir(path) else set()
 
 
 def get_config(arg=None):
@@ -29,16 +18,7 @@ def get_config(arg=None):
     config = common.get_config()
     config.data.name = f"folder:{arg}" if arg else "folder:"
     config.pretrained = "microsoft/beit-base-patch16-224"
-    splits = _splits(os.path.expanduser(arg)) if arg else set()
-    val = next((name for name in ("val", "valid", "validation") if name in splits), None)
-    if "test" in splits or val:
-        config.data.test = "test" if "test" in splits else val
-        if "test" in splits and val:
-            config.data.train, config.data.val = "train", val
-    else:
-        config.data.train = "train[:80%]"
-        config.data.val = "train[80%:90%]"
-        config.data.test = "train[90%:]"
+    config.data.train, config.data.val, config.data.test = common.folder_splits(arg)
 
     config.batch_size = 64
     config.num_epochs = 20.0

@@ -27,7 +27,7 @@ def get_config(arg=None):
     config = common.get_config()
     config.task_name = "linear_probe"
     config.data.name = {"folder": f"folder:{path}", "imagenet2012": f"tfds:{arg}"}.get(kind, arg)
-    splits = _SPLITS.get(arg, ("train[:80%]", "train[80%:90%]", "train[90%:]"))
+    splits = _SPLITS[arg] if arg in _SPLITS else common.folder_splits(path)
     config.data.train, config.data.val, config.data.test = splits
 
     config.augment.crop = "rrc"

@@ -72,7 +72,9 @@ class Program:
 def log_level_stays():
     """What a test does not see in the log would depend on the tests before it."""
     yield
-    assert logging.getLogger().level == logging.WARNING
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.WARNING)
+    assert level == logging.WARNING
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,11 @@ def test_unknown_config_key(refuses):
     assert """Unknown config key: 'learning_rte'. Did you mean "learning_rate\"""" in message
 
 
+def test_unknown_group_of_config_keys(refuses):
+    message = refuses({"optm.learning_rate": 0.1})
+    assert message.startswith("Unknown config key: 'optm'") and '"optim"' in message
+
+
 def test_wrong_type_of_config_value(refuses):
     assert "batch_size" in refuses({"batch_size": "many"})
 
@@ -116,8 +121,9 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"batch_size": 0}, ["config.batch_size is 0"]),
         ({"batch_size": 4096}, ["config.batch_size is 4096", "400 pictures"]),
         ({"optim.learning_rate": -1.0}, ["config.optim.learning_rate is -1.0"]),
-        ({"optim.warmup": "1000ep"}, ["config.optim.warmup", "config.num_epochs"]),
+        ({"optim.warmup": "1000ep"}, ["config.optim.warmup", "make the run longer"]),
         ({"label_smoothing": 1.5}, ["config.label_smoothing is 1.5"]),
+        ({"model.attention": "cudnn"}, ["config.model.attention is 'cudnn'", "auto, xla or plain"]),
         ({"best_mode": "Max"}, ["config.best_mode is 'Max'"]),
         (
             {"best_metric": "acuracy", "data.val": "train[400:450]"},

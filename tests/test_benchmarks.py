@@ -1,15 +1,19 @@
 """What the benchmarks count, and whether the documents say what their results say."""
 
+import argparse
+import contextlib
 import json
+import os
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 from benchmarks import __main__ as steps
-from benchmarks import compiled, parts, sizes
+from benchmarks import compiled, parts, sizes, timing
 from benchmarks.timing import RESULTS
 
 ROOT = pathlib.Path(RESULTS).parents[1]
@@ -65,11 +69,12 @@ def make_row(size, kind, dtype, batch, args):
     """As of a step that nobody had the memory for."""
     return {
         **{"model": size, "kind": kind, "dtype": dtype, "batch": batch, "failed": {"ours": "no"}},
+        **{"attention": args.attention, "remat": args.remat},
         **{"images_per_second": {}, "flops_per_second": {}, "best_peer": None, "speed_ratio": None},
     }
 
 
-def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsys):
+def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     measured = []
 
     def row(*key):
@@ -79,6 +84,7 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsy
         return make_row(*key)
 
     monkeypatch.setattr(steps, "row", row)
+    monkeypatch.setattr(steps, "use", lambda device: None)
     out, resumed = tmp_path / "cpu.json", False
     monkeypatch.setattr("sys.argv", ["benchmarks", f"--out={out}", "--kinds", "training"])
     with pytest.raises(KeyboardInterrupt):
@@ -90,10 +96,48 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch, capsy
     steps.main()
     assert len(measured) == len(set(measured)) == 4
     assert json.loads(out.read_text())["rows"][:2] == first["rows"]
-    out.write_text(json.dumps(first | {"machine": {"commit": "of yesterday"}}))
-    with pytest.raises(SystemExit):
-        steps.main()
-    assert "another commit, of yesterday" in capsys.readouterr().err
+
+
+def test_a_row_takes_the_place_of_an_earlier_one():
+    args = argparse.Namespace(attention="auto", remat="none")
+    old = [make_row("A", "training", "float32", batch, args) for batch in (2, 4)]
+    content = {"runs": {}, "rows": []}
+    for row in old:
+        steps.merge(content, row, {"time": "monday"})
+    steps.merge(content, make_row("A", "training", "float32", 2, args), {"time": "tuesday"})
+    assert [(row["batch"], row["run"]) for row in content["rows"]] == [
+        (2, "tuesday"),
+        (4, "monday"),
+    ]
+    steps.merge(content, make_row("A", "training", "float32", 4, args), {"time": "tuesday"})
+    assert list(content["runs"]) == ["tuesday"]
+
+
+@pytest.mark.parametrize("theirs", [[0.7, 0.5, 0.4], [0.7, np.nan, 0.3], [0.0, 0.0, 0.0]])
+def test_a_peer_that_does_other_work_is_told(theirs):
+    own = [0.7, 0.5, 0.3]
+    steps.check("transformers eager", [x * 1.0005 for x in own], own, "float32")
+    with pytest.raises(timing.ContenderError, match="not the same work"):
+        steps.check("transformers eager", theirs, own, "float32")
+
+
+def _fails(when):
+    if when == "start":
+        raise MemoryError
+    if when == "death":
+        os._exit(1)
+    return lambda n: 1.0 if n == 1 else 1 / 0, dict
+
+
+@pytest.mark.parametrize(
+    "when, message", [("start", "MemoryError: "), ("death", "died"), ("later", "ZeroDivision")]
+)
+def test_what_became_of_a_contender(when, message):
+    with pytest.raises(timing.ContenderError, match=message) as told:
+        with contextlib.closing(timing.Contender("a peer", _fails, when)) as contender:
+            assert contender(1) == 1.0
+            contender(2)
+    assert told.value.name == "a peer"
 
 
 @pytest.mark.parametrize(

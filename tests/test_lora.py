@@ -216,6 +216,24 @@ def results_source(workdir):
     return checkpoint.read_model_info(workdir).lora["base"]
 
 
+def test_the_base_is_found_from_other_directories(
+    tmp_path, monkeypatch, picture_folder, hf_directory
+):
+    monkeypatch.chdir(hf_directory.parent)
+    workdir = tmp_path / "run"
+    finetune(workdir, picture_folder, hf_directory.name, {"total_steps": 1})
+    monkeypatch.chdir(tmp_path)
+    assert results_source(workdir) == str(hf_directory)
+    pretrained.load(str(workdir))
+    content = json.loads((workdir / "model.json").read_text())
+    content["lora"]["base"] = str(tmp_path / "moved")
+    (workdir / "model.json").write_text(json.dumps(content))
+    with pytest.raises(
+        FileNotFoundError, match="moved.*the base that the adapters in .*run belong"
+    ):
+        pretrained.load(str(workdir))
+
+
 def test_resume_is_exact(tmp_path, adapted, picture_folder, hf_directory):
     """The last checkpoint lost, the same command goes on from the one before, to the same bits."""
     again = tmp_path / "again"

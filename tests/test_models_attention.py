@@ -366,11 +366,21 @@ def test_auto_does_not_take_a_kernel_that_fails_its_trial(
     assert "Attention is computed by XLA" in caplog.text and reason in caplog.text
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--xla_gpu_deterministic_ops=true", "xla"),
+        ("--xla_dump_to=a --xla_gpu_deterministic_ops", "xla"),
+        ("--xla_gpu_exclude_nondeterministic_ops=1", "xla"),
+        ("--xla_gpu_deterministic_ops=false", "cudnn"),
+    ],
+)
 def test_auto_takes_no_kernel_that_is_not_deterministic_where_that_is_asked(
-    kernel_on_cpu, gpu, monkeypatch
+    kernel_on_cpu, gpu, monkeypatch, flags, expected
 ):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-    assert resolve() == "xla" and not kernel_on_cpu
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert resolve() == expected
+    assert bool(kernel_on_cpu) == (expected == "cudnn")
 
 
 def test_auto_tries_nothing_on_several_gpus_or_with_dropout(kernel_on_cpu, gpu, monkeypatch):

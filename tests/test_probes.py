@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from beit_jax import checkpoint, knn, pretrained, train
 from beit_jax.models import beit, features
-from configs import linear_probe
+from configs import image_folder, linear_probe
 
 SMALL = dict(
     hidden_size=16,
@@ -172,6 +172,26 @@ def test_knn_command(tmp_path, start, workdir):
     content = json.loads(out.read_text())
     assert len(content["accuracy"]) == 3 and min(content["accuracy"]) > 0.6
     assert f"layer  {content['best_layer']}" in finished.output
+
+
+def test_knn_into_no_folder(tmp_path, start, workdir):
+    out = tmp_path / "none" / "knn.json"
+    finished = start(
+        *("beit_jax.knn", "--checkpoint", workdir, "--data", "digits", "--out", out)
+    ).wait()
+    assert finished.status == 2
+    assert f"--out {out}: there is no folder" in finished.output
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_probes_see_the_pictures_of_fine_tuning(tmp_path, has_test):
+    for name in ("train", "test")[: 1 + has_test]:
+        (tmp_path / name).mkdir()
+    probe = linear_probe.get_config(f"folder={tmp_path}").data
+    tuning = image_folder.get_config(str(tmp_path)).data
+    assert probe.name == tuning.name
+    assert (probe.train, probe.val, probe.test) == (tuning.train, tuning.val, tuning.test)
+    assert probe.test == ("test" if has_test else "train[90%:]")
 
 
 def test_knn_without_labels(tmp_path, start, workdir, picture_folder):

@@ -8,12 +8,14 @@ result [B, T, H, K]; `plain` takes any leading axes, [..., T, H, K], and a bias 
 import functools
 import logging
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 MASKED = -1e9
+_DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
 TRIAL_TOLERANCE = 0.05  # bfloat16 has 8 bits
 
 
@@ -127,14 +129,14 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
 
     It is "cudnn" in bfloat16 on one GPU, where a trial of these sizes, forward and backward, gives
     the numbers of `plain`, and "xla" elsewhere; also where XLA_FLAGS ask for determinism, which the
-    kernel's gradient of a bias has not. The trial takes a few seconds, once in a process; what
-    came of it is logged.
+    kernel's gradient of a bias has not. The trial takes a few seconds, once in a process for each
+    size; what came of it is logged.
     """
     if name != "auto":
         return name
     if jax.default_backend() != "gpu" or jax.device_count() > 1 or dtype != "bfloat16":
         return "xla"
-    if "xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", ""):
+    if re.search(_DETERMINISTIC, os.environ.get("XLA_FLAGS", "")):
         return "xla"
     try:
         with jax.ensure_compile_time_eval():  # a network asks while it is traced
