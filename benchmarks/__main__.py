@@ -65,37 +65,33 @@ def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
     side, rng = architecture["image_size"], np.random.default_rng(SEED)
     image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
     target = peers.make_target(kind, architecture, batch)
-    with tempfile.TemporaryDirectory() as directory:
-        peers.transformers_model(architecture, kind).save_pretrained(directory)
-        runtime = {"attention": args.attention, "remat": args.remat}
-        mine = ("ours", ours.make_step, kind, directory, dtype, image, target, runtime)
-        facts, failed, times, ratios = {}, {}, {"ours": []}, {}
+    facts, failed, times, ratios = {}, {}, {"ours": []}, {}
+    theirs = [name for name in args.peers if peers.has(name, kind)]
+    runtime = {"attention": args.attention, "remat": args.remat}
+    with contextlib.ExitStack() as stack:
         try:
-            with contextlib.closing(Contender(*mine)) as own:
-                facts["ours"] = own.facts
-                theirs = [name for name in args.peers if peers.has(name, kind)]
-                if not theirs:
-                    times = measure({"ours": own}, args.rounds, args.seconds)
-                for name in theirs:
-                    try:
-                        made = (peers.make_step, name, kind, architecture, dtype, image, target)
-                        with contextlib.closing(Contender(name, *made)) as peer:
-                            facts[name] = peer.facts
-                            if name.startswith("transformers"):
-                                check(name, peer.facts["losses"], own.facts["losses"], dtype)
-                            pair = {"ours": own, name: peer}
-                            found = measure(pair, args.rounds, args.seconds)
-                    except ContenderError as error:
-                        if error.name == "ours":
-                            raise
-                        failed[name] = str(error)
-                        continue
-                    times["ours"] += found["ours"]
-                    times[name] = found[name]
-                    pairs = [b / a for a, b in zip(*found.values(), strict=True)]
-                    ratios[name] = [statistics.median(pairs), min(pairs), max(pairs)]
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            peers.transformers_model(architecture, kind).save_pretrained(directory)
+            mine = ("ours", ours.make_step, kind, directory, dtype, image, target, runtime)
+            own = stack.enter_context(contextlib.closing(Contender(*mine)))
+            facts["ours"] = own.facts
+            if not theirs:
+                times = measure({"ours": own}, args.rounds, args.seconds)
         except ContenderError as error:
-            failed["ours"] = str(error)
+            failed["ours"], theirs = str(error), []
+        for name in theirs:
+            made = (name, peers.make_step, name, kind, architecture, dtype, image, target)
+            try:
+                found, facts[name] = _in_turns(own, made, dtype, args)
+            except ContenderError as error:
+                failed[error.name] = str(error)
+                if error.name == "ours":
+                    break
+                continue
+            times["ours"] += found["ours"]
+            times[name] = found[name]
+            pairs = [b / a for a, b in zip(found["ours"], found[name], strict=True)]
+            ratios[name] = [statistics.median(pairs), min(pairs), max(pairs)]
     median = {name: statistics.median(t) for name, t in times.items() if t}
     best = min(ratios, key=lambda name: ratios[name][0], default=None)
     return {
@@ -116,6 +112,15 @@ def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
         "best_peer": best,
         "speed_ratio": ratios[best][0] if best else None,
     }
+
+
+def _in_turns(own, made, dtype, args):
+    """Seconds of each block of ours and of a peer that is there just for this; what it tells."""
+    name = made[0]
+    with contextlib.closing(Contender(*made)) as peer:
+        if name.startswith("transformers"):
+            check(name, peer.facts["losses"], own.facts["losses"], dtype)
+        return measure({"ours": own, name: peer}, args.rounds, args.seconds), peer.facts
 
 
 def describe(row: dict, rate: float | None) -> str:

@@ -6,9 +6,9 @@
 The compiler is given the description of the GPU, compiles the very step that `benchmarks` times,
 and tells the memory that it needs; its kernels are counted, and the bytes that each has to read
 and write. Nothing is run, so no figure is a speed. As no kernel can be timed, products are
-cuBLAS's. `at_most` is what no run exceeds whose products reach the rate below, and whose other
-kernels the bandwidth, one after the other: good for comparing options. The workspace of cuDNN's
-kernels is not in the memory.
+cuBLAS's. `at_most` is an estimate, of products at the rate below and other kernels at the bandwidth
+of the memory, one after the other: good for comparing options, but not for batches so small that
+the cache holds what they read. The workspace of cuDNN's kernels is not in the memory.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def row(device, size, kind, batch, options) -> dict:
 def table(rows: list[dict]) -> str:
     """The table of docs/step.md, in Markdown."""
     lines = [
-        "| | batch | kernels | memory, GB | beside products, MB/image | images/s at most |",
+        "| | batch | kernels | memory, GB | beside products, MB/image | images/s, estimate |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
