@@ -261,7 +261,7 @@ def _scale_by_layer_decay(layer_decay, layer_id, num_layers, params):
         return optax.identity()
     if not 0 < layer_decay < 1 or layer_id is None or num_layers is None:
         raise ValueError(
-            f"layer_decay must lie in (0, 1] and needs layer_id and num_layers of the model; got "
+            "layer_decay must lie in (0, 1] and needs layer_id and num_layers of the model; got "
             f"layer_decay={layer_decay}, {'no' if layer_id is None else 'a'} layer_id, "
             f"num_layers={num_layers}"
         )

@@ -166,7 +166,9 @@ def _train(config, workdir, mesh, stack):
 def not_finite(step, scalars, saver) -> str:
     """What to say when a step's loss or gradient is not finite."""
     last = saver.latest_step()
-    kept = f"The last good checkpoint is of step {last}" if last else "There is no checkpoint yet"
+    kept = "There is no checkpoint yet"
+    if last is not None:
+        kept = f"The last good checkpoint is of step {last}"
     return (
         f"Loss {scalars['loss']} and gradient norm {scalars['gradient_norm']} at step {step}, with "
         f"learning rate {scalars['learning_rate']:.3g}: the run stops without this update. "
