@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax.models.layers import Normed, matmul
+from beit_jax.models.layers import Folded, matmul
 from beit_jax.tasks.task import Task
 
 Flat = dict[str, Any]  # by name, such as "layer_0/attention/query/kernel"
@@ -123,7 +123,7 @@ def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, con
     path = "/".join(context.module.path)
     if context.method_name != "__call__" or f"lora/{path}/a" not in adapters:
         return out
-    if isinstance(args[0], Normed) or any(scale is not None for scale in args[1:]):
+    if isinstance(args[0], Folded) or any(scale is not None for scale in args[1:]):
         raise ValueError(f"Adapters of {path} need config.model.fold=False.")
     x, a, b = args[0], adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"]
     if rate:

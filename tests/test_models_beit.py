@@ -466,6 +466,7 @@ def test_remat_changes_memory_only(remat):
     [
         {},
         {"layer_scale_init_value": 0.0},
+        {"attention_probs_dropout_prob": 0.4},  # weights of attention that do not sum to 1
         {"use_relative_position_bias": False, "use_shared_relative_position_bias": True},
         {"head": "mim", "use_mask_token": True, "early_layers": 1, "num_hidden_layers": 2},
     ],

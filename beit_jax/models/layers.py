@@ -72,10 +72,10 @@ def _matmul_backward(residuals, gradient):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-class Normed(NamedTuple):
-    """Tokens [..., D] of zero mean and unit variance, with scale and shift [D] (or None) of their
-    norm, which the next `Dense` takes into its kernel and bias: the same numbers, and neither the
-    forward pass nor the backward one has to go over all tokens for them.
+class Folded(NamedTuple):
+    """Tokens [..., D] that have yet to be multiplied by a scale and shifted, [D] each or None,
+    which the next `Dense` takes into its kernel and bias: the same numbers, and neither the forward
+    pass nor the backward one has to go over all tokens for them.
     """
 
     x: jax.Array
@@ -86,6 +86,11 @@ class Normed(NamedTuple):
     def shape(self):
         """Of the tokens."""
         return self.x.shape
+
+
+def _unfold(x):
+    """Tokens, with the scale and shift that they have yet to get, or None."""
+    return x if isinstance(x, Folded) else Folded(x, None, None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -135,7 +140,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         shift = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         if fold:
-            return Normed(standardize(x, self.epsilon, self.dtype), scale, shift)
+            return Folded(standardize(x, self.epsilon, self.dtype), scale, shift)
         x, _ = _normalize(x, self.epsilon)
         return (x * scale + shift).astype(self.dtype)
 
@@ -149,9 +154,10 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, scale=None):
-        """Tokens [..., in], or `Normed` ones, to [..., out], and these times `scale` [out]."""
-        x, gain, shift = x if isinstance(x, Normed) else (x, None, None)
+    def __call__(self, x, scale=None, *, fold: bool = False):
+        """Tokens [..., in], or `Folded` ones, to [..., out], and these times `scale` [out]; with
+        `fold` the bias is left to the next layer."""
+        x, gain, shift = _unfold(x)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = 0.0
         if self.use_bias:
@@ -163,7 +169,10 @@ class Dense(nn.Module):
         if scale is not None:
             kernel, bias = kernel * scale, bias * scale
         x = matmul(x.astype(self.dtype), kernel)
-        if self.use_bias or shift is not None:
+        biased = self.use_bias or shift is not None
+        if fold:
+            return Folded(x.astype(self.dtype), None, bias if biased else None)
+        if biased:
             x += bias.astype(x.dtype)
         return x.astype(self.dtype)
 
@@ -281,7 +290,7 @@ class TransformerConfig:
       dtype: computation type; parameters are float32, logits too.
       attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
-      fold: whether kernels take in, while training, the scales that surround them, see `Normed`.
+      fold: whether kernels take in, while training, the scales that surround them, see `Folded`.
       drop_path_mode: "sample", or "window" that saves work, see `DropPath`.
     """
 
@@ -391,22 +400,28 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias, *, deterministic, scale=None):
-        """Tokens [B, T, D], or `Normed` ones, to [B, T, D]; `scale` [D] multiplies the result."""
+        """Tokens [B, T, D], or `Folded` ones, to [B, T, D]; `scale` [D] multiplies the result."""
         config = self.config
         batch, tokens, width = x.shape
         heads, dtype = config.num_attention_heads, jnp.dtype(config.dtype)
+        drops = bool(config.attention_probs_dropout_prob) and not deterministic
+        fold = isinstance(x, Folded) and not drops
 
-        def project(name):
+        def project(name, x, **options):
             dense = Dense(width, normal(config), name in self.biased, dtype, name=name)
-            # what all keys have in common the softmax cancels
-            seen = x._replace(shift=None) if isinstance(x, Normed) and name == "key" else x
-            return dense(seen).reshape(batch, tokens, heads, width // heads)
+            return dense(x, **options)
+
+        query = project("query", x)
+        # what all keys have in common the softmax cancels
+        key = project("key", x._replace(shift=None) if isinstance(x, Folded) else x)
+        # what all values have in common is in the result too, as the weights sum to 1
+        value, _, shift = _unfold(project("value", x, fold=fold))
 
         table = bias_table(self, config) if self.has_bias_table else None
         biased = bias is not None or self.has_bias_table
         implementation = config.resolved_attention(tokens, biased)
         kernel = attention.IMPLEMENTATIONS[implementation]
-        if config.attention_probs_dropout_prob and not deterministic:
+        if drops:
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
             kernel = functools.partial(attention.plain, dropout=dropout)
 
@@ -420,8 +435,9 @@ class Attention(nn.Module):
 
         if kernel is attention.cudnn and self.has_bias_table:  # which would keep every layer's bias
             attend = jax.checkpoint(attend, policy=attention.saves_kernel)
-        x = attend(project("query"), project("key"), project("value"), bias, table)
-        x = x.reshape(batch, tokens, width)
+        split = (z.reshape(batch, tokens, heads, -1) for z in (query, key, value))
+        x = attend(*split, bias, table).reshape(batch, tokens, width)
+        x = x if shift is None else Folded(x, None, shift)
         return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
 
 
@@ -439,7 +455,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x, scale=None):
-        """Tokens [..., D], or `Normed` ones, to [..., D]; `scale` [D] multiplies the result."""
+        """Tokens [..., D], or `Folded` ones, to [..., D]; `scale` [D] multiplies the result."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = self.width or config.intermediate_size
         hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
