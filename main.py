@@ -26,7 +26,7 @@ def parse_flags(argv):
         sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {available}")
     except (AttributeError, KeyError) as error:  # of the last name of a key, or of one before it
         unknown = error if isinstance(error, KeyError) else error.__context__
-        if not isinstance(unknown, KeyError):
+        if not isinstance(unknown, KeyError) or "ml_collections" not in raised_in(unknown).parts:
             raise
         sys.exit("Unknown config key: " + str(unknown.args[0]).replace("\n", ". "))
 
@@ -54,9 +54,13 @@ def is_told(error) -> bool:
 
     Errors that come from a library are bugs, whose traceback is wanted.
     """
-    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     ours = pathlib.Path(__file__).resolve().parent / "beit_jax"
-    return isinstance(error, OSError) or ours in raised_in.resolve().parents
+    return isinstance(error, OSError) or ours in raised_in(error).parents
+
+
+def raised_in(error) -> pathlib.Path:
+    """The file whose code raised it."""
+    return pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from rich.progress import track
 
 from beit_jax import pretrained
-from beit_jax.data import pipeline, sources, views
+from beit_jax.data import images, pipeline, sources, views
 from beit_jax.models import features, layers
 from beit_jax.predict import check_folder
 from beit_jax.tasks import classify
@@ -118,7 +118,8 @@ def main(argv=None) -> int:
             extract(start, source, batch_size=args.batch_size) for source in splits
         )
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        hint = "; --on-bad-image=skip leaves it out" * isinstance(error, images.BadImageError)
+        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
         return 2
     layers = zip(train, test, strict=True)
     found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in layers]

@@ -1,6 +1,7 @@
 """A trace of some steps, to see where their time goes."""
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -8,12 +9,15 @@ from collections.abc import Callable
 import jax
 
 
-def at_steps(steps: str, workdir: str, total_steps: int) -> dict[int, Callable[[], None]]:
+def at_steps(
+    steps: str, workdir: str, start_step: int, total_steps: int
+) -> dict[int, Callable[[], None]]:
     """What to call before which step, so that `workdir/profile` gets a trace.
 
     Args:
       steps: "10:15" traces the steps 11 to 15; "" none. The first ones compile and warm up.
       workdir: of the run. TensorBoard's profiler (xprof) and ui.perfetto.dev show what it gets.
+      start_step: from which the run goes on; steps that are done already are not traced.
       total_steps: of the run.
 
     Raises:
@@ -28,6 +32,9 @@ def at_steps(steps: str, workdir: str, total_steps: int) -> dict[int, Callable[[
             f"config.profile_steps is {steps!r}; expected FIRST:LAST, such as 10:15, with 0 < "
             f"FIRST < LAST < {total_steps}, the steps of the run."
         )
+    if first < start_step:
+        logging.warning("Nothing is traced: the run goes on from step %d.", start_step)
+        return {}
     directory = os.path.join(workdir, "profile")
     start = functools.partial(jax.profiler.start_trace, directory, create_perfetto_trace=True)
     return {first: start, last: jax.profiler.stop_trace}

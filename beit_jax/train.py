@@ -85,6 +85,8 @@ def _train(config, workdir, mesh, stack):
         )
     )
     log.parameters(state.params)
+    if start_step >= plan.total_steps:
+        log.info(f"The run is complete, with {start_step} steps; it is evaluated again.")
     evaluator = evaluate.make_evaluator(task, config, mesh)
     if "val" in splits:
         evaluate.check_best_metric(task, config, mesh, splits["val"], state)
@@ -98,7 +100,7 @@ def _train(config, workdir, mesh, stack):
     )
     train_step, facts = None, report.read_facts(workdir)
     facts["num_trainable_parameters"] = build.num_trainable(config, task, state.params)
-    trace = profiling.at_steps(config.profile_steps, workdir, plan.total_steps)
+    trace = profiling.at_steps(config.profile_steps, workdir, start_step, plan.total_steps)
     queue = collections.deque()
 
     def read(keep: int):

@@ -90,6 +90,14 @@ def test_a_bug_keeps_its_traceback(start, tmp_path, flags):
     assert "Traceback" in output and "cannot reshape array" in output
 
 
+def test_a_bug_of_a_config_file_keeps_its_traceback(start, tmp_path, flags):
+    config = tmp_path / "broken.py"
+    config.write_text("def get_config():\n    return {}['sizes']\n")
+    status, output = start("main.py", *flags(tmp_path / "run", config=config)).wait()
+    assert status == 1
+    assert "Traceback" in output and "KeyError: 'sizes'" in output
+
+
 def test_pretrained_reset_is_a_regular_expression(refuses, hf_directory):
     message = refuses({"pretrained": hf_directory, "pretrained_reset": ("classifier/(.*",)})
     assert "config.pretrained_reset: 'classifier/(.*' is no regular expression" in message
@@ -121,6 +129,8 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"batch_size": 0}, ["config.batch_size is 0"]),
         ({"batch_size": 4096}, ["config.batch_size is 4096", "400 pictures"]),
         ({"optim.learning_rate": -1.0}, ["config.optim.learning_rate is -1.0"]),
+        ({"optim.learning_rate": float("nan")}, ["config.optim.learning_rate is nan"]),
+        ({"num_epochs": float("inf")}, ["config.num_epochs is inf"]),
         ({"optim.warmup": "1000ep"}, ["config.optim.warmup", "make the run longer"]),
         ({"label_smoothing": 1.5}, ["config.label_smoothing is 1.5"]),
         ({"model.attention": "cudnn"}, ["config.model.attention is 'cudnn'", "auto, xla or plain"]),

@@ -1,6 +1,7 @@
 """What the layers of a frozen network know: features, linear probes, nearest neighbours."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def test_probes_resume(tmp_path, workdir):
 
 
 def test_untrained_probes_are_no_evaluation(tmp_path, workdir):
-    with pytest.raises(ValueError, match="has not all parameters of the task 'linear_probe'"):
+    with pytest.raises(ValueError, match="has no probe.* for the task 'linear_probe'"):
         probe(tmp_path, workdir, {"eval_only": True})
 
 
@@ -192,6 +193,17 @@ def test_probes_see_the_pictures_of_fine_tuning(tmp_path, has_test):
     assert probe.name == tuning.name
     assert (probe.train, probe.val, probe.test) == (tuning.train, tuning.val, tuning.test)
     assert probe.test == ("test" if has_test else "train[90%:]")
+
+
+def test_knn_with_a_bad_picture(tmp_path, start, workdir, picture_folder):
+    folder = shutil.copytree(picture_folder, tmp_path / "pictures")
+    (folder / "red" / "broken.png").write_bytes(b"no picture")
+    arguments = ("--checkpoint", workdir, "--data", f"folder:{folder}", "--test", "train[:6]")
+    status, output = start("beit_jax.knn", *arguments).wait()
+    assert status == 2
+    assert "broken.png" in output and "--on-bad-image=skip leaves it out" in output
+    status, output = start("beit_jax.knn", *arguments, "--on-bad-image=skip").wait()
+    assert status == 0, output
 
 
 def test_knn_without_labels(tmp_path, start, workdir, picture_folder):

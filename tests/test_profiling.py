@@ -20,4 +20,10 @@ def test_trace_of_a_run(tmp_path, train):
 @pytest.mark.parametrize("steps", ["5", "5:5", "8:5", "0:3", "5:20", "a:b", "-1:3"])
 def test_no_range_of_steps(tmp_path, steps):
     with pytest.raises(ValueError, match="config.profile_steps is .* < LAST < 20"):
-        profiling.at_steps(steps, str(tmp_path), 20)
+        profiling.at_steps(steps, str(tmp_path), 0, 20)
+
+
+def test_steps_that_are_done_are_not_traced(tmp_path, caplog):
+    assert sorted(profiling.at_steps("5:8", str(tmp_path), 5, 20)) == [5, 8]
+    assert profiling.at_steps("5:8", str(tmp_path), 6, 20) == {}  # nor is a trace ended
+    assert caplog.messages == ["Nothing is traced: the run goes on from step 6."]

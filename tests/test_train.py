@@ -240,7 +240,9 @@ def test_other_config_is_refused(tmp_path, train):
 def test_finished_run_only_evaluates(tmp_path, train, finished, capsys):
     workdir = shutil.copytree(finished[0], tmp_path / "again")
     results = train(workdir, ALL)
-    assert "Compiled" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Compiled" not in out
+    assert f"The run is complete, with {results['step']} steps" in out
     assert results["test"]["loss"] == finished[1]["test"]["loss"]
     assert report.read_metrics(workdir)[:-1] == report.read_metrics(finished[0])[:-1]
 
@@ -333,6 +335,13 @@ def test_evaluates_pretrained_only(tmp_path, train, finished):
     results = train(tmp_path, changes)
     assert results["test"]["loss"] == pytest.approx(finished[1]["test"]["loss"])
     assert not losses(tmp_path)
+
+
+def test_pretrained_of_other_classes_is_not_evaluated(tmp_path, train, finished, picture_folder):
+    data = {"data.name": f"folder:{picture_folder}", "data.train": "", "data.test": "train"}
+    changes = data | {"eval_only": True, "pretrained": str(finished[0])}
+    with pytest.raises(ValueError, match="has no classifier .* the classes that it knows"):
+        train(tmp_path, changes)
 
 
 def test_nothing_to_evaluate(tmp_path, train):
