@@ -29,7 +29,7 @@ TOKENIZER = 265.9e6  # operations of the dVAE's encoder for each token, four gro
 SIZES = {
     "cpu": {
         "ViT-tiny/4 @32": Size(_vit(192, 12, 3, 32, 4, 10), (64,), (32, 64), (64,), (64,)),
-        "BEiT-B/16 @224": Size(_vit(768, 12, 12, 224, 16, 1000), (4,), (4,)),
+        "BEiT-B/16 @224": Size(_vit(768, 12, 12, 224, 16, 1000), (4,), (4, 8)),
     },
     "gpu": {
         "BEiT-B/16 @224": Size(

@@ -158,7 +158,7 @@ def test_export_of_a_run_is_a_huggingface_model(runs, tokenizer, tmp_path):
     assert convert.load(tmp_path / "hf").architecture["head"] == "mim"
 
 
-def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs):
+def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs, capsys):
     rng = np.random.default_rng(0)
     for i in range(12):
         folder = tmp_path / "pictures" / f"a{i % 3}" / f"b{i % 2}"
@@ -173,9 +173,17 @@ def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs):
     arguments = ["--checkpoint", str(tmp_path / "run"), "--images", str(tmp_path / "pictures")]
     assert reconstruct.main([*arguments, "--out", str(out), "--max-images", "3"]) == 0
     assert Image.open(out).size[0] > 100
+    with pytest.raises(SystemExit, match="2"):
+        reconstruct.main([*arguments, "--out", str(tmp_path / "none" / "sheet.png")])
+    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    broken = [*arguments, str(tmp_path / "broken.png"), "--out", str(out)]
+    assert reconstruct.main(broken) == 2
+    assert "cannot decode" in capsys.readouterr().err
     workdir, _ = runs("data2vec")
     arguments[1] = str(workdir)
     assert reconstruct.main([*arguments, "--out", str(out)]) == 2
+    assert "predicts features, not pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["mae", "data2vec"])

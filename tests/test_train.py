@@ -317,6 +317,11 @@ def test_frozen_parameters(averaged, state_of):
             assert np.array_equal(before[name], after[name]) == is_frozen, name
 
 
+def test_loss_that_is_not_finite_before_the_first_checkpoint(tmp_path, train):
+    with pytest.raises(FloatingPointError, match="at step 2, .* There is no checkpoint yet"):
+        train(tmp_path, {"optim.learning_rate": 1e38})
+
+
 def test_evaluates_only(tmp_path, train, finished):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     os.remove(workdir / "results.json")
