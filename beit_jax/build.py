@@ -67,10 +67,10 @@ def check_numbers(config) -> None:
     """Raises ValueError where a number of the config makes no run."""
     for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
         if config[key] is not None and not 0 < config[key] < np.inf:
-            raise ValueError(f"config.{key} is {config[key]}; it must be above 0.")
+            raise ValueError(f"config.{key} is {config[key]}; expected a finite number above 0.")
     for key in ("learning_rate", "end_value", "warmup_init", "weight_decay", "clip_norm"):
-        if not 0 <= config.optim[key] < np.inf:
-            raise ValueError(f"config.optim.{key} is {config.optim[key]}; expected 0 or more.")
+        if not 0 <= (value := config.optim[key]) < np.inf:
+            raise ValueError(f"config.optim.{key} is {value}; expected a finite number from 0 up.")
     if config.best_mode not in ("max", "min"):
         raise ValueError(f"config.best_mode is {config.best_mode!r}; expected max or min.")
     for key in ("label_smoothing", "ema_decay"):

@@ -70,20 +70,31 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         raise FileNotFoundError(
             f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."
         )
+    config = config.copy_and_resolve_references()
+    if step is None:
+        config.pretrained_reset = ()  # nothing may stay untrained
     task = build.make_task(config, splits, workdir, mesh, step)
     if step is None:
         params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
         blank = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
-        params = task.start(blank)
-        if missing := {
-            path[0].key
-            for path, x in jax.tree_util.tree_leaves_with_path(params)
-            if np.isnan(x).any()
-        }:
+        try:
+            params = task.start(blank)
+        except ValueError as error:
+            error.add_note(
+                "An evaluation trains nothing, so that nothing may be left out here: evaluate on "
+                "pictures of the checkpoint's classes, or train first, in the workdir to evaluate."
+            )
+            raise
+        if any(np.isnan(x).any() for x in jax.tree.leaves(params)):
             raise ValueError(
-                f"{config.pretrained} has no {', '.join(sorted(missing))} for the task "
-                f"{config.task_name!r} and the classes of {config.data.name}: evaluate it on "
-                "pictures of the classes that it knows, or train first, in the workdir to evaluate."
+                f"{config.pretrained} has not all parameters of the task {config.task_name!r}, "
+                "and no run has trained them: train first, in the workdir to evaluate."
+            )
+        if jax.tree.leaves(model_state):
+            raise ValueError(
+                f"The task {config.task_name!r} keeps a state beside the parameters, such as a "
+                f"teacher, which is not taken from {config.pretrained}: evaluate that run in its "
+                "own workdir, without config.pretrained."
             )
         params = sharding.put(params, sharding.replicated(mesh))
     else:

@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
     model.attention = "auto"  # plain, xla, cudnn
     model.remat = "none"  # full or dots save memory for time
-    model.fold = True  # in training, kernels take in the scales of norms and layers around them
+    model.fold = True  # in training, kernels and biases take in the scales and shifts around them
     model.drop_path_mode = "sample"  # window: a fixed part of the batch, which saves work
 
     config.trainable = "all"  # head: linear probing; bias: BitFit; last-N: the last N layers

@@ -113,6 +113,16 @@ def test_a_row_takes_the_place_of_an_earlier_one():
     assert list(content["runs"]) == ["tuesday"]
 
 
+def test_the_table_shows_ours_in_the_blocks_beside_the_peer_that_it_names():
+    row = {
+        **{"model": "A", "kind": "training", "dtype": "float32", "batch": 8, "best_peer": "b"},
+        **{"ratios": {"a": [2.0], "b": [0.5]}, "speed_ratio": 0.5},
+        "seconds": {"ours": [1.0, 1.0, 4.0, 4.0], "a": [2.0, 2.0], "b": [2.0, 2.0]},
+        "images_per_second": {"ours": 3.2, "a": 4.0, "b": 4.0},
+    }
+    assert steps.table([row]).endswith("| A, training | 8 | float32 | 2.0 | 4.0 (b) | 0.50 |")
+
+
 @pytest.mark.parametrize("theirs", [[0.7, 0.5, 0.4], [0.7, np.nan, 0.3], [0.0, 0.0, 0.0]])
 def test_a_peer_that_does_other_work_is_told(theirs):
     own = [0.7, 0.5, 0.3]

@@ -133,8 +133,10 @@ def test_other_classes_get_a_new_head(tmp_path, picture_folder, hf_directory, ca
 def test_new_head_is_no_evaluation(tmp_path, picture_folder, hf_directory):
     pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
     shutil.rmtree(pictures / "red")
-    with pytest.raises(ValueError, match=r"classifier/kernel: .*, \[16, 2\] in the model"):
+    message = r"classifier/kernel: .*, \[16, 2\] in the model"
+    with pytest.raises(ValueError, match=message) as error:
         finetune(tmp_path / "run", pictures, hf_directory, {"eval_only": True})
+    assert "evaluate on pictures of the checkpoint's classes" in error.value.__notes__[0]
 
 
 def test_masked_image_modeling_checkpoint(tmp_path, picture_folder, caplog):

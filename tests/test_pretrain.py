@@ -186,6 +186,13 @@ def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs, capsys)
     assert "predicts features, not pictures" in capsys.readouterr().err
 
 
+def test_a_teacher_is_not_evaluated_from_elsewhere(tmp_path, runs):
+    workdir, _ = runs("data2vec")
+    changes = {"pretrained": str(workdir), "eval_only": True}
+    with pytest.raises(ValueError, match="keeps a state beside the parameters"):
+        loop.run(config_of("data2vec", changes), str(tmp_path))
+
+
 @pytest.mark.parametrize("objective", ["mae", "data2vec"])
 def test_a_resumed_run_is_bit_identical(objective, tmp_path, runs, state_of, monkeypatch):
     workdir, _ = runs(objective)

@@ -128,7 +128,7 @@ def test_probes_resume(tmp_path, workdir):
 
 
 def test_untrained_probes_are_no_evaluation(tmp_path, workdir):
-    with pytest.raises(ValueError, match="has no probe.* for the task 'linear_probe'"):
+    with pytest.raises(ValueError, match="has not all parameters of the task 'linear_probe'"):
         probe(tmp_path, workdir, {"eval_only": True})
 
 

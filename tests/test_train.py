@@ -342,13 +342,6 @@ def test_evaluates_pretrained_only(tmp_path, train, finished):
     assert not losses(tmp_path)
 
 
-def test_pretrained_of_other_classes_is_not_evaluated(tmp_path, train, finished, picture_folder):
-    data = {"data.name": f"folder:{picture_folder}", "data.train": "", "data.test": "train"}
-    changes = data | {"eval_only": True, "pretrained": str(finished[0])}
-    with pytest.raises(ValueError, match="has no classifier .* the classes that it knows"):
-        train(tmp_path, changes)
-
-
 def test_nothing_to_evaluate(tmp_path, train):
     with pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
         train(tmp_path / "empty", {"eval_only": True, "data.test": "test[:100]"})

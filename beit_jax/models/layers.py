@@ -79,7 +79,7 @@ class Folded(NamedTuple):
     """
 
     x: jax.Array
-    scale: jax.Array
+    scale: jax.Array | None
     shift: jax.Array | None
 
     @property
@@ -290,7 +290,8 @@ class TransformerConfig:
       dtype: computation type; parameters are float32, logits too.
       attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
-      fold: whether kernels take in, while training, the scales that surround them, see `Folded`.
+      fold: whether kernels and biases take in, while training, the scales and shifts that surround
+        them, see `Folded`.
       drop_path_mode: "sample", or "window" that saves work, see `DropPath`.
     """
 
