@@ -6,8 +6,9 @@
 Every contender gets the same architecture, uint8 pictures, labels, AdamW with clipping and number
 of threads. Each peer that `benchmarks/peers.py` lists is timed in turns with ours, forth and back,
 in blocks of steps that end with one wait for the device, while no other holds memory; its ratio is
-the median over pairs of blocks, and its speed, as ours, the median over all of its blocks. Those of
-transformers start from our weights, and their first losses or logits must be ours.
+the median over pairs of blocks, and its speed, as ours, the median over all of its blocks; the
+table shows the peer of the lowest ratio, and ours in the blocks beside it. Those of transformers
+start from our weights, and their first losses or logits must be ours.
 
 A contender that fails, for want of memory perhaps, leaves a gap. Rows are written to the JSON as
 they come, in place of earlier ones of the same kind; `--resume` keeps those of the same code.
