@@ -161,7 +161,7 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
     os.replace(part, path)
 
 
-def _load(checkpoint):
+def load_classifier(checkpoint):
     model = pretrained.load(checkpoint)
     if "classifier" not in model.params:
         raise ValueError(f"{checkpoint} is no classifier; fine-tune it first.")
@@ -194,7 +194,7 @@ def main(argv=None) -> int:
         parser.error("--top-k and --batch-size must be at least 1")
     check_folder(parser, args.out)
     try:
-        models = [_load(checkpoint) for checkpoint in args.checkpoint]
+        models = [load_classifier(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)
         top_k = min(args.top_k, len(class_names(models[0])))
         rows = predict(

@@ -111,7 +111,7 @@ class Cnn(nn.Module):
                 channels, kernel, padding="VALID", kernel_init=initial, dtype=dtype, name=name
             )(x)
             x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for index, size in enumerate(config.hidden_sizes, len(config.conv_channels)):
             x = nn.relu(Dense(size, initial, dtype=dtype, name=f"layer_{index}")(x))
         x = x.astype(jnp.float32)
