@@ -480,6 +480,7 @@ def test_command_verifies(exported, tmp_path, capsys, monkeypatch):
 
 
 def test_command_reports_a_difference(exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("beit_jax.convert.verify.check_installed", lambda: None)
     monkeypatch.setattr("beit_jax.convert.verify.max_difference", lambda *args: 2e-4)
     assert main(["from-hf", str(exported), str(tmp_path / "workdir")]) == 0
     assert main(["to-hf", str(tmp_path / "workdir"), str(tmp_path / "out"), "--verify"]) == 1

@@ -127,6 +127,7 @@ def test_positions_of_mae(grid):
     params = model.init(jax.random.key(0), random_image(model.config))["params"]
     actual = np.asarray(params["embeddings"]["position_embeddings"])
     if grid[0] == grid[1]:
+        pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         config = {**TINY, "decoder_hidden_size": 16, "decoder_num_attention_heads": 2}
         theirs = transformers.ViTMAEModel(transformers.ViTMAEConfig(**config))

@@ -146,6 +146,7 @@ def test_intermediate_fine_tuning_is_one_more_step(runs, train, tmp_path):
 
 
 def test_export_of_a_run_is_a_huggingface_model(runs, tokenizer, tmp_path):
+    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from beit_jax.convert import __main__ as command
 
