@@ -44,6 +44,7 @@ bench-gpu: setup
 	$(BIN)/python -m benchmarks.inputs --files 4096 --batches 64 --out benchmarks/results/inputs_gpu.json
 	$(BIN)/python -m benchmarks.startup --rounds 1 --out benchmarks/results/startup_gpu.json --config.preset=base \
 		--config.model.image_size=224 --config.model.patch_size=16
+	$(if $(DATA_DIR),$(BIN)/python -m benchmarks.epoch --device gpu --data_dir $(DATA_DIR))
 
 story: setup
 	$(BIN)/python -m benchmarks.story

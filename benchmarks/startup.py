@@ -7,17 +7,13 @@ give (`--config.preset=...`), first with an empty compile cache and then with th
 """
 
 import argparse
-import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
 from beit_jax.report import write_json
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import RESULTS, machine, run_main
 
 RUN = {
     "data.val": "",
@@ -33,29 +29,17 @@ SAVES = 4  # of a run
 
 def run(flags: list[str], cache: str) -> dict:
     """Seconds of one run: in all, until the first step, of compilation, and of each save."""
-    with tempfile.TemporaryDirectory() as workdir:
-        settings = RUN | {"compile_cache": cache}
-        command = [sys.executable, "main.py", "--config=configs/quickstart.py"]
-        command += [f"--config.{key}={value}" for key, value in settings.items()]
-        command += [f"--workdir={workdir}", *flags]
-        start, wall = time.perf_counter(), time.time()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        total = time.perf_counter() - start
-        with open(os.path.join(workdir, "results.json")) as file:
-            results = json.load(file)
-        with open(os.path.join(workdir, "metrics.jsonl")) as file:
-            first = json.loads(file.readline())
-        log = os.path.join(workdir, "parameters.txt")
-        return {
-            "total": total,
-            "first_numbers": first["time"] - wall,
-            "parameters": int(re.search(r"Total: ([\d,]+)", open(log).read())[1].replace(",", "")),
-            "compile": results["seconds"]["compile"],
-            "save": results["seconds"]["save"] / SAVES,
-            "step": results["seconds_per_step"],
-        }
+    settings = RUN | {"compile_cache": cache}
+    wall = time.time()
+    done = run_main("configs/quickstart.py", settings, flags)
+    return {
+        "total": done.seconds,
+        "first_numbers": done.metrics[0]["time"] - wall,
+        "parameters": done.results["num_parameters"],
+        "compile": done.results["seconds"]["compile"],
+        "save": done.results["seconds"]["save"] / SAVES,
+        "step": done.results["seconds_per_step"],
+    }
 
 
 def main():

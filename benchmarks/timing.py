@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import multiprocessing
 import os
 import pathlib
@@ -10,9 +11,15 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+
+from beit_jax import report
 
 SEED = 0
 RESULTS = os.path.join(os.path.dirname(__file__), "results")
@@ -124,6 +131,38 @@ def _serve(pipe, make, args):
         return
     except Exception as error:  # no memory, no compiler, no library: the table has a gap
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+class Run(NamedTuple):
+    """What a run of main.py left.
+
+    Attributes:
+      seconds: from start to end.
+      results: results.json.
+      metrics: the lines of metrics.jsonl.
+    """
+
+    seconds: float
+    results: dict
+    metrics: list[dict]
+
+
+def run_main(config: str, settings: dict, flags: Sequence[str] = ()) -> Run:
+    """Runs main.py in a workdir of its own, with `settings` of the config and more flags.
+
+    Raises:
+      RuntimeError: it failed; with its output.
+    """
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}"]
+        command += [f"--config.{key}={value}" for key, value in settings.items()]
+        start = time.perf_counter()
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        results = json.loads(pathlib.Path(workdir, "results.json").read_text())
+        return Run(seconds, results, report.read_metrics(workdir))
 
 
 def machine() -> dict:
