@@ -236,3 +236,8 @@ def memory_of(compiled) -> int:
     memory = compiled.memory_analysis()
     together = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return together - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def cudnn_kernels_of(compiled) -> int:
+    """How many kernels of a compiled step are cuDNN's attention, forward and backward."""
+    return (compiled.as_text() or "").count('target="__cudnn$fmha')

@@ -26,6 +26,7 @@ _DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating",
 _FACTS = (
     "num_trainable_parameters",
     "step_memory_bytes",
+    "step_cudnn_kernels",
     "images_per_second",
     "seconds_per_step",
 )

@@ -93,7 +93,7 @@ def make_step(*args, **kwargs) -> tuple[Callable[[int], float], Callable[[], dic
         return {
             "memory_bytes": build.memory_of(compiled),
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-            "cudnn_attention": compiled.as_text().count('target="__cudnn$fmha'),
+            "cudnn_attention": build.cudnn_kernels_of(compiled),
         }
 
     return run, tell

@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+from beit_jax import build
 from benchmarks import __main__ as steps
 from benchmarks import compiled, epoch, parts, sizes, timing
 from benchmarks.timing import RESULTS
@@ -36,6 +38,10 @@ ENTRY %main (x: f32[2,3], w: bf16[3,3]) -> f32[2,3] {
   ROOT %out = f32[2,3]{1,0} fusion(%z, %n), kind=kLoop, calls=%fused
 }
 """
+
+
+def test_attention_of_cudnn_is_counted():
+    assert build.cudnn_kernels_of(types.SimpleNamespace(as_text=lambda: PROGRAM)) == 1
 
 
 def results(name):

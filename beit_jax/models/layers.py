@@ -73,9 +73,10 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Folded(NamedTuple):
-    """Tokens [..., D] that have yet to be multiplied by a scale and shifted, [D] each or None,
-    which the next `Dense` takes into its kernel and bias: the same numbers, and neither the forward
-    pass nor the backward one has to go over all tokens for them.
+    """Tokens [..., D] with a scale and a shift, [D] each or None, that are still to be applied.
+
+    The next `Dense` takes them into its kernel and bias. The result is the same, and neither the
+    forward nor the backward pass goes over all tokens for them.
     """
 
     x: jax.Array
@@ -178,14 +179,14 @@ class Dense(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Adds a branch to x [B, ...], not for all samples and more of it for the others: stochastic
-    depth, arXiv:1603.09382.
+    """Adds a residual branch to x [B, ...] with stochastic depth (arXiv:1603.09382): some samples
+    skip the branch, and for the others it is scaled up so that the mean stays.
 
     Attributes:
-      rate: share of samples without the branch.
-      mode: "sample" draws for each sample. "window" leaves the same run of places in the batch out
-        in every step, and computes nothing for them: `rate` of each device's part, rounded; which
-        picture comes to which place is random anyway. Where it rounds to no place, "window" draws.
+      rate: share of samples that skip the branch.
+      mode: "sample" draws for each sample. "window" skips the same run of places in the batch in
+        every step and computes nothing for them: `rate` of each device's part, rounded; which
+        picture comes to which place is random anyway. Where that rounds to no place, it draws.
     """
 
     rate: float
@@ -218,7 +219,8 @@ class DropPath(nn.Module):
 
 
 def drop_path(config, index: int) -> DropPath:
-    """Of a branch of layer `index`: the rate grows from 0 in the first to that of the config."""
+    """For a branch of layer `index`; the rate grows linearly from 0 in the first layer to that of
+    the config in the last."""
     depth = min(index / max(config.num_hidden_layers - 1, 1), 1.0)
     return DropPath(config.drop_path_rate * depth, config.drop_path_mode)
 
@@ -521,8 +523,8 @@ def classifier(config: TransformerConfig, x, name: str = "classifier"):
 
 
 def for_inference(params, dtype: str):
-    """The parameters of a network with the kernels of attention and MLP in the type of its
-    computation, to which it would otherwise convert them in every call; same results."""
+    """The parameters with the kernels of attention and MLP already in the type of the computation,
+    to which the network would otherwise convert them in every call; the results are the same."""
     kernel = re.compile(r"(query|key|value|output|fc1|fc2)/kernel")
 
     def convert(path, x):
