@@ -161,7 +161,8 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
     os.replace(part, path)
 
 
-def load_classifier(checkpoint):
+def load_classifier(checkpoint: str) -> pretrained.Pretrained:
+    """As `pretrained.load`; raises ValueError, too, where the checkpoint has no classifier."""
     model = pretrained.load(checkpoint)
     if "classifier" not in model.params:
         raise ValueError(f"{checkpoint} is no classifier; fine-tune it first.")

@@ -41,7 +41,9 @@ def run(directory):
     return np.asarray(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("size, crop", [(None, "squash"), ((20, 28), "squash"), ((20, 28), "center")])
+@pytest.mark.parametrize(
+    "size, crop", [(None, "squash"), ((20, 28), "squash"), ((20, 28), "center")]
+)
 def test_program_gives_the_logits_of_an_evaluation(tmp_path, hf_directory, size, crop, monkeypatch):
     model = pretrained.load(str(hf_directory))
     model = model._replace(info=model.info._replace(image={**model.info.image, "crop": crop}))
