@@ -40,8 +40,8 @@ def predict(
     Raises:
       ValueError: the models tell different classes.
     """
-    names = class_names(models[0])
-    columns = [_columns(class_names(model), names, model.info) for model in models]
+    names = pretrained.class_names(models[0])
+    columns = [_columns(pretrained.class_names(model), names, model.info) for model in models]
     total, errors = 0.0, {}
     for model, column in zip(models, columns, strict=True):
         found, errors = probabilities(
@@ -63,12 +63,6 @@ def check_folder(parser, out: str) -> None:
     """Ends the program, with status 2, where the folder of the file `out` is not there."""
     if not os.path.isdir(os.path.dirname(out) or "."):
         parser.error(f"--out {out}: there is no folder {os.path.dirname(out)}")
-
-
-def class_names(model: pretrained.Pretrained) -> list[str]:
-    """The classes that a model tells; LABEL_0 and so on where they have no names."""
-    count = np.size(model.params["classifier"]["bias"])
-    return list(model.info.class_names or (f"LABEL_{i}" for i in range(count)))
 
 
 def _columns(names, wanted, info):
@@ -103,7 +97,7 @@ def probabilities(
         "pictures", "all", None, "record", root=pathlib.Path(), ids=paths, labels=None
     )
     batch_size = min(batch_size, len(paths))
-    result, errors = np.zeros((len(paths), len(class_names(start))), np.float32), {}
+    result, errors = np.zeros((len(paths), len(pretrained.class_names(start))), np.float32), {}
     with pipeline.eval_batches(
         source,
         batch_size,
@@ -161,14 +155,6 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
     os.replace(part, path)
 
 
-def load_classifier(checkpoint: str) -> pretrained.Pretrained:
-    """As `pretrained.load`; raises ValueError, too, where the checkpoint has no classifier."""
-    model = pretrained.load(checkpoint)
-    if "classifier" not in model.params:
-        raise ValueError(f"{checkpoint} is no classifier; fine-tune it first.")
-    return model
-
-
 def main(argv=None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -195,9 +181,9 @@ def main(argv=None) -> int:
         parser.error("--top-k and --batch-size must be at least 1")
     check_folder(parser, args.out)
     try:
-        models = [load_classifier(checkpoint) for checkpoint in args.checkpoint]
+        models = [pretrained.load_classifier(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)
-        top_k = min(args.top_k, len(class_names(models[0])))
+        top_k = min(args.top_k, len(pretrained.class_names(models[0])))
         rows = predict(
             models,
             paths,

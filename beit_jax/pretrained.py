@@ -49,6 +49,20 @@ def load(source: str, revision: str = "") -> Pretrained:
     return Pretrained(loaded.params, info)
 
 
+def load_classifier(source: str) -> Pretrained:
+    """As `load`; raises ValueError, too, where the model has no classifier."""
+    model = load(source)
+    if "classifier" not in model.params:
+        raise ValueError(f"{source} is no classifier; fine-tune it first.")
+    return model
+
+
+def class_names(model: Pretrained) -> list[str]:
+    """The K classes of a classifier, in order; LABEL_0 and so on where they have no names."""
+    count = np.size(model.params["classifier"]["bias"])
+    return list(model.info.class_names or (f"LABEL_{i}" for i in range(count)))
+
+
 def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
     """The model in a workdir; adapters are merged into the base that they belong to.
 

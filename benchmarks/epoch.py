@@ -1,22 +1,23 @@
-"""An epoch of CIFAR-10 that lives on the device: main.py itself, with augmentation in the step.
+"""How long an epoch of CIFAR-10 takes that lives on the device, with augmentation in the step.
 
     python -m beit_jax.data cifar10 --data_dir DATA_DIR
     python -m benchmarks.epoch --data_dir DATA_DIR               benchmarks/results/epoch_cpu.json
     python -m benchmarks.epoch --data_dir DATA_DIR --device gpu  benchmarks/results/epoch_gpu.json
 
-Trains the ViT of 8 M parameters of `configs/vit_cifar10.py:modern` (crops, flips, RandAugment,
-mixup, CutMix, erasing, averaged weights) for some steps, once for each batch size, and takes the
-speed from results.json, as any run reports it: wall time of training and input without the first
-step, compilation and saving. Further flags are those of main.py.
+main.py trains the ViT of 8 M parameters of `configs/vit_cifar10.py:modern` (crops, flips,
+RandAugment, mixup, CutMix, erasing, averaged weights) for some steps, once for each batch size. The
+speed is that of its results.json: wall time of training and input, without the first step,
+compilation and saving. An epoch is 50,000 pictures at that speed. Further flags are those of
+main.py. A batch size that fails, for want of memory perhaps, leaves a gap.
 """
 
 import argparse
 import os
 import shlex
-import sys
 
 from beit_jax.report import write_json
-from benchmarks.timing import RESULTS, SEED, machine, run_main, use
+from benchmarks.runs import run_main
+from benchmarks.timing import RESULTS, SEED, machine, use
 
 PICTURES = 50_000  # of CIFAR-10's training split
 DEFAULT = {"cpu": ((64,), 12), "gpu": ((256, 1024), 400)}  # batches and steps
@@ -29,6 +30,7 @@ SETTINGS = {
     "save_every": "100%",
     "optim.warmup": "5%",
 }
+VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS")
 
 
 def row(batch: int, steps: int, data_dir: str, flags: list[str]) -> dict:
@@ -48,7 +50,7 @@ def row(batch: int, steps: int, data_dir: str, flags: list[str]) -> dict:
 
 
 def main():
-    """Measures each batch size and writes JSON."""
+    """Measures each batch size and writes JSON after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,18 +62,27 @@ def main():
     args, flags = parser.parse_known_args()
     use(args.device)
     batches, steps = DEFAULT[args.device]
-    rows = []
-    for batch in args.batches or batches:
-        rows.append(row(batch, args.steps or steps, args.data_dir, flags))
-        found = "{images_per_second:,.1f} images/s, {seconds_per_epoch:,.2f} s an epoch"
-        print(f"batch {batch}: {found.format(**rows[-1])}", flush=True)
-    told = shlex.join(sys.argv[1:]).replace(shlex.quote(args.data_dir), "DATA_DIR")
+    batches, steps = args.batches or batches, args.steps or steps
+    command = ["python", "-m", "benchmarks.epoch", "--data_dir", "DATA_DIR", "--device"]
+    command += [args.device, "--batches", *map(str, batches), "--steps", str(steps), *flags]
     content = {
-        "command": f"python -m benchmarks.epoch {told}",
+        "command": shlex.join(command),
         "machine": machine(),
-        "rows": rows,
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "rows": [],
+        "failed": {},
     }
-    write_json(args.out or os.path.join(RESULTS, f"epoch_{args.device}.json"), content)
+    for batch in batches:
+        try:
+            found = row(batch, steps, args.data_dir, flags)
+        except RuntimeError as error:
+            content["failed"][str(batch)] = str(error)[-500:]
+            print(f"batch {batch} failed: {error}", flush=True)
+        else:
+            content["rows"].append(found)
+            speed = "{images_per_second:,.1f} images/s, {seconds_per_epoch:,.2f} s an epoch"
+            print(f"batch {batch}: {speed.format(**found)}", flush=True)
+        write_json(args.out or os.path.join(RESULTS, f"epoch_{args.device}.json"), content)
 
 
 if __name__ == "__main__":

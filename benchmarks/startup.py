@@ -13,7 +13,8 @@ import tempfile
 import time
 
 from beit_jax.report import write_json
-from benchmarks.timing import RESULTS, machine, run_main
+from benchmarks.runs import run_main
+from benchmarks.timing import RESULTS, machine
 
 RUN = {
     "data.val": "",

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
 import pathlib
@@ -11,19 +10,14 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
-
-from beit_jax import report
 
 SEED = 0
 RESULTS = os.path.join(os.path.dirname(__file__), "results")
 LIMIT = 600  # seconds that a contender may take to start, or for a block
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # that matrix products use
 _ENVIRONMENT = {
     "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
@@ -133,38 +127,6 @@ def _serve(pipe, make, args):
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-class Run(NamedTuple):
-    """What a run of main.py left.
-
-    Attributes:
-      seconds: from start to end.
-      results: results.json.
-      metrics: the lines of metrics.jsonl.
-    """
-
-    seconds: float
-    results: dict
-    metrics: list[dict]
-
-
-def run_main(config: str, settings: dict, flags: Sequence[str] = ()) -> Run:
-    """Runs main.py in a workdir of its own, with `settings` of the config and more flags.
-
-    Raises:
-      RuntimeError: it failed; with its output.
-    """
-    with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}"]
-        command += [f"--config.{key}={value}" for key, value in settings.items()]
-        start = time.perf_counter()
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - start
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        results = json.loads(pathlib.Path(workdir, "results.json").read_text())
-        return Run(seconds, results, report.read_metrics(workdir))
-
-
 def machine() -> dict:
     """The commit, hardware with its clocks as they are now, and versions."""
     cpu = re.search(r"model name\s*: (.*)", _cpuinfo())
@@ -174,6 +136,7 @@ def machine() -> dict:
         "commit": _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"),
         "source": _source(),
         "cpu": cpu[1].strip() if cpu else platform.processor(),
+        "cpu_features": [name for name in _FEATURES if re.search(rf"\b{name}\b", _cpuinfo())],
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         **clocks(),

@@ -168,6 +168,40 @@ def picture_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def random_classifier():
+    """Makes a classifier of 16 x 16 pixels and three classes that has learnt nothing."""
+    import jax
+
+    from beit_jax import checkpoint, modules, pretrained
+    from beit_jax.convert import preprocessor
+    from beit_jax.tasks import classify
+
+    def make(family="beit", **changes):
+        presets = modules.load("models", family).PRESETS
+        architecture = {**presets["digits"], "num_labels": 3, **changes}
+        names, image = ["red", "blue", "green"], preprocessor.DEFAULT
+        info = checkpoint.ModelInfo(family, "classify", architecture, names, image, None)
+        network = classify.make_model(info)
+        c = network.config
+        image = np.zeros((1, *c.image_size, c.num_channels), np.float32)
+        params = jax.jit(network.init)(jax.random.key(0), image)["params"]
+        return pretrained.Pretrained(jax.device_get(params), info)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def classifier_directory(tmp_path_factory, random_classifier):
+    """One of them in the files of HuggingFace; unlike `hf_directory` it needs no torch."""
+    from beit_jax import convert
+
+    params, info = random_classifier()
+    path = tmp_path_factory.mktemp("classifier") / "hf"
+    convert.save_hf(path, params, info.architecture, info.class_names, info.image)
+    return path
+
+
+@pytest.fixture(scope="session")
 def hf_directory(tmp_path_factory):
     """A HuggingFace directory with a random BEiT of 16 x 16 pixels and classes out of order."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

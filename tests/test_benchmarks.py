@@ -6,16 +6,14 @@ import json
 import os
 import pathlib
 import sys
-import types
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
-from beit_jax import build
 from benchmarks import __main__ as steps
-from benchmarks import compiled, epoch, parts, sizes, timing
+from benchmarks import compiled, epoch, parts, runs, sizes, timing
 from benchmarks.timing import RESULTS
 
 ROOT = pathlib.Path(RESULTS).parents[1]
@@ -38,10 +36,6 @@ ENTRY %main (x: f32[2,3], w: bf16[3,3]) -> f32[2,3] {
   ROOT %out = f32[2,3]{1,0} fusion(%z, %n), kind=kLoop, calls=%fused
 }
 """
-
-
-def test_attention_of_cudnn_is_counted():
-    assert build.cudnn_kernels_of(types.SimpleNamespace(as_text=lambda: PROGRAM)) == 1
 
 
 def results(name):
@@ -156,31 +150,38 @@ def test_what_became_of_a_contender(when, message):
     assert told.value.name == "a peer"
 
 
-def test_epoch_is_what_main_says_of_its_speed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("data_dir", ["data", "/home/me/my data"])
+def test_epoch_is_what_main_says_of_its_speed(data_dir, tmp_path, monkeypatch):
     given = []
 
     def run_main(config, settings, flags):
         given.append((config, settings, flags))
+        if settings["batch_size"] == 128:
+            raise RuntimeError("out of memory")
         results = {"images_per_second": 25_000.0, "num_parameters": 8, "step_memory_bytes": 9}
-        return timing.Run(1.0, results | {"seconds": {"step": 2.0}}, [])
+        return runs.Run(1.0, results | {"seconds": {"step": 2.0}}, [])
 
     monkeypatch.setattr(epoch, "run_main", run_main)
     monkeypatch.setattr(epoch, "use", lambda device: None)
-    out, data_dir = tmp_path / "epoch.json", str(tmp_path / "my data")
-    flags = ["--data_dir", data_dir, "--batches", "32", "64", f"--out={out}", "--config.x=1"]
+    out = tmp_path / "epoch.json"
+    flags = [f"--data_dir={data_dir}", "--batches", "32", "128", "64", f"--out={out}", "--x=1"]
     monkeypatch.setattr("sys.argv", ["epoch", *flags])
     epoch.main()
     found = json.loads(out.read_text())
     assert [(row["batch"], row["seconds_per_epoch"]) for row in found["rows"]] == [(32, 2), (64, 2)]
-    assert data_dir not in found["command"] and "--data_dir DATA_DIR --batches" in found["command"]
-    assert [settings["batch_size"] for _, settings, _ in given] == [32, 64]
+    assert found["failed"] == {"128": "out of memory"}
+    assert found["command"] == (
+        "python -m benchmarks.epoch --data_dir DATA_DIR --device cpu --batches 32 128 64 "
+        "--steps 12 --x=1"
+    )
     assert all(settings["data.data_dir"] == data_dir for _, settings, _ in given)
-    assert all(config.endswith(":modern") and more == flags[-1:] for config, _, more in given)
+    assert all(config.endswith(":modern") and more == ["--x=1"] for config, _, more in given)
 
 
-def test_a_run_of_main_that_fails_tells_why():
+def test_a_run_of_main_that_fails_tells_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match="no_such_key"):
-        timing.run_main("configs/quickstart.py", {"no_such_key": 1})
+        runs.run_main("configs/quickstart.py", {"no_such_key": 1})
 
 
 @pytest.mark.parametrize(

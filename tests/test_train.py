@@ -7,13 +7,14 @@ import random
 import shutil
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
 from flax import traverse_util
 from scipy import special
 
-from beit_jax import checkpoint, report
+from beit_jax import build, checkpoint, report
 from beit_jax.data import sources
 from beit_jax.tasks import classify
 from beit_jax.train import catch_signals
@@ -347,3 +348,10 @@ def test_nothing_to_evaluate(tmp_path, train):
         train(tmp_path / "empty", {"eval_only": True, "data.test": "test[:100]"})
     with pytest.raises(ValueError, match="data.val and config.data.test are empty"):
         train(tmp_path / "other", {"eval_only": True})
+
+
+def test_kernels_of_cudnn_are_counted():
+    line = '%a = (bf16[2], u8[0]) custom-call(%y), custom_call_target="__cudnn$fmhaSoftmax"\n'
+    for text, count in ((2 * line, 2), ("", 0), (None, 0)):
+        compiled = types.SimpleNamespace(as_text=lambda text=text: text)
+        assert build.cudnn_kernels_of(compiled) == count
