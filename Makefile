@@ -58,6 +58,7 @@ $(VENV)/.done: requirements.txt requirements-cpu.txt
 	$(BIN)/python -m pip install -q --upgrade pip
 	sed 's/cuda12/$(CUDA)/' $(REQUIREMENTS) > .requirements.txt
 	$(BIN)/python -m pip install -q -r .requirements.txt pytest pytest-cov pytest-xdist
+	$(BIN)/python -m pip install -qq --no-deps -e .
 	touch $@
 
 lint:

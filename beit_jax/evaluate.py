@@ -133,7 +133,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
             if task.choose and name == "test" and "val" in results:
                 metrics = task.choose(results["val"], metrics)
             results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
-            log.metrics_table(f"{name} ({config.data[name]})", scalars_of(metrics))
+            log.metrics_table(f"{name} ({splits[name].source.split})", scalars_of(metrics))
             if name == "test" or "test" not in splits:
                 task.draw(workdir, metrics, outputs, splits[name], params, model_state)
     if "test" in results:
@@ -141,7 +141,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
         log.scalars(step, scalars, show=False)
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
     results["num_skipped"] = len(pipeline.SKIPPED)
-    results["seconds"] = log.times()
+    results["seconds"] = facts.get("seconds") or log.times()
     report.write_json(os.path.join(workdir, "results.json"), results)
     return results
 

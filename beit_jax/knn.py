@@ -94,10 +94,10 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--data", required=True, help="digits, cifar10, tfds:NAME, folder:PATH")
     parser.add_argument("--data-dir", help="of tfds")
-    parser.add_argument("--train", default="train", help="split of the neighbours")
-    parser.add_argument("--test", default="test", help="split that is classified")
+    parser.add_argument("--train", default="train", help="split of the neighbours (default: train)")
+    parser.add_argument("--test", default="test", help="split that is classified (default: test)")
     parser.add_argument("--on-bad-image", choices=["error", "skip"], default="error")
-    parser.add_argument("--k", type=int, default=20, help="number of neighbours")
+    parser.add_argument("--k", type=int, default=20, help="number of neighbours (default: 20)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args(argv)
@@ -117,6 +117,8 @@ def main(argv=None) -> int:
         (train, train_labels), (test, test_labels) = (
             extract(start, source, batch_size=args.batch_size) for source in splits
         )
+        if args.k > len(train_labels):
+            raise ValueError(f"--k is {args.k}, and {args.train} has {len(train_labels)} pictures.")
     except (OSError, ValueError, RuntimeError) as error:
         hint = "; --on-bad-image=skip leaves it out" * isinstance(error, images.BadImageError)
         print(f"{parser.prog}: {error}{hint}", file=sys.stderr)

@@ -82,7 +82,10 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
     try:
         start = load(info.lora["base"], info.lora.get("revision", ""))
     except FileNotFoundError as error:
-        message = f"{error} (the base that the adapters in {workdir} belong to)"
+        message = (
+            f"{error}. It is the base that the adapters in {workdir} belong to: put it back there; "
+            "`convert to-hf` makes a model of both that needs no base."
+        )
         raise FileNotFoundError(message) from error
     base = blank_filled(start, info, info.lora["resize_method"])
     return Pretrained(lora.merge(params, base, info.lora), info._replace(lora=None))

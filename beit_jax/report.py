@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ _FACTS = (
     "step_cudnn_kernels",
     "images_per_second",
     "seconds_per_step",
+    "seconds",
 )
 _HEADLINES = ("loss", "accuracy", "top5_accuracy")  # of an evaluation, for the console
 
@@ -302,7 +303,7 @@ class _Events:
         self._writer.close()
 
 
-def read_facts(workdir: str | os.PathLike) -> dict[str, float | None]:
+def read_facts(workdir: str | os.PathLike) -> dict[str, Any]:
     """What an earlier results.json says of the training itself; None where nothing is known."""
     try:
         with open(os.path.join(workdir, "results.json")) as file:

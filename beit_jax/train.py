@@ -154,6 +154,8 @@ def _train(config, workdir, mesh, stack):
         return None
     with log.timer("save"):
         saver.wait()
+    if step > start_step:
+        facts["seconds"] = None  # those of this start; without a step the earlier ones stay
     params, model_state, best = state.eval_params, state.model_state, saver.best_step()
     if best not in (None, step):
         log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")

@@ -245,7 +245,15 @@ def test_finished_run_only_evaluates(tmp_path, train, finished, capsys):
     assert "Compiled" not in out
     assert f"The run is complete, with {results['step']} steps" in out
     assert results["test"]["loss"] == finished[1]["test"]["loss"]
+    assert results["seconds"] == finished[1]["seconds"] and results["seconds"]["step"] > 0
     assert report.read_metrics(workdir)[:-1] == report.read_metrics(finished[0])[:-1]
+
+
+def test_validation_on_a_fold(tmp_path, train, capsys):
+    changes = {"data.train": "train[:80]", "data.folds": 4, "data.fold": 1, "total_steps": 1}
+    results = train(tmp_path, changes)
+    assert results["val"]["count"] == 20
+    assert "val (train[:80], fold 1 of 4)" in capsys.readouterr().out
 
 
 def test_loss_that_is_not_finite(tmp_path, start, flags, state_of):

@@ -137,8 +137,8 @@ def _check_replaceable(dst: Path) -> None:
     exported = {MANIFEST, *_digests(dst)}
     if foreign := sorted({path.name for path in dst.iterdir()} - exported):
         raise FileExistsError(
-            f"{dst} is not an earlier export, it holds {', '.join(foreign[:5])}: name a new "
-            "directory, or empty it"
+            f"{dst} is there already and holds {', '.join(foreign[:5])}: name a new directory, or "
+            "empty it"
         )
 
 

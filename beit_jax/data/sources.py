@@ -343,7 +343,7 @@ def get_source(
         return _tfds(rest or name, split, data_dir, **keys, **common)
     raise ValueError(
         f"no data set {name!r}; available: {', '.join(NAMES)}. Any data set of TFDS is tfds:NAME, "
-        "any folder or CSV list of pictures is folder:PATH"
+        "any folder or CSV list of pictures is folder:PATH (--config=configs/image_folder.py:PATH)"
     )
 
 

@@ -41,7 +41,8 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     if class_names is None:
         raise ValueError(
             f"Classification needs labels, which {config.data.name} does not have, or "
-            "config.data.labelled leaves out."
+            "config.data.labelled leaves out: put the pictures in one folder for each class, or "
+            "list them with their labels in a CSV file."
         )
     if len(class_names) < 2:
         raise ValueError(
