@@ -343,8 +343,9 @@ def test_info_meets_bad_headers(tmp_path):
     (tmp_path / "cat" / "001.png").write_bytes(b"nothing")
     skipping = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
     assert skipping.info.image_shape == (4, 6, 3)
-    with pytest.raises(images.BadImageError, match="001.png"):
+    with pytest.raises(images.BadImageError, match="001.png") as error:
         sources.get_source(f"folder:{tmp_path}").info  # noqa: B018
+    assert "--config.data.on_bad_image=skip" in error.value.__notes__[0]
 
 
 def test_sources_can_be_pickled_and_iterated(tmp_path):

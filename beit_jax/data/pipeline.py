@@ -276,12 +276,7 @@ def _decode(source, index, record, transform, bad_images) -> tuple[Any, int | No
     try:
         return source.decode(index, record, transform)
     except images.BadImageError as error:
-        if source.on_bad_image == "error":
-            error.add_note(
-                "--config.data.on_bad_image=skip goes on without such pictures; "
-                f"`python -m beit_jax.data {source.name} --check` lists all of them."
-            )
-            raise
+        source.refuse(error)
         bad_images[error.name] = error.reason
         if source.on_bad_image == "skip" and error.name not in SKIPPED:
             SKIPPED.add(error.name)

@@ -107,6 +107,15 @@ class Source:
         with images.naming(lambda: self.id(index)):
             return transform(images.open_image(record.image)), label
 
+    def refuse(self, error: images.BadImageError) -> None:
+        """Raises the error of a picture, with what to do about it, unless such are left out."""
+        if self.on_bad_image == "error":
+            error.add_note(
+                "--config.data.on_bad_image=skip goes on without such pictures; "
+                f"`python -m beit_jax.data {self.name} --check` lists all of them."
+            )
+            raise error
+
     @functools.cached_property
     def info(self) -> SourceInfo:
         """For a folder this looks at every file's size, and at headers until two sizes differ."""
@@ -182,9 +191,8 @@ class FileSource(Source):
             try:
                 with images.naming(lambda index=index: self.id(index)):
                     height, width = images.read_size(self._root / self._ids[index])
-            except images.BadImageError:
-                if self.on_bad_image == "error":
-                    raise
+            except images.BadImageError as error:
+                self.refuse(error)
                 continue
             if shape not in (None, (height, width, 3)):
                 return None
