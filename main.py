@@ -45,6 +45,7 @@ def main(argv):
     except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
         if not is_told(error):
             raise
+        # Grain and JAX add notes on tracebacks, which are not shown
         notes = "\n".join(x for x in getattr(error, "__notes__", ()) if not x.startswith("---"))
         sys.exit(f"{type(error).__name__}: {error}\n{notes}".rstrip())
 

@@ -63,12 +63,12 @@ def make_classifier(
     return logits, (*(size or network.config.image_size), network.config.num_channels)
 
 
-def serialize(function: Callable, shape: tuple[int, int, int], platforms=PLATFORMS) -> bytes:
+def serialize(function: Callable, shape: tuple[int, int, int], platforms=PLATFORMS) -> bytearray:
     """A jitted function of uint8 pictures [N, *shape], for any N, as a program of StableHLO."""
     (number,) = jax_export.symbolic_shape("n")
     image = jax.ShapeDtypeStruct((number, *shape), np.uint8)
     with _without_source_paths():
-        return bytes(jax_export.export(function, platforms=platforms)(image).serialize())
+        return jax_export.export(function, platforms=platforms)(image).serialize()
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def _without_source_paths():
 
 
 def difference(
-    program: bytes, model: pretrained.Pretrained, shape: tuple[int, int, int], *, resized: bool
+    program: bytearray, model: pretrained.Pretrained, shape: tuple[int, int, int], *, resized: bool
 ) -> float:
     """How far the program's logits are from the network's in float32, as a share of the largest.
 
@@ -104,7 +104,7 @@ def difference(
     largest = float(np.abs(expected).max())
     if not np.isfinite(largest):
         raise ValueError("The network's own logits are not finite: train it again, or look for NaN")
-    found = jax_export.deserialize(bytearray(program)).call(image)
+    found = jax_export.deserialize(program).call(image)
     return float(np.abs(found - expected).max()) / (largest or 1.0)
 
 

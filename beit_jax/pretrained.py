@@ -83,8 +83,8 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
         start = load(info.lora["base"], info.lora.get("revision", ""))
     except FileNotFoundError as error:
         message = (
-            f"{error}. It is the base that the adapters in {workdir} belong to: put it back there; "
-            "`convert to-hf` makes a model of both that needs no base."
+            f"{error}. It is the base that the adapters in {workdir} belong to: put it back there. "
+            "Then `convert to-hf` makes a model of both that needs no base."
         )
         raise FileNotFoundError(message) from error
     base = blank_filled(start, info, info.lora["resize_method"])

@@ -36,6 +36,7 @@ from benchmarks.timing import (
     Contender,
     ContenderError,
     clocks,
+    environment,
     machine,
     measure,
     use,
@@ -191,14 +192,13 @@ def main():
     if os.path.exists(out):
         with open(out) as file:
             content = json.load(file)
-    variables = ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
     rate = peers.matmul_rate(torch.bfloat16, 8192, 20) if args.device == "gpu" else None
     run = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "seed": SEED,
         "machine": machine(),
-        "environment": {key: os.environ.get(key) for key in variables},
+        "environment": environment(),
         "matmul_flops_per_second": rate,
     }
     done = {

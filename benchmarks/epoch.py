@@ -17,7 +17,7 @@ import shlex
 
 from beit_jax.report import write_json
 from benchmarks.runs import run_main
-from benchmarks.timing import RESULTS, SEED, machine, use
+from benchmarks.timing import RESULTS, SEED, environment, machine, use
 
 PICTURES = 50_000  # of CIFAR-10's training split
 DEFAULT = {"cpu": ((64,), 12), "gpu": ((256, 1024), 400)}  # batches and steps
@@ -30,7 +30,6 @@ SETTINGS = {
     "save_every": "100%",
     "optim.warmup": "5%",
 }
-VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS")
 
 
 def row(batch: int, steps: int, data_dir: str, flags: list[str]) -> dict:
@@ -68,7 +67,7 @@ def main():
     content = {
         "command": shlex.join(command),
         "machine": machine(),
-        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "environment": environment(),
         "rows": [],
         "failed": {},
     }

@@ -127,6 +127,12 @@ def _serve(pipe, make, args):
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
+def environment() -> dict:
+    """Variables that change what is measured; None where they are not set."""
+    names = ("GLIBC_TUNABLES", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    return {name: os.environ.get(name) for name in names}
+
+
 def machine() -> dict:
     """The commit, hardware with its clocks as they are now, and versions."""
     cpu = re.search(r"model name\s*: (.*)", _cpuinfo())
