@@ -14,7 +14,7 @@ crops and resizes them as an evaluation does. The JSON also has the class names.
 
 Before anything is written the program is read back and compared with the network in float32, on
 this machine; the other platforms are not tried. A difference makes the exit status 1, bad input 2.
-Writing takes about 12 times the memory of the weights.
+Writing takes 10 to 12 times the memory of the weights.
 """
 
 import argparse
