@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from beit_jax import build
+from beit_jax import build, sharding
 from beit_jax.report import write_json
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES, flops, title
@@ -58,12 +58,13 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
-ROWS = [  # size, kind, batch, options of config.model
+ROWS = [  # size, kind, batch of a GPU, options: of config.model, and the number of GPUs
     ("BEiT-B/16 @224", "training", 256, {}),
     ("BEiT-B/16 @224", "training", 256, {"fold": False}),
     ("BEiT-B/16 @224", "training", 256, {"attention": "xla"}),
     ("BEiT-B/16 @224", "training", 256, {"remat": "dots"}),
     ("BEiT-B/16 @224", "training", 256, {"remat": "full"}),
+    ("BEiT-B/16 @224", "training", 256, {"gpus": 8}),
     ("BEiT-B/16 @224", "mim, tokenizer", 128, {}),
     ("BEiT-B/16 @224", "inference", 512, {}),
     ("BEiT-B/16 @224", "inference", 1, {}),
@@ -117,29 +118,44 @@ def _size(shape):
     )
 
 
-def compile_for(device: jax.sharding.Sharding, size, kind, batch, options):
-    """The compiled step of a row."""
+def make_mesh(gpus: int) -> jax.sharding.Mesh:
+    """GPUs of one machine, as `sharding.make_mesh` makes it of those that are there."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200, topology=f"1x1x{gpus}"
+    )
+    return topologies.make_mesh(topology, (gpus,), ("data",))
+
+
+def compile_for(size, kind, batch, options):
+    """The compiled step of a row, as one GPU runs it."""
     architecture = SIZES["gpu"][size].architecture
     side = architecture["image_size"]
     runtime = {"attention": "cudnn", "remat": "none"} | options
     dtype = runtime.pop("dtype", "bfloat16")
+    mesh = make_mesh(runtime.pop("gpus", 1))
+    batch *= mesh.size
     image = np.zeros((batch, side, side, 3), np.uint8)
     target = peers.make_target(kind, architecture, batch)
     with tempfile.TemporaryDirectory() as directory:
         peers.transformers_model(architecture, kind).save_pretrained(directory)
         program = ours.make_program(kind, directory, dtype, image, target, runtime)
-    args = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype), sharding=device
-        ),
-        program.args,
-    )
+
+    def describe(tree, place):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype), sharding=place
+            ),
+            tree,
+        )
+
+    *held, pictures = program.args
+    args = (*describe(held, sharding.replicated(mesh)), describe(pictures, sharding.split(mesh)))
     return program.function.trace(*args).lower(lowering_platforms=("cuda",)).compile()
 
 
-def row(device, size, kind, batch, options) -> dict:
-    """What one step needs."""
-    compiled = compile_for(device, size, kind, batch, options)
+def row(size, kind, batch, options) -> dict:
+    """What one step needs, of each GPU."""
+    compiled = compile_for(size, kind, batch, options)
     found, architecture = traffic(compiled.as_text()), SIZES["gpu"][size].architecture
     operations = flops(architecture, kind) * batch
     if options.get("remat") == "full":
@@ -177,7 +193,7 @@ def table(rows: list[dict]) -> str:
 
 def _option(item):
     name, value = item
-    names = {"fold": "not folded", "dtype": value}
+    names = {"fold": "not folded", "dtype": value, "gpus": f"each of {value} GPUs"}
     return names.get(name, f"{name} {value}")
 
 
@@ -190,13 +206,10 @@ def main():
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = FLAGS
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which ask the driver
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("device",))
-    device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = []
     with unittest.mock.patch.object(jax, "default_backend", lambda: "gpu"):
         for settings in ROWS:
-            rows.append(row(device, *settings))
+            rows.append(row(*settings))
             print(table(rows).splitlines()[-1], flush=True)
     content = {
         "command": shlex.join(["python", "-m", "benchmarks.compiled", *sys.argv[1:]]),

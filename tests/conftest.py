@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import subprocess
 import sys
 import tempfile
 from multiprocessing import forkserver
@@ -75,6 +76,23 @@ def log_level_stays():
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.WARNING)
     assert level == logging.WARNING
+
+
+@pytest.fixture
+def run_python():
+    """run_python(code, *arguments, **environment) -> a finished interpreter, on CPU devices."""
+
+    def run(code, *args, **env):
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, args)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

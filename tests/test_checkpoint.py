@@ -85,17 +85,6 @@ def listing(workdir):
     return sorted(os.listdir(pathlib.Path(workdir, "checkpoints")))
 
 
-def run_python(code, *args, **env):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 # ---------------------------------------------------------------------------- round trips
 
 
@@ -211,7 +200,7 @@ for saved, restored in ((1, 2), (2, 1), (2, 2)):
 """
 
 
-def test_restore_onto_two_devices_and_back(tmp_path):
+def test_restore_onto_two_devices_and_back(run_python, tmp_path):
     result = run_python(SHARDING, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert result.stdout == "1 2\n2 1\n2 2\n", result.stderr
 
@@ -542,7 +531,7 @@ with Checkpointer(sys.argv[1]) as saver:
 """
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(run_python, tmp_path):
     result = run_python(DISK_FULL, tmp_path)
     lines = result.stdout.splitlines()
     assert [line.split(" Saving")[0] for line in lines] == [

@@ -383,12 +383,33 @@ def test_auto_takes_no_kernel_that_is_not_deterministic_where_that_is_asked(
     assert bool(kernel_on_cpu) == (expected == "cudnn")
 
 
-def test_auto_tries_nothing_on_several_gpus_or_with_dropout(kernel_on_cpu, gpu, monkeypatch):
+def test_auto_tries_nothing_with_dropout(kernel_on_cpu, gpu):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
     model = beit.Model(**sizes, attention_probs_dropout_prob=0.1, dtype="bfloat16")
-    assert model.config.resolved_attention(17, biased=True) == "xla"
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert resolve() == "xla" and not kernel_on_cpu
+    assert model.config.resolved_attention(17, biased=True) == "xla" and not kernel_on_cpu
+
+
+ON_TWO_DEVICES = """
+import jax
+from beit_jax.models import attention
+
+attend, places = jax.nn.dot_product_attention, []
+
+def kernel(query, key, value, *, scale, implementation, **masks):
+    jax.debug.inspect_array_sharding(query, callback=places.append)
+    return attend(query, key, value, scale=scale, implementation="xla", **masks)
+
+jax.nn.dot_product_attention = kernel
+jax.default_backend = lambda: "gpu"
+for biased in (True, False):
+    print(attention.resolve("auto", "bfloat16", 17, 8, biased))
+print(*(place.shard_shape((4, 24, 2, 8)) for place in places))
+"""
+
+
+def test_auto_tries_several_gpus_together(run_python):
+    result = run_python(ON_TWO_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert result.stdout == "cudnn\ncudnn\n(2, 24, 2, 8) (2, 24, 2, 8)\n", result.stderr
 
 
 @pytest.mark.parametrize("family", [beit, vit])

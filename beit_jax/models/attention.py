@@ -13,6 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MASKED = -1e9
 _DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
@@ -127,14 +128,15 @@ IMPLEMENTATIONS = {"plain": plain, "xla": xla, "cudnn": cudnn}
 def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> str:
     """What "auto" stands for; other names stay.
 
-    It is "cudnn" in bfloat16 on one GPU, where a trial of these sizes, forward and backward, gives
-    the numbers of `plain`, and "xla" elsewhere; also where XLA_FLAGS ask for determinism, which the
+    It is "cudnn" in bfloat16 on GPUs where a trial of these sizes, forward and backward, gives the
+    numbers of `plain`, and "xla" elsewhere; also where XLA_FLAGS ask for determinism, which the
     kernel's gradient of a bias has not. The trial takes a few seconds, once in a process for each
-    size; what came of it is logged.
+    size, and splits a batch over the GPUs of the process, as a step does; what came of it is
+    logged.
     """
     if name != "auto":
         return name
-    if jax.default_backend() != "gpu" or jax.device_count() > 1 or dtype != "bfloat16":
+    if jax.default_backend() != "gpu" or dtype != "bfloat16":
         return "xla"
     if re.search(_DETERMINISTIC, os.environ.get("XLA_FLAGS", "")):
         return "xla"
@@ -157,11 +159,14 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
 def _trial(tokens, head_dim, biased):
     """How far `cudnn` in bfloat16 is from `plain` in float32, in its output and gradients, of the
     largest number of each. All logits are low: padding that is not masked would outweigh them."""
-    rng = np.random.default_rng(0)
-    arrays = rng.standard_normal((4, 2, tokens, 2, head_dim))
+    rng, devices = np.random.default_rng(0), jax.local_devices()
+    arrays = rng.standard_normal((4, 2 * len(devices), tokens, 2, head_dim))
     arrays += np.reshape([1, -1, 0, 0], (4, 1, 1, 1, 1))  # query, key, value, gradient
-    *inputs, gradient = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
-    bias = jnp.asarray(rng.standard_normal((2, tokens, tokens)), jnp.float32)
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+    *inputs, gradient = jax.device_put(list(arrays.astype(jnp.bfloat16)), split)
+    bias = rng.standard_normal((2, tokens, tokens)).astype(np.float32)
+    bias = jax.device_put(bias, everywhere)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def results(attend, dtype):

@@ -22,6 +22,7 @@ from beit_jax.models.layers import (
     layer_id,
     norm,
     normal,
+    spread,
 )
 from beit_jax.models.position import (
     relative_position_bias,
@@ -141,7 +142,7 @@ class Layer(nn.Module):
                 x = module(x, scale=scale)
             else:  # apart from the kernel, to whose result adapters add theirs
                 x = module(x)
-                x *= scale.astype(x.dtype)
+                x *= spread(scale, x.shape, x.dtype)
             return dropout(x, deterministic=deterministic)
 
         for i, (module, name) in enumerate([(attend, "before"), (mlp, "after")], start=1):
@@ -185,18 +186,18 @@ class Embeddings(nn.Module):
         x = PatchEmbeddings(config, name="patch_embeddings")(image)
         batch, patches, width = x.shape
         if config.use_mask_token:
-            mask_token = self.param("mask_token", normal(config), (1, 1, width)).astype(x.dtype)
+            mask_token = self.param("mask_token", normal(config), (1, 1, width))
         if bool_masked_pos is not None:
             layers.expect(
                 config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True"
             )
             masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
-            x = jnp.where(masked, mask_token, x)
-        class_token = self.param("cls_token", normal(config), (1, 1, width)).astype(x.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, width)), x], axis=1)
+            x = jnp.where(masked, spread(mask_token, x.shape, x.dtype), x)
+        class_token = self.param("cls_token", normal(config), (1, 1, width))
+        x = jnp.concatenate([spread(class_token, (batch, 1, width), x.dtype), x], axis=1)
         if config.use_absolute_position_embeddings:
             shape = (1, 1 + patches, width)
-            x += self.param("position_embeddings", normal(config), shape).astype(x.dtype)
+            x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
         if visible_index is not None:
             x = jnp.concatenate([x[:, :1], _gather(x[:, 1:], visible_index)], axis=1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)

@@ -104,12 +104,9 @@ class Cnn(nn.Module):
         layers.check_image(config, image)
         dtype = jnp.dtype(config.dtype)
         x = image.astype(dtype)
-        kernel = (config.kernel_size, config.kernel_size)
         for index, channels in enumerate(config.conv_channels):
             name = f"layer_{index}"
-            x = nn.Conv(
-                channels, kernel, padding="VALID", kernel_init=initial, dtype=dtype, name=name
-            )(x)
+            x = layers.Conv(channels, config.kernel_size, "VALID", initial, dtype, name=name)(x)
             x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
         for index, size in enumerate(config.hidden_sizes, len(config.conv_channels)):

@@ -72,6 +72,32 @@ def _matmul_backward(residuals, gradient):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """A float32 parameter in `dtype`, broadcast to `shape`; its gradient is summed in float32.
+
+    Left to JAX that sum is one in `dtype`, and an H100 does add bfloat16 in bfloat16, where the sum
+    over a batch of tokens is soon too large to be changed by one more.
+    """
+    return jnp.broadcast_to(parameter.astype(dtype), shape)
+
+
+def _spread_forward(parameter, shape, dtype):
+    return spread(parameter, shape, dtype), parameter
+
+
+def _spread_backward(shape, dtype, parameter, gradient):
+    if dtype == jnp.bfloat16:
+        # By its bits: where XLA sees a conversion back, it keeps float32 in memory in the first
+        # place, for all that reads the gradient.
+        bits = lax.bitcast_convert_type(gradient, jnp.uint16).astype(jnp.uint32) << 16
+        gradient = lax.bitcast_convert_type(bits, jnp.float32)
+    return jax.linear_transpose(lambda p: jnp.broadcast_to(p, shape), parameter)(gradient)
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
 class Folded(NamedTuple):
     """Tokens [..., D] with a scale and a shift, [D] each or None, that are still to be applied.
 
@@ -174,8 +200,30 @@ class Dense(nn.Module):
         if fold:
             return Folded(x.astype(self.dtype), None, bias if biased else None)
         if biased:
-            x += bias.astype(x.dtype)
+            x += spread(bias, x.shape, x.dtype)
         return x.astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A convolution [B, H, W, C] -> [B, H', W', features] over float32 parameters, in `dtype`; as
+    `linen.Conv`, but for how its bias learns, see `spread`."""
+
+    features: int
+    size: int
+    padding: str
+    kernel_init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(
+            x.astype(self.dtype), kernel, (1, 1), self.padding, dimension_numbers=layout
+        )
+        return x + spread(bias, x.shape, self.dtype)
 
 
 class DropPath(nn.Module):
@@ -498,7 +546,7 @@ class PatchEmbeddings(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (width,))
         dtype = jnp.dtype(config.dtype)
         x = matmul(patchify(image, size).astype(dtype), kernel.reshape(-1, width))
-        return (x + bias.astype(x.dtype)).astype(dtype)
+        return (x + spread(bias, x.shape, x.dtype)).astype(dtype)
 
 
 def check_image(config, image):

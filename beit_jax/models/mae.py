@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models.beit import BeitConfig, Layer
-from beit_jax.models.layers import Dense
+from beit_jax.models.layers import Dense, spread
 from beit_jax.models.position import sincos_position_embeddings
 
 
@@ -23,8 +23,8 @@ class Decoder(nn.Module):
         normal, dtype = nn.initializers.truncated_normal(0.02), jnp.dtype(config.dtype)
         width, patches = config.hidden_size, config.grid[0] * config.grid[1]
         x = Dense(width, normal, dtype=dtype, name="embed")(x)
-        mask_token = self.param("mask_token", normal, (1, 1, width)).astype(dtype)
-        tokens = jnp.broadcast_to(mask_token, (x.shape[0], patches, width))
+        mask_token = self.param("mask_token", normal, (1, 1, width))
+        tokens = spread(mask_token, (x.shape[0], patches, width), dtype)
         rows = jnp.arange(x.shape[0])[:, None]
         tokens = tokens.at[rows, visible_index].set(x[:, 1:])
         tokens += sincos_position_embeddings(config.grid, width, 0).astype(dtype)

@@ -32,6 +32,7 @@ from beit_jax.models.layers import (
     norm,
     normal,
     pair_image_size,
+    spread,
 )
 from beit_jax.models.position import Grid, relative_position_bias, resize_bicubic
 
@@ -362,7 +363,7 @@ class Embeddings(nn.Module):
         x = norm(config, "layernorm", EMBEDDING_NORM_EPS)(x)
         if config.use_absolute_embeddings:
             shape = (1, *x.shape[1:])
-            x += self.param("position_embeddings", normal(config), shape).astype(x.dtype)
+            x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 

@@ -24,6 +24,7 @@ from beit_jax.models.layers import (
     layer_id,
     norm,
     normal,
+    spread,
 )
 from beit_jax.models.position import resize_position_embeddings, sincos_position_embeddings
 
@@ -167,7 +168,7 @@ class Embeddings(nn.Module):
         batch, patches, width = x.shape
         names = ("cls_token", "distillation_token")[: config.num_prefix]
         tokens = [self.param(name, normal(config), (1, 1, width)) for name in names]
-        tokens = [jnp.broadcast_to(t.astype(x.dtype), (batch, 1, width)) for t in tokens]
+        tokens = [spread(t, (batch, 1, width), x.dtype) for t in tokens]
         x = jnp.concatenate([*tokens, x], axis=1)
         shape = (1, config.num_prefix + patches, width)
         if config.use_sincos_position_embeddings:
@@ -176,7 +177,7 @@ class Embeddings(nn.Module):
             positions = jax.lax.stop_gradient(positions)
         else:
             positions = self.param("position_embeddings", normal(config), shape)
-        x += positions.astype(x.dtype)
+        x += spread(positions, x.shape, x.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 

@@ -98,10 +98,7 @@ class DVAEConfig:
 def _conv(config, features, size, name):
     """A convolution, initialised as OpenAI's."""
     normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    dtype = jnp.dtype(config.dtype)
-    return nn.Conv(
-        features, (size, size), padding="SAME", kernel_init=normal, dtype=dtype, name=name
-    )
+    return layers.Conv(features, size, "SAME", normal, jnp.dtype(config.dtype), name=name)
 
 
 class Block(nn.Module):

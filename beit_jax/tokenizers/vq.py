@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models import layers, vit
-from beit_jax.models.layers import Dense, PatchEmbeddings, norm, normal, patchify, unpatchify
+from beit_jax.models.layers import (
+    Dense,
+    PatchEmbeddings,
+    norm,
+    normal,
+    patchify,
+    spread,
+    unpatchify,
+)
 from beit_jax.tokenizers import codebook
 from beit_jax.tokenizers.trainer import Trainer, count
 
@@ -74,7 +82,7 @@ class Transformer(nn.Module):
     def __call__(self, x, deterministic):
         config = self.config
         shape = (1, *x.shape[1:])
-        x += self.param("position_embeddings", normal(config), shape).astype(x.dtype)
+        x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
         policy = layers.REMAT_POLICIES[config.remat]
         layer = nn.remat(vit.Layer, policy=policy, static_argnums=(2,)) if policy else vit.Layer
         for index in range(self.num_layers):

@@ -1,0 +1,164 @@
+"""What is summed over many numbers is summed in float32, whatever the computation's dtype.
+
+A GPU adds bfloat16 in bfloat16 where it is told to, so a sum over all tokens of a batch would stop
+growing at 256 times what it adds. XLA:CPU would not show it: the programs are read instead, as they
+are traced for a GPU.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax.models import beit, cnn, layers, mae, swin, swinv2, vit
+from beit_jax.tokenizers import dvae, vq
+
+BATCH, SIZE = 4, 16
+FEW = 4  # numbers that bfloat16 may add
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": SIZE,
+    "patch_size": 4,
+    "dtype": "bfloat16",
+}
+SWIN = {
+    **{"image_size": SIZE, "patch_size": 2, "embed_dim": 8, "window_size": 4, "dtype": "bfloat16"},
+    **{"depths": (2, 2), "num_heads": (1, 2)},
+}
+CNN = {"image_size": SIZE, "conv_channels": (4,), "hidden_sizes": (8,), "dtype": "bfloat16"}
+DVAE = {
+    **{"image_size": SIZE, "num_groups": 2, "blocks_per_group": 1, "hidden_size": 8},
+    **{"initial_size": 8, "vocab_size": 16, "dtype": "bfloat16"},
+}
+IMAGE = jnp.ones((BATCH, SIZE, SIZE, 3))
+VISIBLE = jnp.tile(jnp.arange(4), (BATCH, 1))
+PREDICT = (("encode", IMAGE), ("predict", jnp.ones((BATCH, 8, 8, 16))))
+VQ_PREDICT = (("encode", IMAGE), ("predict", jnp.ones((BATCH, 16, 32))))
+NETWORKS = {
+    "beit": beit.Model(**TINY, use_absolute_position_embeddings=True, attention="xla"),
+    "beit, not folded": beit.Model(**TINY, fold=False, attention="xla"),
+    "beit, plain": beit.Model(**TINY, attention="plain", hidden_dropout_prob=0.1),
+    "beit, shared bias": beit.Model(
+        **TINY, use_shared_relative_position_bias=True, drop_path_mode="window", attention="xla"
+    ),
+    "vit": vit.Model(**TINY, attention="xla"),
+    "swin": swin.Model(**SWIN, use_absolute_embeddings=True),
+    "swinv2": swinv2.Model(**SWIN),
+    "cnn": cnn.Model(**CNN),
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Products have the results that they have on a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def equations(jaxpr):
+    """Those of a jaxpr and of all jaxprs inside."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from equations(inner)
+
+
+def narrow_sums(function, *args):
+    """The sums of more than `FEW` bfloat16 numbers."""
+    for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
+        if equation.primitive.name in ("reduce_sum", "cumsum", "reduce_window_sum"):
+            x, y = equation.invars[0].aval, equation.outvars[0].aval
+            if x.dtype == jnp.bfloat16 and math.prod(x.shape) > FEW * math.prod(y.shape):
+                yield f"{equation.source_info.name_stack}: {x} to {y}"
+
+
+def narrow_sums_of_gradient(apply, params):
+    def loss(params):
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in jax.tree.leaves(apply(params)))
+
+    return list(narrow_sums(jax.grad(loss), params))
+
+
+def shapes(init, *args, **kwargs):
+    return jax.eval_shape(lambda: init(jax.random.key(0), *args, **kwargs))["params"]
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_of_a_network(gpu, network):
+    def apply(params):
+        rngs = {"dropout": jax.random.key(0)}
+        return network.apply({"params": params}, IMAGE, deterministic=False, rngs=rngs)
+
+    assert not narrow_sums_of_gradient(apply, shapes(network.init, IMAGE))
+
+
+def test_of_masked_image_modelling(gpu):
+    network = beit.Model(**TINY, head="mim", vocab_size=8, use_mask_token=True, attention="xla")
+    mask = jnp.ones((BATCH, 16), bool)
+
+    def apply(params):
+        return network.apply({"params": params}, IMAGE, mask)
+
+    assert not narrow_sums_of_gradient(apply, shapes(network.init, IMAGE))
+
+
+def test_of_a_masked_autoencoder(gpu):
+    network = mae.Decoder(beit.BeitConfig(**TINY, attention="xla"))
+    tokens = jnp.ones((BATCH, 5, 16), jnp.bfloat16)
+
+    def apply(params):
+        return network.apply({"params": params}, tokens, VISIBLE)
+
+    assert not narrow_sums_of_gradient(apply, shapes(network.init, tokens, VISIBLE))
+
+
+@pytest.mark.parametrize(
+    "network, methods",
+    [(dvae.Model(**DVAE), PREDICT), (vq.Model(**TINY, vocab_size=8), VQ_PREDICT)],
+    ids=["dvae", "vq"],
+)
+def test_of_a_tokenizer(gpu, network, methods):
+    def apply(params):
+        return [network.apply({"params": params}, x, method=name) for name, x in methods]
+
+    assert not narrow_sums_of_gradient(apply, shapes(network.init, IMAGE))
+
+
+def test_a_narrow_sum_is_found():
+    def careless(bias):
+        return (jnp.ones((100, 3), jnp.bfloat16) + bias.astype(jnp.bfloat16)).sum(dtype=jnp.float32)
+
+    assert list(narrow_sums(jax.grad(careless), jnp.ones(3)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(3,), (1, 1, 3), (1, 300, 3)])
+def test_spread(dtype, shape):
+    rng = np.random.default_rng(0)
+    parameter = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    gradient = rng.standard_normal((1000, 300, 3)) * 10.0 ** rng.integers(-40, 9, (1000, 300, 3))
+    gradient[..., 0] = 1  # which bfloat16 counts to 256
+    gradient = jnp.asarray(gradient, dtype)
+    out, pull = jax.vjp(lambda p: layers.spread(p, gradient.shape, gradient.dtype), parameter)
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(
+        out[-1], jnp.broadcast_to(parameter.astype(dtype), (1, 300, 3))[-1]
+    )
+    (summed,) = pull(gradient)
+    exact = np.asarray(gradient, np.float64)
+    axes = tuple(i for i, n in enumerate((1,) * (3 - len(shape)) + shape) if n == 1)
+    np.testing.assert_allclose(
+        np.reshape(summed, exact.sum(axes).shape),
+        exact.sum(axes),
+        rtol=0,
+        atol=1e-5 * np.abs(exact).sum(axes).max(),
+    )
+    np.testing.assert_allclose(summed[..., 0], exact[..., 0].sum(axes).reshape(shape[:-1]))
