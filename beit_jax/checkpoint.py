@@ -218,13 +218,14 @@ class Checkpointer:
         if self._failures >= self._max_failures:
             raise self._error from error
 
-    def restore(self, target=None, step: int | None = None):
+    def restore(self, target=None, step: int | str | None = None):
         """Restores the newest checkpoint that can be read, or that of `step`.
 
         Args:
           target: a pytree of arrays or `jax.ShapeDtypeStruct`s; the result has its structure, and
             its shardings where it has any. None gives nested dicts of numpy arrays.
-          step: one certain step.
+          step: one certain step; or "best", of those that can be read, and the newest where
+            nothing was measured.
 
         Returns:
           The state, or None where there is no checkpoint yet.
@@ -234,11 +235,11 @@ class Checkpointer:
           FileNotFoundError: there is no checkpoint of `step`.
           CheckpointError: there are checkpoints and none can be read.
         """
-        steps = self.all_steps()
-        if step is not None:
+        steps = _by_preference(self._scores if step == "best" else {}, self.all_steps())
+        if step not in (None, "best"):
             steps = [_check_step(step, steps, self.directory)]
         damaged = {}
-        for candidate in reversed(steps):
+        for candidate in steps:
             try:
                 arrays = _read(self._manager, candidate)
             except (MemoryError, PermissionError):
@@ -255,8 +256,8 @@ class Checkpointer:
             return state
         if steps:
             raise CheckpointError(
-                f"None of the checkpoints {steps} in {self.directory} can be read: "
-                f"{_reason(damaged[steps[-1]])}. Restore the files, or start with another workdir."
+                f"None of the checkpoints {sorted(steps)} in {self.directory} can be read: "
+                f"{_reason(damaged[steps[0]])}. Restore the files, or start with another workdir."
             )
         return None
 
@@ -313,7 +314,8 @@ def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[st
 
     Args:
       workdir: of a run or a converted model.
-      step: a number, "latest", or "best", which is the latest where nothing was measured.
+      step: a number, "latest", or "best" of those that can be read, which is the latest where
+        nothing was measured.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
@@ -340,17 +342,19 @@ def _load(workdir, step, choose):
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"{workdir} has no checkpoints; expected {directory}.")
     with ocp.CheckpointManager(directory) as manager:
-        steps = manager.all_steps()
-        if step == "best":
-            step = next(iter(_best(_read_scores(manager), steps)), None)
-        if step in ("latest", None):
-            step = max(steps, default=None)
-        _check_step(step, steps, directory)
-        try:
-            items = {name.split("/")[0] for name in _read_meta(manager, step)["arrays"]}
-            return _read(manager, step, items=choose(items))
-        except Exception as error:  # as in `Checkpointer.restore`
-            raise CheckpointError(f"{directory}/{step} is damaged: {_reason(error)}") from error
+        steps = _by_preference(_read_scores(manager) if step == "best" else {}, manager.all_steps())
+        first = next(iter(steps), None) if step in ("best", "latest") else step
+        _check_step(first, steps, directory)
+        candidates = steps if step == "best" else [first]
+        for candidate in candidates:
+            try:
+                items = {name.split("/")[0] for name in _read_meta(manager, candidate)["arrays"]}
+                return _read(manager, candidate, items=choose(items))
+            except Exception as error:  # as in `Checkpointer.restore`
+                problem = f"{directory}/{candidate} is damaged: {_reason(error)}"
+                if candidate == candidates[-1]:
+                    raise CheckpointError(problem) from error
+                logging.warning("%s; another checkpoint is taken", problem)
 
 
 def _flatten(state) -> dict[_Path, np.ndarray]:
@@ -408,6 +412,12 @@ def _best(scores: Mapping[int, float | None], steps: Iterable[int], n: int = 1) 
     """The `n` of the steps with the highest scores; of equal ones, the later."""
     measured = [step for step in steps if scores.get(step) is not None]
     return sorted(measured, key=lambda step: (scores[step], step))[-n:]
+
+
+def _by_preference(scores: Mapping[int, float | None], steps: Iterable[int]) -> list[int]:
+    """The steps with a score, the best first, and then the others, the newest first."""
+    best = _best(scores, steps, len(steps))[::-1]
+    return best + sorted(set(steps) - set(best), reverse=True)
 
 
 def _read(manager, step, items=None) -> dict[_Path, np.ndarray]:

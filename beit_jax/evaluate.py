@@ -47,6 +47,12 @@ def make_evaluator(task, config, mesh):
         outputs = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(outputs))
         index = np.concatenate(jax.device_get(index))
         real = outputs.pop("weight") > 0
+        if not real.any():
+            source = split.source
+            raise ValueError(
+                f"None of the {len(source)} pictures of {source.name} ({source.split}) can be "
+                "decoded, so that there is nothing to evaluate."
+            )
         outputs = {key: value[real] for key, value in outputs.items()}
         outputs["index"] = index[real] if split.ids is None else split.ids[index[real]]
         return task.summarize(jax.device_get(total)), outputs
@@ -98,7 +104,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
             )
         params = sharding.put(params, sharding.replicated(mesh))
     else:
-        params, model_state = load(saver, step, mesh)
+        step, params, model_state = load_best(saver, mesh)
     log = stack.enter_context(
         report.Report(
             workdir,
@@ -115,11 +121,11 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
 
 
-def load(saver, step: int, mesh):
-    """Parameters to evaluate, and the model state, of a saved step, on the devices."""
-    state = saver.restore(step=step)
+def load_best(saver, mesh):
+    """The best step saved, its parameters to evaluate and its model state, on the devices."""
+    state = saver.restore(step="best")
     params, model_state = state.get("ema_params", state["params"]), state.get("model_state", {})
-    return sharding.put((params, model_state), sharding.replicated(mesh))
+    return int(state["step"]), *sharding.put((params, model_state), sharding.replicated(mesh))
 
 
 def finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts) -> dict:
@@ -137,8 +143,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
             if name == "test" or "test" not in splits:
                 task.draw(workdir, metrics, outputs, splits[name], params, model_state)
     if "test" in results:
-        scalars = {f"test/{key}": value for key, value in scalars_of(results["test"]).items()}
-        log.scalars(step, scalars, show=False)
+        log.test(step, scalars_of(results["test"]))
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
     results["num_skipped"] = len(pipeline.SKIPPED)
     results["seconds"] = facts.get("seconds") or log.times()

@@ -42,7 +42,8 @@ class Report:
     Args:
       workdir: gets metrics.jsonl, parameters.txt and tensorboard/.
       total_steps, steps_per_epoch, batch_size: of the run.
-      start_step: where it goes on; what an earlier start logged after it is removed.
+      start_step: where it goes on; what an earlier start logged after it is removed, and its test
+        if there are steps to do.
       tensorboard: whether to write events.
       console: of rich; None is stdout.
       console_every: seconds between progress lines where there is no bar.
@@ -67,10 +68,12 @@ class Report:
         self._clock = _Clock()
         self._first = self._written = self._latest = None  # the steps where speed is measured
         self._sums, self._count = collections.Counter(), 0  # of scalars since the last write
-        path = os.path.join(workdir, "metrics.jsonl")
-        self._lost = _truncate(path, start_step)
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        self._lost = _truncate(self._path, start_step)
+        if start_step < total_steps:
+            _remove_tests(self._path)
+        open(self._path, "a").close()
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context(open(path, "a"))
         self._events = _Events(workdir, start_step) if tensorboard else None
         if tensorboard:
             self._stack.callback(self._events.close)
@@ -139,23 +142,27 @@ class Report:
         )
         return Group(bar, Text(self._line, no_wrap=True, overflow="ellipsis"))
 
-    def scalars(self, step: int, scalars: Mapping[str, float], *, show: bool = True) -> None:
-        """Logs numbers such as {"val/loss": 0.3}; `show` prints the most important ones.
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs numbers such as {"val/loss": 0.3} and prints the most important ones.
 
         metrics.jsonl gets a line {"step": ..., "time": seconds since 1970, "val/loss": ...}, in
         which numbers that are not finite are null; TensorBoard and the console have them.
         """
         self._write(step, scalars)
-        if show:
-            chief = {k: v for k, v in scalars.items() if k.split("/")[-1] in _HEADLINES}
-            values = (f"{key} {_number(value)}" for key, value in (chief or scalars).items())
-            self.info("  ".join([self._place(step), *values]))
+        chief = {k: v for k, v in scalars.items() if k.split("/")[-1] in _HEADLINES}
+        values = (f"{key} {_number(value)}" for key, value in (chief or scalars).items())
+        self.info("  ".join([self._place(step), *values]))
+
+    def test(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs the test that ends a run, in the place of an earlier start's."""
+        _remove_tests(self._path)
+        self._write(step, {f"test/{key}": value for key, value in scalars.items()})
 
     def _write(self, step, scalars):
         now = time.time()
         line = {"step": step, "time": round(now, 3), **scalars}
-        self._file.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
-        self._file.flush()
+        with open(self._path, "a") as file:
+            file.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
         if self._events:
             self._events.write(step, scalars, now)
 
@@ -176,8 +183,9 @@ class Report:
             width = max(map(len, rows), default=0)
             self.info("\n".join([title, *(f"  {key:<{width}}  {rows[key]}" for key in rows)]))
 
-    def parameters(self, params) -> None:
-        """Writes the table of parameters to parameters.txt and prints their number."""
+    def parameters(self, params, num_frozen: int = 0) -> None:
+        """Writes the table of parameters to parameters.txt and prints their number, and that of
+        those of the network that are held elsewhere, because they are frozen."""
         from clu import parameter_overview
 
         path = os.path.join(self._workdir, "parameters.txt")
@@ -185,7 +193,8 @@ class Report:
             file.write(parameter_overview.get_parameter_overview(params, include_stats=False))
         leaves = jax.tree.leaves(params)
         count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
-        self.info(f"{count:,} parameters, {size / 2**20:,.1f} MiB; table in {path}")
+        beside = f" beside {num_frozen:,} frozen ones" if num_frozen else ""
+        self.info(f"{count:,} parameters{beside}, {size / 2**20:,.1f} MiB; table in {path}")
 
     @contextlib.contextmanager
     def timer(self, part: str) -> Iterator[None]:
@@ -382,20 +391,26 @@ def _parse(line):
 
 def _truncate(path, step):
     """Removes what a run resumed at `step` writes again; returns the seconds of work in it."""
-    if not os.path.exists(path):
-        return 0.0
-    with open(path, errors="replace") as file:
-        lines = [(text, line) for text in file if (line := _parse(text))]
-    with open(f"{path}.part", "w") as file:
-        file.writelines(text for text, line in lines if line["step"] <= step and not _is_test(line))
-    os.replace(f"{path}.part", path)
-    times = [line["time"] for _, line in lines if line["step"] > step]
+    removed = _remove(path, lambda line: line["step"] > step)
+    times = [line["time"] for line in removed]
     return max(times) - min(times) if times else 0.0
 
 
-def _is_test(line):
-    """Whether it is of the test that ends a run, under the step of the best checkpoint."""
-    return any(key.startswith("test/") for key in line)
+def _remove_tests(path):
+    """Removes the test that ends a run, which is under the step of the best checkpoint."""
+    _remove(path, lambda line: any(key.startswith("test/") for key in line))
+
+
+def _remove(path, unwanted):
+    """Rewrites metrics.jsonl without some lines, and without broken ones; returns those."""
+    if not os.path.exists(path):
+        return []
+    with open(path, errors="replace") as file:
+        lines = [(text, line) for text in file if (line := _parse(text))]
+    with open(f"{path}.part", "w") as file:
+        file.writelines(text for text, line in lines if not unwanted(line))
+    os.replace(f"{path}.part", path)
+    return [line for _, line in lines if unwanted(line)]
 
 
 def _jsonable(x):

@@ -16,6 +16,7 @@ LAG = 2  # steps queued on the device while the numbers of an earlier one are re
 HARMLESS = (  # may differ between the starts of a run
     "compile_cache",
     "data.data_dir",
+    "data.on_bad_image",
     "data.prefetch",
     "data.threads",
     "eval_batch_size",
@@ -84,7 +85,7 @@ def _train(config, workdir, mesh, stack):
             tensorboard=config.tensorboard,
         )
     )
-    log.parameters(state.params)
+    log.parameters(state.params, task.num_frozen)
     if start_step >= plan.total_steps:
         log.info(f"The run is complete, with {start_step} steps; it is evaluated again.")
     evaluator = evaluate.make_evaluator(task, config, mesh)
@@ -156,10 +157,10 @@ def _train(config, workdir, mesh, stack):
         saver.wait()
     if step > start_step:
         facts["seconds"] = None  # those of this start; without a step the earlier ones stay
-    params, model_state, best = state.eval_params, state.model_state, saver.best_step()
-    if best not in (None, step):
-        log.info(f"The test is of step {best}, the best by val/{config.best_metric}.")
-        step, (params, model_state) = best, evaluate.load(saver, best, mesh)
+    params, model_state = state.eval_params, state.model_state
+    if saver.best_step() not in (None, step):
+        step, params, model_state = evaluate.load_best(saver, mesh)
+        log.info(f"The test is of step {step}, the best by val/{config.best_metric}.")
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = config.batch_size / log.images_per_second

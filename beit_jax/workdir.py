@@ -43,12 +43,11 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
       fingerprints: of each split, and of weights that are not trained.
 
     Raises:
-      ValueError: one has changed.
+      ValueError: one has changed, or data.json is damaged.
     """
     path = os.path.join(workdir, "data.json")
     if os.path.exists(path) and _has_begun(workdir):
-        with open(path) as file:
-            stored = json.load(file)
+        stored = _read(path)
         changed = [name for name in fingerprints if stored.get(name) != fingerprints[name]]
         if changed:
             raise ValueError(
@@ -86,12 +85,7 @@ def _lock(workdir):
 def _check_config(workdir, config, allow_change):
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path) and _has_begun(workdir):
-        try:
-            with open(path) as file:
-                stored = _flatten(json.load(file))
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}. Use another workdir.") from error
-        _compare(workdir, stored, _flatten(config), allow_change)
+        _compare(workdir, _flatten(_read(path)), _flatten(config), allow_change)
     elif not os.path.exists(path):
         entries = os.scandir(workdir)
         others = [e.name for e in entries if e.name == "model.json" or e.is_dir()]
@@ -103,6 +97,18 @@ def _check_config(workdir, config, allow_change):
     _write(path, config)
 
 
+def _read(path):
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        if isinstance(content, dict):
+            return content
+        problem = f"a {type(content).__name__} where a dict should be"
+    except ValueError as error:
+        problem = error
+    raise ValueError(f"{path} is damaged: {problem}. Use another workdir.")
+
+
 def _write(path, content):
     with open(f"{path}.tmp", "w") as file:
         json.dump(content, file, indent=2)
@@ -112,7 +118,7 @@ def _write(path, content):
 def _has_begun(workdir):
     """Whether a step was saved; until then a workdir may be had for any config."""
     path = os.path.join(workdir, "checkpoints")
-    return os.path.isdir(path) and any(os.scandir(path))
+    return os.path.isdir(path) and any(entry.name.isdecimal() for entry in os.scandir(path))
 
 
 def _compare(workdir, stored, given, allow_change):

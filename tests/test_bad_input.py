@@ -134,6 +134,10 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"optim.warmup": "1000ep"}, ["config.optim.warmup", "make the run longer"]),
         ({"label_smoothing": 1.5}, ["config.label_smoothing is 1.5"]),
         ({"model.attention": "cudnn"}, ["config.model.attention is 'cudnn'", "auto, xla or plain"]),
+        ({"keep_last": 0}, ["config.keep_last is 0", "at least 1"]),
+        ({"mistakes": -1}, ["config.mistakes is -1"]),
+        ({"model.patch_size": 0}, ["patch_size must be above 0"]),
+        ({"model.hidden_size": 0}, ["hidden_size must be above 0"]),
         ({"best_mode": "Max"}, ["config.best_mode is 'Max'"]),
         (
             {"best_metric": "acuracy", "data.val": "train[400:450]"},
@@ -227,6 +231,26 @@ def test_bad_picture_is_skipped(tmp_path, start, flags, folder, sizes):
     status, output = start("main.py", *flags(tmp_path / "run", changes)).wait()
     assert status == 0, output
     assert output.count(str(path / "red" / "4.png")) == 1
+
+
+def test_a_bad_picture_of_the_test_does_not_strand_a_run(tmp_path, start, flags, folder):
+    """What the message advises is possible in the same workdir."""
+    path, changes = folder
+    for file in sorted(path.glob("*/*.png")):
+        split = "test" if file.stem in "0123" else "train"
+        (path / split / file.parent.name).mkdir(parents=True, exist_ok=True)
+        file.rename(path / split / file.parent.name / file.name)
+    for name in {p.name for p in path.iterdir()} - {"train", "test"}:
+        (path / name).rmdir()
+    bad = path / "test" / "red" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    changes |= {"data.train": "train", "data.val": "", "data.test": "test", "total_steps": 2}
+    changes |= {"batch_size": 8, "data.resident_bytes": 0}
+    status, output = start("main.py", *flags(tmp_path / "run", changes)).wait()
+    assert status == 1 and f"cannot decode {bad}" in output and "on_bad_image=skip" in output
+    changes |= {"data.on_bad_image": "skip"}
+    status, output = start("main.py", *flags(tmp_path / "run", changes)).wait()
+    assert status == 0 and "The run is complete, with 2 steps" in output, output
 
 
 def test_no_folder(refuses, tmp_path):

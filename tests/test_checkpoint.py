@@ -730,6 +730,27 @@ def test_best_is_the_latest_where_nothing_was_measured(tmp_path):
     assert (load_params(tmp_path, "best")["kernel"] == -2).all()
 
 
+def test_a_damaged_best_gives_way_to_the_next(tmp_path, caplog):
+    """And then to the newest; only a run sets the damaged ones aside."""
+    with Checkpointer(tmp_path, keep_last=4) as saver:
+        for step, accuracy in ((1, 0.8), (2, 0.9), (3, 0.7), (4, None)):
+            saver.save(step, simple(step), metrics=accuracy and {"accuracy": accuracy})
+    (tmp_path / "checkpoints/2/meta/metadata").write_text("{")
+    shutil.rmtree(tmp_path / "checkpoints/1/ema_params")
+    assert (load_params(tmp_path)["kernel"] == -3).all()
+    assert (
+        "checkpoints/1 is damaged" in caplog.text and "another checkpoint is taken" in caplog.text
+    )
+    assert listing(tmp_path) == ["1", "2", "3", "4"]
+    with Checkpointer(tmp_path, keep_last=4) as saver:
+        assert saver.restore(step="best")["step"] == 3
+        assert saver.best_step() == 3
+    shutil.rmtree(tmp_path / "checkpoints/3/rest")
+    with Checkpointer(tmp_path, keep_last=4) as saver:
+        assert saver.restore(step="best")["step"] == 4
+    assert listing(tmp_path) == ["2", "4", "_quarantine"]
+
+
 def test_load_params_without_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no checkpoints"):
         load_params(tmp_path)

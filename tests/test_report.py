@@ -153,10 +153,17 @@ def test_half_written_line_is_removed(tmp_path, cut):
 
 
 def test_a_finished_run_tested_again_has_one_test(tmp_path):
-    for _ in range(2):
-        with open_report(tmp_path, start_step=100, tensorboard=False) as log:
-            log.scalars(60, {"test/accuracy": 0.9})
-    assert [line["test/accuracy"] for line in report.read_metrics(tmp_path)] == [0.9]
+    def tests():
+        return [line["test/accuracy"] for line in report.read_metrics(tmp_path)]
+
+    with open_report(tmp_path, start_step=99, tensorboard=False) as log:
+        log.test(60, {"accuracy": 0.8})
+    with open_report(tmp_path, start_step=100, tensorboard=False) as log:
+        assert tests() == [0.8]  # until there is another
+        log.test(60, {"accuracy": 0.9})
+    assert tests() == [0.9]
+    with open_report(tmp_path, start_step=99, tensorboard=False):
+        assert tests() == []
 
 
 def test_lost_work_is_told(tmp_path):
@@ -312,7 +319,7 @@ def test_evaluation_line_has_the_chief_numbers(tmp_path):
     with open_report(tmp_path, console=console) as log:
         log.scalars(50, {"val/loss": 0.25, "val/accuracy": 0.91234, "val/recall": 0.7})
         log.scalars(60, {"val/miou": 0.25})
-        log.scalars(70, {"val/loss": 0.25}, show=False)
+        log.test(70, {"loss": 0.25})
     lines = console.file.getvalue().splitlines()
     assert lines[:2] == [
         "step  50/100  val/loss 0.25  val/accuracy 0.9123",
@@ -344,9 +351,11 @@ def test_parameters(tmp_path):
     params = {"classifier": {"kernel": np.ones((300, 10), np.float32), "bias": np.ones(10)}}
     with open_report(tmp_path, console=console) as log:
         log.parameters(params)
+        log.parameters(params, 7000)
     table = (tmp_path / "parameters.txt").read_text()
     assert "classifier/kernel" in table and "(300, 10)" in table and "3,010" in table
-    assert "3,010 parameters" in console.file.getvalue()
+    assert "3,010 parameters, " in console.file.getvalue()
+    assert "3,010 parameters beside 7,000 frozen ones, " in console.file.getvalue()
 
 
 def test_info_prints_brackets_and_long_lines_as_they_are(tmp_path):

@@ -130,7 +130,7 @@ def test_drift_lists_each_key(tmp_path):
 def test_a_run_that_saved_nothing_leaves_the_workdir_free(tmp_path):
     with open_workdir(tmp_path, CONFIG):
         check_data(tmp_path, {"train": "a"})
-        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
     with open_workdir(tmp_path, {**CONFIG, "seed": 7}):
         check_data(tmp_path, {"train": "b"})
         save_a_step(tmp_path)
@@ -159,6 +159,15 @@ def test_damaged_config(tmp_path, content):
     with pytest.raises(ValueError, match="config.json is damaged"), open_workdir(tmp_path, CONFIG):
         pass
     assert (tmp_path / "config.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_damaged_data(tmp_path, content):
+    (tmp_path / "data.json").write_text(content)
+    save_a_step(tmp_path)
+    with pytest.raises(ValueError, match="data.json is damaged"):
+        check_data(tmp_path, {"train": "a"})
+    assert (tmp_path / "data.json").read_text() == content
 
 
 def test_workdir_of_a_converted_model(tmp_path):

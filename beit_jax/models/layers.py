@@ -314,6 +314,13 @@ def expect(config, condition: bool, message: str) -> None:
         raise ValueError(f"{config.FAMILY}: {message}.")
 
 
+def expect_positive(config, *names: str) -> None:
+    """Raises ValueError where a field of the configuration is not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        expect(config, value > 0, f"{name} must be above 0, got {value!r}")
+
+
 def expect_rate(config, **rates: float) -> None:
     """Raises ValueError where a rate is not below 1, or negative."""
     for name, rate in rates.items():
@@ -374,6 +381,8 @@ class TransformerConfig:
     def __post_init__(self):
         size = pair_image_size(self)
         expect_one_of(self, head=self.HEADS, hidden_act=ACTIVATIONS, remat=REMAT_POLICIES)
+        expect_positive(self, "hidden_size", "num_attention_heads", "intermediate_size")
+        expect_positive(self, "patch_size", "num_channels")
         expect(
             self,
             self.hidden_size % self.num_attention_heads == 0,

@@ -27,6 +27,7 @@ from beit_jax.models.layers import (
     drop_path,
     expect,
     expect_one_of,
+    expect_positive,
     expect_rate,
     make_config,
     norm,
@@ -142,6 +143,7 @@ class SwinConfig:
             attention=ATTENTIONS,
         )
         expect_rate(self, drop_path_rate=self.drop_path_rate)
+        expect_positive(self, "patch_size", "num_channels", "embed_dim", "mlp_ratio")
         expect(
             self,
             len(self.depths) == len(self.num_heads) > 0 and min(self.depths) > 0,
