@@ -1,8 +1,8 @@
-"""What is summed over many numbers is summed in float32, whatever the computation's dtype.
+"""What a GPU would compute with fewer bits than meant, and a CPU would not show.
 
 A GPU adds bfloat16 in bfloat16 where it is told to, so a sum over all tokens of a batch would stop
-growing at 256 times what it adds. XLA:CPU would not show it: the programs are read instead, as they
-are traced for a GPU.
+growing at 256 times what it adds; and it multiplies float32 with 10 bits unless it is told not to.
+The programs are read, as they are traced for a GPU.
 """
 
 import math
@@ -24,13 +24,14 @@ TINY = {
     "intermediate_size": 32,
     "image_size": SIZE,
     "patch_size": 4,
+    "attention": "xla",
     "dtype": "bfloat16",
 }
 SWIN = {
-    **{"image_size": SIZE, "patch_size": 2, "embed_dim": 8, "window_size": 4, "dtype": "bfloat16"},
+    **{"image_size": SIZE, "patch_size": 2, "embed_dim": 8, "window_size": 4},
     **{"depths": (2, 2), "num_heads": (1, 2)},
 }
-CNN = {"image_size": SIZE, "conv_channels": (4,), "hidden_sizes": (8,), "dtype": "bfloat16"}
+CNN = {"image_size": SIZE, "conv_channels": (4,), "hidden_sizes": (8,)}
 DVAE = {
     **{"image_size": SIZE, "num_groups": 2, "blocks_per_group": 1, "hidden_size": 8},
     **{"initial_size": 8, "vocab_size": 16, "dtype": "bfloat16"},
@@ -40,16 +41,17 @@ VISIBLE = jnp.tile(jnp.arange(4), (BATCH, 1))
 PREDICT = (("encode", IMAGE), ("predict", jnp.ones((BATCH, 8, 8, 16))))
 VQ_PREDICT = (("encode", IMAGE), ("predict", jnp.ones((BATCH, 16, 32))))
 NETWORKS = {
-    "beit": beit.Model(**TINY, use_absolute_position_embeddings=True, attention="xla"),
-    "beit, not folded": beit.Model(**TINY, fold=False, attention="xla"),
-    "beit, plain": beit.Model(**TINY, attention="plain", hidden_dropout_prob=0.1),
-    "beit, shared bias": beit.Model(
-        **TINY, use_shared_relative_position_bias=True, drop_path_mode="window", attention="xla"
+    "beit": (beit, {**TINY, "use_absolute_position_embeddings": True}),
+    "beit, not folded": (beit, {**TINY, "fold": False}),
+    "beit, plain": (beit, {**TINY, "attention": "plain", "hidden_dropout_prob": 0.1}),
+    "beit, shared bias": (
+        beit,
+        {**TINY, "use_shared_relative_position_bias": True, "drop_path_mode": "window"},
     ),
-    "vit": vit.Model(**TINY, attention="xla"),
-    "swin": swin.Model(**SWIN, use_absolute_embeddings=True),
-    "swinv2": swinv2.Model(**SWIN),
-    "cnn": cnn.Model(**CNN),
+    "vit": (vit, TINY),
+    "swin": (swin, {**SWIN, "use_absolute_embeddings": True}),
+    "swinv2": (swinv2, SWIN),
+    "cnn": (cnn, CNN),
 }
 
 
@@ -71,53 +73,63 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def narrow_sums(function, *args):
-    """The sums of more than `FEW` bfloat16 numbers."""
+def narrow(function, *args):
+    """The sums of more than `FEW` bfloat16 numbers, and the products of float32 in less."""
     for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
-        if equation.primitive.name in ("reduce_sum", "cumsum", "reduce_window_sum"):
-            x, y = equation.invars[0].aval, equation.outvars[0].aval
-            if x.dtype == jnp.bfloat16 and math.prod(x.shape) > FEW * math.prod(y.shape):
-                yield f"{equation.source_info.name_stack}: {x} to {y}"
+        name, x, y = equation.primitive.name, equation.invars, equation.outvars[0].aval
+        if name in ("reduce_sum", "cumsum", "reduce_window_sum"):
+            is_long = math.prod(x[0].aval.shape) > FEW * math.prod(y.shape)
+            is_narrow = x[0].aval.dtype == jnp.bfloat16 and is_long
+        elif name in ("dot_general", "conv_general_dilated"):
+            given = equation.params["precision"] or (None,)
+            is_narrow = x[0].aval.dtype == jnp.float32 and set(given) != {jax.lax.Precision.HIGHEST}
+        else:
+            continue
+        if is_narrow:
+            yield f"{equation.source_info.name_stack}: {name} of {x[0].aval} to {y}"
 
 
-def narrow_sums_of_gradient(apply, params):
+def narrow_in_gradient(apply, params):
     def loss(params):
         return sum((x.astype(jnp.float32) ** 2).sum() for x in jax.tree.leaves(apply(params)))
 
-    return list(narrow_sums(jax.grad(loss), params))
+    return list(narrow(jax.grad(loss), params))
 
 
 def shapes(init, *args, **kwargs):
     return jax.eval_shape(lambda: init(jax.random.key(0), *args, **kwargs))["params"]
 
 
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_of_a_network(gpu, network):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family, architecture", NETWORKS.values(), ids=NETWORKS)
+def test_of_a_network(gpu, family, architecture, dtype):
+    network = family.Model(**architecture | {"dtype": dtype})
+
     def apply(params):
         rngs = {"dropout": jax.random.key(0)}
         return network.apply({"params": params}, IMAGE, deterministic=False, rngs=rngs)
 
-    assert not narrow_sums_of_gradient(apply, shapes(network.init, IMAGE))
+    assert not narrow_in_gradient(apply, shapes(network.init, IMAGE))
 
 
 def test_of_masked_image_modelling(gpu):
-    network = beit.Model(**TINY, head="mim", vocab_size=8, use_mask_token=True, attention="xla")
+    network = beit.Model(**TINY, head="mim", vocab_size=8, use_mask_token=True)
     mask = jnp.ones((BATCH, 16), bool)
 
     def apply(params):
         return network.apply({"params": params}, IMAGE, mask)
 
-    assert not narrow_sums_of_gradient(apply, shapes(network.init, IMAGE))
+    assert not narrow_in_gradient(apply, shapes(network.init, IMAGE))
 
 
 def test_of_a_masked_autoencoder(gpu):
-    network = mae.Decoder(beit.BeitConfig(**TINY, attention="xla"))
+    network = mae.Decoder(beit.BeitConfig(**TINY))
     tokens = jnp.ones((BATCH, 5, 16), jnp.bfloat16)
 
     def apply(params):
         return network.apply({"params": params}, tokens, VISIBLE)
 
-    assert not narrow_sums_of_gradient(apply, shapes(network.init, tokens, VISIBLE))
+    assert not narrow_in_gradient(apply, shapes(network.init, tokens, VISIBLE))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +141,16 @@ def test_of_a_tokenizer(gpu, network, methods):
     def apply(params):
         return [network.apply({"params": params}, x, method=name) for name, x in methods]
 
-    assert not narrow_sums_of_gradient(apply, shapes(network.init, IMAGE))
+    assert not narrow_in_gradient(apply, shapes(network.init, IMAGE))
 
 
-def test_a_narrow_sum_is_found():
-    def careless(bias):
+def test_narrow_ones_are_found():
+    def add(bias):
         return (jnp.ones((100, 3), jnp.bfloat16) + bias.astype(jnp.bfloat16)).sum(dtype=jnp.float32)
 
-    assert list(narrow_sums(jax.grad(careless), jnp.ones(3)))
+    assert list(narrow(jax.grad(add), jnp.ones(3)))
+    assert list(narrow(jnp.dot, jnp.ones(3), jnp.ones(3)))
+    assert not list(narrow(jnp.dot, jnp.ones(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -44,7 +44,8 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _dot(a, b, contract_a, contract_b, dtype):
     dimensions = ((contract_a, contract_b), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
+    precision = attention.precision(a.dtype)
+    return lax.dot_general(a, b, dimensions, precision, preferred_element_type=dtype)
 
 
 def _product_dtype(dtype):
@@ -219,9 +220,13 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        layout = ("NHWC", "HWIO", "NHWC")
         x = lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (1, 1), self.padding, dimension_numbers=layout
+            x.astype(self.dtype),
+            kernel,
+            window_strides=(1, 1),
+            padding=self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=attention.precision(self.dtype),
         )
         return x + spread(bias, x.shape, self.dtype)
 
