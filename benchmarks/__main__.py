@@ -5,13 +5,14 @@
 
 Every contender gets the same architecture, uint8 pictures, labels, AdamW with clipping and number
 of threads. Each peer that `benchmarks/peers.py` lists is timed in turns with ours, forth and back,
-in blocks of steps that end with one wait for the device, while no other holds memory; its ratio is
-the median over pairs of blocks, and its speed, as ours, the median over all of its blocks; the
-table shows the peer of the lowest ratio, and ours in the blocks beside it. Those of transformers
-start from our weights, and their first losses or logits must be ours.
+in blocks of steps that end with one wait for the device, while no other peer holds memory; its
+ratio is the median over pairs of blocks, and its speed, as ours, the median over all of its blocks;
+the table shows the peer of the lowest ratio, and ours in the blocks beside it. Those of
+transformers start from our weights, and their first losses or logits must be ours.
 
 A contender that fails, for want of memory perhaps, leaves a gap. Rows are written to the JSON as
-they come, in place of earlier ones of the same kind; `--resume` keeps those of the same code.
+they come, in place of earlier ones of the same kind; `--resume` keeps those of the same code and
+device that have all peers asked for.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from benchmarks.timing import (
 )
 
 PEERS = {  # timm wants torchvision, which may be missing
-    "cpu": tuple(x for x in peers.CONTENDERS if "max" not in x and peers.is_installed(x)),
+    "cpu": tuple(x for x in peers.CPU_CONTENDERS if peers.is_installed(x)),
     "gpu": tuple(peers.CONTENDERS),
 }
 KINDS = {"cpu": peers.KINDS, "gpu": (*peers.KINDS, "mim, tokenizer")}
@@ -131,6 +132,9 @@ def describe(row: dict, rate: float | None) -> str:
     ratio = f"  ratio {row['speed_ratio']:.2f}" if row["speed_ratio"] else ""
     own = row["flops_per_second"].get("ours")
     share = f"  {own / rate:.0%} of matmul" if rate and own else ""
+    if row["batch"] == 1:
+        waits = ((name, fact["latency_seconds"]) for name, fact in row["facts"].items())
+        share += "  latency: " + "  ".join(f"{name} {1e3 * t:.2f} ms" for name, t in waits)
     what = f"{row['model']}  {row['kind']}  {row['dtype']}  batch {row['batch']}"
     return f"{what}  images/s: {speeds}{ratio}{share}"
 
@@ -147,18 +151,23 @@ def beside(row: dict) -> float:
     return row["batch"] / statistics.median(blocks)
 
 
-def table(rows: list[dict]) -> str:
-    """The table of the README, in Markdown."""
-    lines = [
-        "| | batch | precision | ours, images/s | PyTorch, images/s | ratio |",
-        "|---|---:|---|---:|---:|---:|",
-    ]
-    for r in rows:
+def table(content: dict) -> str:
+    """The table of the README, in Markdown; with our share of the rate of a matrix product, where
+    that was measured."""
+    rates = {name: run["matmul_flops_per_second"] for name, run in content["runs"].items()}
+    head = "| | batch | precision | ours, images/s | PyTorch, images/s | ratio |"
+    ruler = "|---|---:|---|---:|---:|---:|"
+    lines = [head + " of matmul |", ruler + "---:|"] if any(rates.values()) else [head, ruler]
+    for r in content["rows"]:
         own, peer = f"{beside(r):,.1f}" if "ours" in r["images_per_second"] else "–", "–"
         if name := r["best_peer"]:
             peer = f"{r['images_per_second'][name]:,.1f} ({name})"
         ratio = f"{r['speed_ratio']:.2f}" if r["speed_ratio"] else "–"
-        lines.append(f"| {title(r)} | {r['batch']} | {r['dtype']} | {own} | {peer} | {ratio} |")
+        line = f"| {title(r)} | {r['batch']} | {r['dtype']} | {own} | {peer} | {ratio} |"
+        if any(rates.values()):
+            rate, flops_per_second = rates[r["run"]], r["flops_per_second"].get("ours")
+            line += f" {flops_per_second / rate:.0%} |" if rate and flops_per_second else " – |"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -170,6 +179,7 @@ def main():
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--out", help="a JSON file")
     parser.add_argument("--resume", action="store_true", help="keep rows of the same code in OUT")
+    parser.add_argument("--limit", type=int, default=600, help="seconds to start, or for a block")
     parser.add_argument("--sizes", nargs="+", help="such as 'BEiT-B/16 @224'")
     parser.add_argument("--kinds", nargs="+", help="such as training; default: all")
     parser.add_argument("--batches", nargs="+", type=int, help="default: those of the sizes")
@@ -187,6 +197,7 @@ def main():
     if args.device == "gpu" and peers.DEVICE == "cpu":
         parser.error("--device gpu: PyTorch finds no GPU")
     use(args.device)
+    Contender.limit = args.limit
     out = args.out or os.path.join(RESULTS, f"{args.device}.json")
     content = {"runs": {}, "rows": []}
     if os.path.exists(out):
@@ -201,11 +212,7 @@ def main():
         "environment": environment(),
         "matmul_flops_per_second": rate,
     }
-    done = {
-        _key(there)
-        for there in content["rows"]
-        if content["runs"][there["run"]]["machine"].get("source") == run["machine"]["source"]
-    }
+    done = {_key(there) for there in content["rows"] if _is_done(there, content, run, args.peers)}
     wanted = [
         (size, kind, dtype, batch)
         for size in args.sizes or sizes
@@ -221,7 +228,16 @@ def main():
         print(describe(new, rate), new["failed"] or "", flush=True)
         merge(content, new, run)
         write_json(out, content)
-    print(table(content["rows"]))
+    print(table(content))
+
+
+def _is_done(row, content, run, wanted) -> bool:
+    """Whether a row is of the same code and device, and all peers that are wanted were tried."""
+    then, now = content["runs"][row["run"]]["machine"], run["machine"]
+    if any(then.get(name) != now[name] for name in ("source", "device")):
+        return False
+    tried = {*row["ratios"], *row["failed"]}
+    return "ours" in tried or tried >= {x for x in wanted if peers.has(x, row["kind"])}
 
 
 def merge(content: dict, row: dict, run: dict) -> None:

@@ -20,7 +20,7 @@ from benchmarks.runs import run_main
 from benchmarks.timing import RESULTS, SEED, environment, machine, use
 
 PICTURES = 50_000  # of CIFAR-10's training split
-DEFAULT = {"cpu": ((64,), 12), "gpu": ((256, 1024), 400)}  # batches and steps
+DEFAULT = {"cpu": ((64,), 12), "gpu": ((256, 1024), 1500)}  # batches and steps
 SETTINGS = {
     "seed": SEED,
     "data.val": "",

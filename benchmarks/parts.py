@@ -149,6 +149,7 @@ def main():
     for name, (function, arguments) in make(start, batch, dtype=dtype).items():
         runs[name], compiled = runner(function, arguments)
         memory[name] = build.memory_of(compiled)
+        print(f"{name}: compiled", flush=True)
     for name in args.options:
         changes = OPTIONS[name]
         try:
@@ -159,6 +160,7 @@ def main():
             failed[name] = str(error).splitlines()[0][:200]
             continue
         memory[name] = build.memory_of(compiled)
+        print(f"{name}: compiled", flush=True)
     times = measure(runs, args.rounds, args.seconds)
     median = {name: statistics.median(t) for name, t in times.items()}
     content = {

@@ -19,11 +19,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTENDERS = {
     "transformers eager": ("transformers", None),
     "transformers compiled": ("transformers", "default"),
+    "transformers graphs": ("transformers", "reduce-overhead"),
     "transformers max-autotune": ("transformers", "max-autotune"),
     "timm eager": ("timm", None),
     "timm compiled": ("timm", "default"),
+    "timm graphs": ("timm", "reduce-overhead"),
     "timm max-autotune": ("timm", "max-autotune"),
 }
+CPU_CONTENDERS = [name for name, (_, mode) in CONTENDERS.items() if mode in (None, "default")]
 
 
 def is_installed(contender: str) -> bool:
@@ -136,6 +139,7 @@ def make_step(
     kept = getattr(torch, dtype) if kind == "inference" else torch.float32
     model = model if kind == "lora" else model.to(kept)
     network = _MaskedHead(model, target["mask"]) if kind == "mim" else model
+    network = _Normalised(network, kept)
     if mode:
         inductor.freezing = kind == "inference"  # weights laid out for the products
         network = torch.compile(network, mode=None if mode == "default" else mode)
@@ -148,10 +152,9 @@ def make_step(
     autocast = torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
     def logits():
-        x = (pixels.float() / 127.5 - 1).to(kept)
         if kind == "mim":
-            return network(x, masked)
-        out = network(x)
+            return network(pixels, masked)
+        out = network(pixels)
         return out.logits if library == "transformers" else out
 
     if kind == "inference":
@@ -190,6 +193,17 @@ def _keep_index(side):
     every layer makes on the CPU, or copies from there."""
     index = BeitRelativePositionBias.generate_relative_position_index((side, side)).to(DEVICE)
     BeitRelativePositionBias.generate_relative_position_index = staticmethod(lambda _: index)
+
+
+class _Normalised(torch.nn.Module):
+    """A network that is given uint8 pictures, so that a compiler sees them normalised."""
+
+    def __init__(self, network, dtype):
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, pixels, *args):
+        return self.network((pixels.float() / 127.5 - 1).to(self.dtype), *args)
 
 
 class _MaskedHead(torch.nn.Module):

@@ -9,6 +9,7 @@ import pathlib
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import time
 
@@ -16,7 +17,6 @@ import jax
 
 SEED = 0
 RESULTS = os.path.join(os.path.dirname(__file__), "results")
-LIMIT = 600  # seconds that a contender may take to start, or for a block
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # that matrix products use
 _ENVIRONMENT = {
     "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
@@ -64,11 +64,14 @@ class Contender:
     """A step in a process of its own, so that no allocator and no thread is shared; run(n).
 
     `make(*args)` is called there, and returns run(n), which gives a number, and tell(), which
-    gives facts; `facts` are these, the numbers of the first three steps and the time of the first.
+    gives facts; `facts` are these, the numbers of the first three steps, the time of the first, and
+    "latency_seconds", the median time of single steps that are each waited for.
 
     Raises:
-      ContenderError: by a call, too: the process failed, or took longer than `LIMIT`.
+      ContenderError: by a call, too: the process failed, or took longer than `limit` seconds.
     """
+
+    limit = 600
 
     def __init__(self, name: str, make, *args):
         self._name = name
@@ -92,9 +95,9 @@ class Contender:
 
     def _receive(self):
         try:
-            if not self._pipe.poll(LIMIT):
+            if not self._pipe.poll(self.limit):
                 self._process.kill()
-                raise ContenderError(self._name, f"nothing came for {LIMIT} s")
+                raise ContenderError(self._name, f"nothing came for {self.limit} s")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             message = "the process died, perhaps for want of memory"
@@ -118,13 +121,24 @@ def _serve(pipe, make, args):
         run, tell = make(*args)
         losses, first = [run(1)], time.perf_counter() - start
         losses += [run(1), run(1)]
-        pipe.send({"losses": losses, "first_step_seconds": first, **tell()})
+        facts = {"first_step_seconds": first, "latency_seconds": _latency(run)}
+        pipe.send({"losses": losses, **facts, **tell()})
         while True:
             pipe.send(run(pipe.recv()))
     except EOFError:
         return
     except Exception as error:  # no memory, no compiler, no library: the table has a gap
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _latency(run):
+    """Of up to twenty steps, or as many as fill a second."""
+    times, start = [], time.perf_counter()
+    while len(times) < 20 and time.perf_counter() - start < 1:
+        before = time.perf_counter()
+        run(1)
+        times.append(time.perf_counter() - before)
+    return statistics.median(times)
 
 
 def environment() -> dict:
@@ -139,7 +153,8 @@ def machine() -> dict:
     names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "timm", "peft", "numpy")
     found = [name for name in (*names, "tensorflow", "triton") if importlib.util.find_spec(name)]
     return {
-        "commit": _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"),
+        "commit": _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD")
+        or os.environ.get("BEIT_JAX_COMMIT"),  # of a copy without .git
         "source": _source(),
         "cpu": cpu[1].strip() if cpu else platform.processor(),
         "cpu_features": [name for name in _FEATURES if re.search(rf"\b{name}\b", _cpuinfo())],

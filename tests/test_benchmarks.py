@@ -69,7 +69,7 @@ def make_row(size, kind, dtype, batch, args):
     """As of a step that nobody had the memory for."""
     return {
         **{"model": size, "kind": kind, "dtype": dtype, "batch": batch, "failed": {"ours": "no"}},
-        **{"attention": args.attention, "remat": args.remat},
+        **{"attention": args.attention, "remat": args.remat, "ratios": {}},
         **{"images_per_second": {}, "flops_per_second": {}, "best_peer": None, "speed_ratio": None},
     }
 
@@ -98,6 +98,30 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     assert json.loads(out.read_text())["rows"][:2] == first["rows"]
 
 
+@pytest.mark.parametrize(
+    "changes, done",
+    [
+        ({}, True),
+        ({"failed": {"timm eager": "no memory"}, "ratios": {"timm compiled": [1.0]}}, True),
+        ({"ratios": {"timm compiled": [1.0]}}, False),
+        ({"ratios": {}, "failed": {"ours": "no memory"}}, True),
+        ({"kind": "lora", "ratios": {}}, True),
+        ({"run": "on another card"}, False),
+        ({"run": "of other code"}, False),
+    ],
+)
+def test_what_need_not_be_measured_again(changes, done):
+    runs = {
+        "monday": {"machine": {"source": "a", "device": "H200"}},
+        "on another card": {"machine": {"source": "a", "device": "H100"}},
+        "of other code": {"machine": {"source": "b", "device": "H200"}},
+    }
+    row = {"run": "monday", "kind": "training", "failed": {}}
+    row |= {"ratios": {"timm eager": [1.0], "timm compiled": [1.0]}} | changes
+    wanted = ["timm eager", "timm compiled"]
+    assert steps._is_done(row, {"runs": runs}, runs["monday"], wanted) == done
+
+
 def test_a_row_takes_the_place_of_an_earlier_one():
     args = argparse.Namespace(attention="auto", remat="none")
     old = [make_row("A", "training", "float32", batch, args) for batch in (2, 4)]
@@ -119,8 +143,13 @@ def test_the_table_shows_ours_in_the_blocks_beside_the_peer_that_it_names():
         **{"ratios": {"a": [2.0], "b": [0.5]}, "speed_ratio": 0.5},
         "seconds": {"ours": [1.0, 1.0, 4.0, 4.0], "a": [2.0, 2.0], "b": [2.0, 2.0]},
         "images_per_second": {"ours": 3.2, "a": 4.0, "b": 4.0},
+        **{"flops_per_second": {"ours": 50.0}, "run": "monday"},
     }
-    assert steps.table([row]).endswith("| A, training | 8 | float32 | 2.0 | 4.0 (b) | 0.50 |")
+    content = {"runs": {"monday": {"matmul_flops_per_second": None}}, "rows": [row]}
+    line = "| A, training | 8 | float32 | 2.0 | 4.0 (b) | 0.50 |"
+    assert steps.table(content).endswith(line)
+    content["runs"]["monday"]["matmul_flops_per_second"] = 200.0
+    assert steps.table(content).endswith(line + " 25% |")
 
 
 @pytest.mark.parametrize("theirs", [[0.7, 0.5, 0.4], [0.7, np.nan, 0.3], [0.0, 0.0, 0.0]])
@@ -187,7 +216,7 @@ def test_a_run_of_main_that_fails_tells_why(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "document, table",
     [
-        ("README.md", lambda: steps.table(results("cpu.json")["rows"])),
+        ("README.md", lambda: steps.table(results("cpu.json"))),
         ("docs/step.md", lambda: parts.table(results("parts_cpu.json"))),
         ("docs/step.md", lambda: compiled.table(results("compiled_h200.json")["rows"])),
     ],
