@@ -71,9 +71,15 @@ def check_numbers(config) -> None:
     for key in ("learning_rate", "end_value", "warmup_init", "weight_decay", "clip_norm"):
         if not 0 <= (value := config.optim[key]) < np.inf:
             raise ValueError(f"config.optim.{key} is {value}; expected a finite number from 0 up.")
-    for key, least in (("keep_last", 1), ("keep_best", 0), ("mistakes", 0)):
-        if config[key] < least:
-            raise ValueError(f"config.{key} is {config[key]}; expected at least {least}.")
+    for key, value, least in (
+        ("keep_last", config.keep_last, 1),
+        ("keep_best", config.keep_best, 0),
+        ("mistakes", config.mistakes, 0),
+        ("data.threads", config.data.threads, 0),
+        ("data.prefetch", config.data.prefetch, 0),
+    ):
+        if value < least:
+            raise ValueError(f"config.{key} is {value}; expected at least {least}.")
     if config.best_mode not in ("max", "min"):
         raise ValueError(f"config.best_mode is {config.best_mode!r}; expected max or min.")
     for key in ("label_smoothing", "ema_decay"):

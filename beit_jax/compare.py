@@ -9,17 +9,18 @@ those of main.py, after the ones given by --common.
 
 import argparse
 import csv
-import json
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 
 from beit_jax import plots, report
+from beit_jax.convert import files
 
 
 class Row(NamedTuple):
@@ -67,6 +68,8 @@ COLUMNS = {  # title: (field of Row, format)
 }
 
 
+_ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+_FIX = "Restore it, or leave that run out"
 _INTERVALS = "Low and high: 95 % interval, Wilson's of one run, Student's of the mean of several."
 
 
@@ -75,7 +78,7 @@ def read(name: str, workdirs: list[str]) -> Row:
 
     Raises:
       FileNotFoundError: a run has no results yet.
-      ValueError: results.json is damaged, or has no accuracy.
+      ValueError: results.json or data.json is damaged, or there is no accuracy.
     """
     results = [_results(workdir) for workdir in workdirs]
     tests = [_evaluated(workdir, r) for workdir, r in zip(workdirs, results, strict=True)]
@@ -115,36 +118,31 @@ def read(name: str, workdirs: list[str]) -> Row:
 
 
 def _results(workdir):
-    path = os.path.join(workdir, "results.json")
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except FileNotFoundError:
-        if not os.path.isdir(workdir):
-            raise FileNotFoundError(f"There is no workdir {workdir}.") from None
+    if not os.path.isdir(workdir):
+        raise FileNotFoundError(f"There is no workdir {workdir}.")
+    results = files.read_json(Path(workdir, "results.json"), _FIX)
+    if results is None:
         raise FileNotFoundError(
             f"{workdir} has no results.json: its run has not ended; give main.py the same command "
             "again."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from None
+        )
+    return results
 
 
 def _pictures(workdir, split):
-    path = os.path.join(workdir, "data.json")
-    if not os.path.exists(path):  # of an evaluation only
-        return None
-    with open(path) as file:
-        return json.load(file).get(split)
+    content = files.read_json(Path(workdir, "data.json"), _FIX)  # an evaluation only has none
+    return content and content.get(split)
 
 
 def _evaluated(workdir, results):
-    for split in ("test", "val"):
-        if "accuracy_low" in results.get(split, ()):
-            return results[split] | {"split": split}
+    measured = {s: results[s] for s in ("test", "val") if isinstance(results.get(s), dict)}
+    for split, metrics in measured.items():
+        if all(isinstance(metrics.get(name), int | float) for name in _ACCURACY):
+            return metrics | {"split": split}
+    found = [f"{', '.join(list(metrics)[:4])} of {s}" for s, metrics in measured.items()]
     raise ValueError(
-        f"{workdir} has no accuracy of a test or validation split, only "
-        f"{', '.join(results) or 'nothing'}: only classifiers can be compared."
+        f"{workdir} has no accuracy with an interval: only classifiers can be compared, and it has "
+        f"{'only ' + found[0] if found else 'no evaluation'}."
     )
 
 
@@ -187,17 +185,19 @@ def write(rows: list[Row], directory: str) -> None:
 def parse_runs(arguments: list[str]) -> dict[str, list[str]]:
     """{"name": workdirs} of arguments NAME=WORKDIR[,WORKDIR...], or WORKDIR, its own name.
 
+    A directory that is there is one WORKDIR, even if its name holds = or a comma.
+
     Raises:
       ValueError: a name occurs twice.
     """
     runs = {}
     for argument in arguments:
         name, found, paths = argument.partition("=")
-        if not found:
+        if not found or os.path.isdir(argument):
             name, paths = os.path.basename(os.path.normpath(argument)), argument
         if name in runs:
             raise ValueError(f"The name {name!r} is given twice; write NAME=WORKDIR,WORKDIR.")
-        runs[name] = paths.split(",")
+        runs[name] = [paths] if os.path.isdir(paths) else paths.split(",")
     return runs
 
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from beit_jax import pretrained
 from beit_jax.data import images, pipeline, sources, views
 from beit_jax.models import features, layers
-from beit_jax.predict import check_folder
+from beit_jax.predict import check_out, writing
 from beit_jax.tasks import classify
 
 
@@ -25,6 +25,9 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
     """The features of every layer, unit length, [L][N, F], and the labels [N] of a source.
 
     Pictures that are skipped are in neither.
+
+    Raises:
+      ValueError: no picture is left.
     """
     model = classify.make_model(start.info, dtype=dtype)
     size, image = model.config.image_size, start.info.image
@@ -48,7 +51,7 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
     ) as batches:
         count = -(-len(source) // batch_size)
         for batch in track(batches, source.split, total=count, disable=not sys.stderr.isatty()):
-            real = batch["index"] >= 0
+            real = batch["weight"] > 0
             found = jax.device_get(describe(params, batch["image"]))
             if result is None:
                 result = [np.zeros((len(source), x.shape[-1]), np.float32) for x in found]
@@ -56,6 +59,10 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
                 rows[batch["index"][real]] = x[real]
             labels[batch["index"][real]] = batch["label"][real]
     known = labels >= 0  # a picture that was skipped has none
+    if not known.any():
+        raise ValueError(
+            f"None of the {len(source)} pictures of {source.split} of {source.name} can be decoded."
+        )
     return [x[known] for x in result], labels[known]
 
 
@@ -103,7 +110,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.k < 1 or args.batch_size < 1:
         parser.error("--k and --batch-size must be at least 1")
-    check_folder(parser, args.out or "")
+    if args.out:
+        check_out(parser, args.out)
     try:
         start = pretrained.load(args.checkpoint)
         splits = [
@@ -112,25 +120,26 @@ def main(argv=None) -> int:
             )
             for split in (args.train, args.test)
         ]
-        if splits[0].class_names is None:
-            raise ValueError(f"{args.data} has no labels to vote for.")
+        for source in splits:
+            if source.class_names is None:
+                raise ValueError(f"{source.split} of {args.data} has no labels to vote for.")
         (train, train_labels), (test, test_labels) = (
             extract(start, source, batch_size=args.batch_size) for source in splits
         )
         if args.k > len(train_labels):
             raise ValueError(f"--k is {args.k}, and {args.train} has {len(train_labels)} pictures.")
+        layers = zip(train, test, strict=True)
+        found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in layers]
+        best = int(np.argmax(found))
+        for i, value in enumerate(found):
+            print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
+        if args.out:
+            with writing(args.out) as file:
+                json.dump({"k": args.k, "best_layer": best, "accuracy": found}, file, indent=1)
     except (OSError, ValueError, RuntimeError) as error:
         hint = "; --on-bad-image=skip leaves it out" * isinstance(error, images.BadImageError)
         print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
         return 2
-    layers = zip(train, test, strict=True)
-    found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in layers]
-    best = int(np.argmax(found))
-    for i, value in enumerate(found):
-        print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump({"k": args.k, "best_layer": best, "accuracy": found}, file, indent=1)
     return 0
 
 

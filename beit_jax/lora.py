@@ -9,6 +9,7 @@ A trained tree is {"lora": {path of a layer: {"a": [in, rank], "b": [rank, out]}
 """
 
 import functools
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -207,6 +208,12 @@ def fingerprint(params: Flat) -> int:
         crc = zlib.crc32(repr((name, x.shape)).encode(), crc)
         crc = zlib.crc32(x.view(np.uint8).reshape(-1), crc)
     return crc
+
+
+def absolute(base: str) -> str:
+    """A base that is here, as it is found from other directories, too; of the Hub, its id."""
+    path = os.path.expanduser(base)
+    return os.path.abspath(path) if os.path.exists(path) else base
 
 
 def check_shapes(adapters: Flat, params: Flat, base: str) -> None:

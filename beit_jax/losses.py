@@ -15,7 +15,7 @@ def softmax_cross_entropy(logits, labels) -> jax.Array:
       labels: [...] integer classes, or [..., K] probabilities (mixup, distillation).
 
     Returns:
-      [...] losses. The mean is `weighted_mean`'s business.
+      [...] losses; of probabilities that do not sum to 1, times their sum.
 
     Raises:
       ValueError: the shapes of labels and logits do not fit.
@@ -36,14 +36,6 @@ def softmax_cross_entropy(logits, labels) -> jax.Array:
             f"logits {logits.shape}; got {labels.dtype} {labels.shape}"
         )
     return mass * log_normalizer - target_logit
-
-
-def weighted_mean(values, weight=None) -> jax.Array:
-    """Mean of `values`, or sum(values * weight) / sum(weight); 0 where all weights are 0."""
-    if weight is None:
-        return jnp.mean(values)
-    total = jnp.sum(weight)
-    return jnp.sum(values * weight) / jnp.where(total == 0, 1, total)
 
 
 def l1(prediction, target) -> jax.Array:

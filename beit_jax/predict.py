@@ -6,12 +6,14 @@ an error in their row, and make the exit status 3; bad arguments make it 2.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -59,10 +61,34 @@ def predict(
     return rows
 
 
-def check_folder(parser, out: str) -> None:
-    """Ends the program, with status 2, where the folder of the file `out` is not there."""
+def check_out(parser, out: str) -> None:
+    """Ends the program, with status 2, where the file `out` cannot be written."""
     if not os.path.isdir(os.path.dirname(out) or "."):
         parser.error(f"--out {out}: there is no folder {os.path.dirname(out)}")
+    if os.path.exists(out) and not os.path.isfile(out):
+        parser.error(f"--out {out}: expected a file, found a folder or device of that name")
+    try:
+        with open(f"{out}.part", "w"):
+            os.remove(f"{out}.part")
+    except OSError as error:
+        parser.error(f"--out {out}: it cannot be written: {error.strerror}")
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[TextIO]:
+    """Yields a file that takes the place of `path` when the block ends without an error.
+
+    Names of files that are not UTF-8 keep their bytes.
+    """
+    part = f"{path}.part"
+    try:
+        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
 
 
 def _columns(names, wanted, info):
@@ -138,10 +164,9 @@ def find_pictures(paths: list[str]) -> list[pathlib.Path]:
 
 def write(path: str, rows: list[dict], top_k: int) -> None:
     """Writes predictions as .csv or .json, whole or not at all."""
-    part = f"{path}.part"
-    with open(part, "w", newline="", encoding="utf-8") as file:
+    with writing(path) as file:
         if path.endswith(".json"):
-            json.dump(rows, file, indent=1, ensure_ascii=False)
+            json.dump(rows, file, indent=1)
         else:
             ranks = range(1, top_k + 1)
             header = ["path", "label", "probability"]
@@ -152,7 +177,6 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
                 top = [value for pair in row["top"] for value in pair]
                 top += [""] * (2 * top_k - len(top))
                 writer.writerow([row["path"], row["label"], top[1], *top, row["error"]])
-    os.replace(part, path)
 
 
 def main(argv=None) -> int:
@@ -179,7 +203,7 @@ def main(argv=None) -> int:
         parser.error(f"--out {args.out}: expected a file ending in .csv or .json")
     if args.top_k < 1 or args.batch_size < 1:
         parser.error("--top-k and --batch-size must be at least 1")
-    check_folder(parser, args.out)
+    check_out(parser, args.out)
     try:
         models = [pretrained.load_classifier(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)
@@ -192,10 +216,10 @@ def main(argv=None) -> int:
             dtype=args.dtype,
             progress=sys.stderr.isatty(),
         )
+        write(args.out, rows, top_k)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    write(args.out, rows, top_k)
     bad = [row for row in rows if row["error"]]
     for row in bad:
         print(f"not read: {row['path']}: {row['error']}", file=sys.stderr)

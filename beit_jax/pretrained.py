@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,8 @@ def blank_filled(base: Pretrained, info: ModelInfo, method: str) -> dict[str, An
     image = jnp.zeros((1, *network.config.image_size, network.config.num_channels))
     shapes = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
     blank = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
+    if info.class_names is not None:
+        base = with_head_for(base, info.class_names)
     return fit(base, blank, info.architecture, reset=(".*",), method=method)
 
 
@@ -142,6 +145,25 @@ def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, metho
         logging.info("positions resized from %s to %s by %s", old.grid, new.grid, method)
     params = {name: loaded[name] if name in fitting else fresh[name] for name in fresh}
     return traverse_util.unflatten_dict(jax.tree.map(np.asarray, params), sep="/")
+
+
+def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
+    """The checkpoint with its classifiers in the order of `class_names`; without if they differ.
+
+    Names such as LABEL_0 say nothing and are taken for the same classes.
+    """
+    old = start.info.class_names
+    heads = [name for name in start.params if name.endswith("classifier")]
+    if not heads or old is None or list(old) == list(class_names):
+        return start
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in old):
+        return start
+    params = {name: value for name, value in start.params.items() if name not in heads}
+    if sorted(old) == sorted(class_names) and len(set(old)) == len(old):
+        order = np.asarray([list(old).index(name) for name in class_names])
+        for head in heads:
+            params[head] = {k: np.asarray(v)[..., order] for k, v in start.params[head].items()}
+    return start._replace(params=params)
 
 
 def _shape(params, name):

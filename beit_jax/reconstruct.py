@@ -2,12 +2,11 @@
 PATH --out FILE.png
 
 Each picture as the network sees it, with the masked patches grey, and with them predicted: as
-pixels, or as visual tokens that the tokenizer decodes. Bad arguments make the exit status 2.
+pixels, or as visual tokens that the tokenizer decodes. Pictures that cannot be read are named on
+stderr, left out, and make the exit status 3; bad arguments make it 2.
 """
 
 import argparse
-import json
-import os
 import pathlib
 import sys
 
@@ -15,26 +14,26 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, pretrained
+from beit_jax.convert import files
 from beit_jax.data import images, views
-from beit_jax.predict import check_folder, find_pictures
+from beit_jax.predict import check_out, find_pictures
 from beit_jax.tasks import pretrain
 
 
-def _open(path):
-    with images.naming(lambda: str(path)):
-        return images.open_image(path)
-
-
-def reconstruct(workdir, paths: list[pathlib.Path], *, step="best") -> list[np.ndarray]:
+def reconstruct(
+    workdir, paths: list[pathlib.Path], *, step="best"
+) -> tuple[list[np.ndarray], list[images.BadImageError]]:
     """Originals, masked and predicted pictures, each uint8 [B, h, w, C], of picture files.
+
+    Those that cannot be read are left out; beside the pictures are their errors.
 
     Args:
       workdir: of a pre-training run.
-      paths: the files; picture i gets mask i of the run's bank.
+      paths: the files; of those that can be read, picture i gets mask i of the run's bank.
       step: as of `checkpoint.load_params`.
 
     Raises:
-      FileNotFoundError, ValueError: no such run, picture, or nothing to draw.
+      FileNotFoundError, ValueError: no such run, no picture that can be read, or nothing to draw.
     """
     info = checkpoint.read_model_info(workdir)
     if info.task != "pretrain":
@@ -45,18 +44,43 @@ def reconstruct(workdir, paths: list[pathlib.Path], *, step="best") -> list[np.n
         raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
     size = model.config.image_size
     crop = views.host_crop(info.image, pretrain.make_renderings(config, info, objective, size))
-    batch = views.as_batch([crop(_open(path)) for path in paths])
+    pictures, bad = _read(paths, crop)
+    if not pictures:
+        raise ValueError("; ".join(map(str, bad)))
+    batch = views.as_batch(pictures)
     draw = pretrain.make_reconstruction(config, info, objective, size, True)
     params = pretrained.load_workdir(workdir, step).params
-    return draw(params, {**objective.frozen, "masks": bank}, batch, np.arange(len(paths)))
+    frozen = {**objective.frozen, "masks": bank}
+    return draw(params, frozen, batch, np.arange(len(pictures))), bad
+
+
+def _read(paths, crop):
+    """What can be read, cropped, and an error for each of the others."""
+    pictures, bad = [], []
+    for path in paths:
+        try:
+            pictures.append(_read_one(path, crop))
+        except images.BadImageError as error:
+            bad.append(error)
+    return pictures, bad
+
+
+def _read_one(path, crop):
+    with images.naming(lambda: str(path)):
+        return crop(images.open_image(path))
 
 
 def _config(workdir) -> ConfigDict:
-    path = os.path.join(workdir, "config.json")
-    if not os.path.isfile(path):
+    path = pathlib.Path(workdir, "config.json")
+    content = files.read_json(path, "Restore it")
+    if content is None:
         raise FileNotFoundError(f"{workdir} has no config.json: it was not made by a run.")
-    with open(path) as file:
-        return ConfigDict(json.load(file))
+    if missing := [key for key in ("objective", "mask") if key not in content]:
+        raise ValueError(
+            f"{path} has no {' and no '.join(missing)}: it is not that of a pre-training run. "
+            "Restore it."
+        )
+    return ConfigDict(content)
 
 
 def main(argv=None) -> int:
@@ -71,18 +95,20 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not args.out.endswith(".png"):
         parser.error(f"--out {args.out}: expected a file ending in .png")
-    check_folder(parser, args.out)
+    check_out(parser, args.out)
     if args.max_images < 1:
         parser.error("--max-images must be at least 1")
     try:
         paths = find_pictures(args.images)[: args.max_images]
-        pictures = reconstruct(args.checkpoint, paths)
+        pictures, bad = reconstruct(args.checkpoint, paths)
+        pretrain.draw_reconstructions(pictures, args.out)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    pretrain.draw_reconstructions(pictures, args.out)
-    print(f"{len(paths)} pictures: {args.out}")
-    return 0
+    for error in bad:
+        print(f"not read: {error.name}: {error.reason}", file=sys.stderr)
+    print(f"{len(paths) - len(bad)} pictures, {len(bad)} not read: {args.out}")
+    return 3 if bad else 0
 
 
 if __name__ == "__main__":

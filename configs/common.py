@@ -5,6 +5,7 @@ run (`"5%"`) or examples (`"50000ex"`); `"0"` is never. `None` in `model` and `i
 the checkpoint has it, or the preset.
 """
 
+import contextlib
 import csv
 import os
 
@@ -178,7 +179,7 @@ def get_config() -> ConfigDict:
     config.total_steps = config_dict.placeholder(int)  # overrides num_epochs
     config.accumulate_steps = 1  # micro-batches per step: less memory, same gradient
     config.label_smoothing = 0.0
-    config.class_weights = "none"  # balanced: rare classes weigh as much as frequent ones
+    config.class_weights = "none"  # balanced: by frequency; the loss stays a mean over pictures
     config.ema_decay = 0.0  # of averaged parameters, for evaluation; warms up; 0 is off
 
     config.optim = optim = ConfigDict()
@@ -235,9 +236,10 @@ def folder_splits(path: str | None) -> tuple[str, str, str]:
     for validation. Without, pictures are split 80 % / 10 % / 10 %.
     """
     path, splits = os.path.expanduser(path or ""), set()
-    if path.endswith(".csv") and os.path.isfile(path):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            splits = {row.get("split") for row in csv.DictReader(file)}
+    if path.lower().endswith(".csv") and os.path.isfile(path):
+        with contextlib.suppress(csv.Error):  # which the data set will tell
+            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+                splits = {row.get("split") for row in csv.DictReader(file, skipinitialspace=True)}
     elif os.path.isdir(path):
         splits = set(os.listdir(path))
     val = next((name for name in ("val", "valid", "validation") if name in splits), None)

@@ -350,13 +350,14 @@ def test_random_erasing_without_a_rectangle_that_fits_changes_nothing():
 # Mixing
 
 
-def test_one_hot_smooths_as_timm():
+def test_targets_are_smoothed_as_timms():
     label = jnp.asarray([0, 3])
     off, on = 0.1 / 5, 1 - 0.1 + 0.1 / 5
     expected = np.full((2, 5), off)
     expected[[0, 1], [0, 3]] = on
-    np.testing.assert_allclose(augment.one_hot(label, 5, 0.1), expected, rtol=1e-6)
-    np.testing.assert_array_equal(augment.one_hot(label, 5), np.eye(5)[[0, 3]])
+    target = jax.nn.one_hot(label, 5)
+    np.testing.assert_allclose(augment.smooth(target, 0.1), expected, rtol=1e-6)
+    np.testing.assert_array_equal(augment.smooth(target, 0.0), target)
 
 
 IMAGE = RNG.normal(size=(B, 12, 10, 2)).astype(np.float32)

@@ -98,6 +98,12 @@ def good_pictures():
         ),
         "rotated.png": (encode(rgb, exif=rotated(6)), np.rot90(rgb, -1)),
         "mirrored.png": (encode(rgb, exif=rotated(2)), rgb[:, ::-1]),
+        "unknown orientation.png": (encode(rgb, exif=rotated(9)), rgb),
+        "deep.pgm": (
+            b"P5 3 1 65535\n" + np.array([0, 257, 65535], ">u2").tobytes(),
+            np.repeat(np.array([[[0], [1], [255]]], np.uint8), 3, -1),
+        ),
+        "rgb.jfif": (encode(rgb, "JPEG"), None),
         "1x1.png": (encode(rgb[:1, :1]), rgb[:1, :1]),
         "UPPER CASE.PNG": (encode(rgb), rgb),
         "größe 図.png": (encode(rgb), rgb),
@@ -177,6 +183,26 @@ def test_squash_is_the_processor_of_beit():
     )
     expected = processor(Image.fromarray(rgb))["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_array_equal(squash(encode(rgb), (32, 32)), expected)
+
+
+def test_center_crop_of_a_strip(monkeypatch):
+    """Of which no whole picture is made, at a size that would not fit into memory."""
+    image = Image.fromarray(photo(4, 4000))
+    wanted = seen((64, 48)) | {"small": images.Rendering((2, 2), "bilinear")}
+    expected = images.center_crop(image, wanted, 0.875)
+    monkeypatch.setattr(images, "_MOST_PIXELS", 0)
+    for name, got in images.center_crop(image, wanted, 0.875).items():
+        assert np.abs(got - np.float32(expected[name])).max() <= 4
+    strip = Image.fromarray(np.full((1, 60_000, 3), 7, np.uint8))
+    assert (images.center_crop(strip, seen((224, 224)))["image"] == 7).all()
+
+
+def test_center_crop_takes_the_side_that_was_meant():
+    """224 / (224 / 354) is less than 354, which is where a crop_pct comes from."""
+    image = Image.fromarray(photo(708, 708))
+    expected = image.resize((354, 354), Image.Resampling.BICUBIC).crop((65, 65, 289, 289))
+    got = images.center_crop(image, seen((224, 224)), 224 / 354)["image"]
+    np.testing.assert_array_equal(got, np.asarray(expected))
 
 
 @pytest.mark.parametrize("height,width", [(50, 81), (81, 50), (64, 64), (10, 200), (33, 32)])

@@ -13,6 +13,7 @@ from PIL import Image
 
 from beit_jax.data import __main__ as command
 from beit_jax.data import images, sources
+from configs import common
 
 
 def save(path, color=(1, 2, 3), size=(6, 4)):
@@ -104,7 +105,7 @@ def test_splits_add_up(tmp_path):
     [
         ("val", r"split='val' of folder:.*It has train \(10 examples\).*'train\[:90%\]'"),
         ("train[:200]", "incompatible with 10 examples"),
-        ("train[5:5]", "selects no examples"),
+        ("train[5:5]", r"selects no examples: it has train \(10 examples\)"),
         ("train[", "Error parsing split"),
     ],
 )
@@ -152,6 +153,33 @@ def test_folders_below_a_class_belong_to_it(tmp_path):
     }
 
 
+def test_folders_that_link_to_each_other(tmp_path):
+    for a, b in ("xy", "yx"):
+        save(tmp_path / a / "1.png")
+        (tmp_path / a / "link").symlink_to(tmp_path / b)
+    found = ids(sources.get_source(f"folder:{tmp_path}"))
+    assert len(found) == 4  # each once by its name, and once by the link
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train", "TEST")])
+def test_split_folders_of_other_names(tmp_path, names):
+    for name in names:
+        class_folders(tmp_path / name, {"cat": 1, "dog": 1})
+    with pytest.raises(ValueError, match=f"{sorted(names)[0]}.*look like splits"):
+        sources.get_source(f"folder:{tmp_path}")
+    assert len(sources.get_source(f"folder:{tmp_path}", labelled=False)) == 4
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    for name in (b"caf\xe9", b"th\xe9"):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        save(tmp_path / "1.png")
+        os.rename(tmp_path / "1.png", os.path.join(folder, b"\xff.png"))
+    source = sources.get_source(f"folder:{tmp_path}")
+    assert len(source) == 2 and not sources.check(source) and source.info.fingerprint
+
+
 def test_flat_folders_have_no_labels(tmp_path):
     save(tmp_path / "a" / "1.png")
     save(tmp_path / "a" / "2.png")
@@ -195,7 +223,7 @@ def test_empty_folders_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         sources.get_source(f"folder:{tmp_path / 'nowhere'}")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"no pictures in .*looked for \.jpg \.jpeg \.png"):
+    with pytest.raises(FileNotFoundError, match=r"no pictures in .*looked for \.jpg \.jpeg \.jfif"):
         sources.get_source(f"folder:{tmp_path}")
     class_folders(tmp_path, {"cat": 1})
     (tmp_path / "unicorn").mkdir()
@@ -252,6 +280,19 @@ def test_csv_with_numbers_splits_and_classes(tmp_path):
     assert sources.get_source(unlabelled)[0].keys() == {"image"}
 
 
+def test_csv_of_another_hand(tmp_path):
+    """A name in capitals, blanks in the header; numbers are the classes' all the same."""
+    rows = [f"{i}.png, {i}, {'test' if i == 11 else 'train'}" for i in range(12)]
+    name = write_csv(tmp_path / "LIST.CSV", "image, label, split", *rows)
+    source = sources.get_source(name, "train")
+    assert source.class_names == tuple(map(str, range(12))) and len(source) == 11
+    assert common.folder_splits(str(tmp_path / "LIST.CSV")) == (
+        "train[:90%]",
+        "train[90%:]",
+        "test",
+    )
+
+
 def test_csv_errors(tmp_path):
     path = tmp_path / "list.csv"
     with pytest.raises(FileNotFoundError, match="no file .*list.csv"):
@@ -260,6 +301,12 @@ def test_csv_errors(tmp_path):
         sources.get_source(write_csv(path, "0.png,dog"))
     with pytest.raises(ValueError, match="no rows"):
         sources.get_source(write_csv(path, "image,label"))
+    with pytest.raises(ValueError, match="list.csv: 'utf-8' codec.*save it as a CSV file in UTF-8"):
+        sources.get_source(write_csv(path, "image,label", "0.png,caf\u00e9", encoding="latin-1"))
+    with pytest.raises(ValueError, match="list.csv: field larger than .*UTF-8"):
+        sources.get_source(write_csv(path, "image,label", '"0.png,' + 200_000 * "x"))
+    with pytest.raises(ValueError, match="list.csv, line 2: a path with a zero byte"):
+        sources.get_source(write_csv(path, "image,label", "0\0.png,dog"))
     with pytest.raises(ValueError, match="list.csv, line 3: image, label needed"):
         sources.get_source(write_csv(path, "image,label", "0.png,dog", "1.png,"))
     source = sources.get_source(write_csv(path, "image,label", "absent.png,dog"))

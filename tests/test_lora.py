@@ -393,6 +393,18 @@ def test_a_new_head_is_evaluated_with_its_adapters(tmp_path, picture_folder, hf_
     assert again["test"] == trained["test"]
 
 
+def test_a_frozen_head_in_the_order_of_the_data(tmp_path, picture_folder, hf_directory):
+    """The base is checked as training has it, whose classes come in the data's order."""
+    finetune(tmp_path, picture_folder, hf_directory, {"lora.trainable": ()})
+    names = checkpoint.read_model_info(tmp_path).class_names
+    base = pretrained.load(str(hf_directory))
+    assert names == sorted(names) != base.info.class_names
+    head = pretrained.load_workdir(str(tmp_path)).params["classifier"]
+    for i, name in enumerate(names):
+        expected = base.params["classifier"]["bias"][base.info.class_names.index(name)]
+        assert head["bias"][i] == expected
+
+
 def test_adapters_of_another_width(tmp_path, start, hf_directory):
     convert_peft.save(
         tmp_path,

@@ -9,6 +9,8 @@ from sklearn.utils import class_weight
 from beit_jax import losses
 from beit_jax.data import augment
 from beit_jax.tasks import classify
+from beit_jax.tasks.task import Data
+from configs import common
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -37,7 +39,7 @@ def test_softmax_cross_entropy_equals_torch(labels):
 
 
 def test_smoothed_labels_are_torchs():
-    target = augment.one_hot(LABELS, K, 0.1)
+    target = augment.smooth(jax.nn.one_hot(LABELS, K), 0.1)
     expected = torch_cross_entropy(LOGITS, LABELS, label_smoothing=0.1)
     np.testing.assert_allclose(
         losses.softmax_cross_entropy(LOGITS, target), expected, rtol=1e-5, atol=1e-6
@@ -54,18 +56,43 @@ def test_softmax_cross_entropy_gradient_equals_torch(labels):
     np.testing.assert_allclose(grad, logits.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_class_weights_are_torchs():
-    """Balanced weights are scikit-learn's, and their mean over a batch is torch's."""
+def test_class_weights_are_scikit_learns():
     labels = np.array([0] * 7 + [1] * 2 + [3])
     weights = classify.class_weights("balanced", np.bincount(labels, minlength=4))
     expected = class_weight.compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
     np.testing.assert_allclose(weights[[0, 1, 3]], expected * 3 / 4, rtol=1e-6)
     assert weights[2] == 0
-    logits = RNG.standard_normal((10, 4)).astype(np.float32)
-    target = np.eye(4, dtype=np.float32)[labels]
-    loss = losses.weighted_mean(losses.softmax_cross_entropy(logits, target), target @ weights)
-    theirs = torch_cross_entropy(logits, labels, weight=torch.tensor(weights), reduction="mean")
-    assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing, mixup", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.8)])
+def test_balanced_classes_weigh_the_same(smoothing, mixup):
+    """Where pictures tell nothing, classes of equal probability are the least of the loss; and it
+    is a mean over pictures, so that micro-batches have the same gradient."""
+    labels = np.array([0, 1, 0, 0, 2, 0, 0, 1, 0, 0, 0, 0], np.int32)
+    config = common.get_config()
+    config.update_from_flattened_dict(
+        {
+            **{"class_weights": "balanced", "label_smoothing": smoothing, "preset": "tiny"},
+            **{"augment.mixup": mixup, "augment.cutmix": mixup, "augment.crop": "squash"},
+            **{"augment.flip": 0.0, "model.image_size": 8, "model.patch_size": 4},
+        }
+    )
+    data = Data(("often", "seldom", "once"), resized=True, class_counts=np.bincount(labels))
+    task = classify.make_task(config, data, start=None)
+    params, _ = task.init(jax.random.key(0))
+    classifier = params["classifier"] = jax.tree.map(jnp.zeros_like, params["classifier"])
+
+    def gradient(bias, labels):
+        batch = {"image": np.full((len(labels), 8, 8, 3), 99, np.uint8), "label": labels}
+        all_params = params | {"classifier": classifier | {"bias": bias}}
+        return task.loss(all_params, {}, task.frozen, batch, jax.random.key(1))[0]
+
+    gradient = jax.grad(gradient)
+    np.testing.assert_allclose(gradient(classifier["bias"], labels), 0, atol=1e-6)
+    if not mixup:
+        bias = jnp.array([0.0, 0.5, 1.0])
+        parts = [gradient(bias, part) for part in np.split(labels, 6)]
+        np.testing.assert_allclose(np.mean(parts, 0), gradient(bias, labels), atol=1e-6)
 
 
 def test_unknown_class_weights():
@@ -90,13 +117,6 @@ def test_softmax_cross_entropy_of_huge_logits_is_finite():
 def test_softmax_cross_entropy_rejects_labels_that_do_not_fit(labels):
     with pytest.raises(ValueError, match="labels must be integers"):
         losses.softmax_cross_entropy(LOGITS, labels)
-
-
-def test_weighted_mean():
-    values = np.float32([1, 2, 100])
-    assert losses.weighted_mean(values) == pytest.approx(103 / 3)
-    assert losses.weighted_mean(values, np.float32([1, 3, 0])) == pytest.approx(7 / 4)
-    assert losses.weighted_mean(values, np.zeros(3)) == 0
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])

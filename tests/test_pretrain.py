@@ -262,7 +262,12 @@ def test_tokens_cached_once_train_as_tokens_of_every_step(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "changes", "message"),
     [
-        ("tokens", {}, "does not move the picture.*got crop=rrc"),
+        ("tokens", {}, "does not change the picture.*got crop=rrc"),
+        (
+            "tokens",
+            {"augment.crop": "squash", "augment.flip": 0.0, "augment.color_jitter": 0.4},
+            "got crop=squash, flip=0.0, color_jitter=0.4",
+        ),
         ("simmim", {}, "cache_tokens is for config.objective 'tokens'"),
         ("tokens", {"data.resident_bytes": 0}, "config.data.resident_bytes"),
     ],

@@ -150,7 +150,11 @@ def _from_peft(args) -> int:
     if args.base and adapters.base and args.base != adapters.base:
         print(f"note: {args.src} names {adapters.base} as its base; taking {args.base}")
     frozen = {name: x for name, x in params.items() if name not in adapters.params}
-    identity = {"base": source, "base_crc32": lora.fingerprint(frozen), "resize_method": "unilm"}
+    identity = {
+        "base": lora.absolute(source),
+        "base_crc32": lora.fingerprint(frozen),
+        "resize_method": "unilm",
+    }
     info = info._replace(lora=adapters.settings | identity)
     with files.new_directory(args.dst) as workdir:
         checkpoint.write_model_info(workdir, info)

@@ -74,8 +74,8 @@ def read(source: str | os.PathLike, *, revision: str | None = None) -> Files:
     weights = _weights_in(path) if path.is_dir() else path
     return Files(
         tensors=_read_weights(weights),
-        config=_read_json(weights.parent / CONFIG),
-        preprocessor=_read_json(weights.parent / PREPROCESSOR),
+        config=read_json(weights.parent / CONFIG),
+        preprocessor=read_json(weights.parent / PREPROCESSOR),
     )
 
 
@@ -101,6 +101,40 @@ def write(
         )
         digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
         _write_json(directory / MANIFEST, {"sha256": digests})
+
+
+def read_json(path: Path, fix: str = "Download it again") -> dict[str, Any] | None:
+    """Reads an object of JSON; None where there is no such file.
+
+    Raises:
+      CheckpointFormatError: it is damaged, or holds anything but an object; `fix` says what to do.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointFormatError(path, f"damaged JSON: {error}", fix) from error
+    if not isinstance(content, dict):
+        raise CheckpointFormatError(path, "is no JSON object", fix)
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file, by name.
+
+    Raises:
+      CheckpointFormatError: it is damaged, or its numbers are of a kind that numpy does not have.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointFormatError(path, f"damaged safetensors: {_first_line(error)}") from error
+    except (TypeError, AttributeError) as error:
+        raise CheckpointFormatError(
+            path, f"numbers of an unknown kind: {_first_line(error)}", "Save it as float32"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -200,12 +234,12 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
         )
     _check_digest(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_safetensors(path)
     return _read_msgpack(path) if path.suffix == ".msgpack" else _read_torch(path)
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    weight_map = (_read_json(index) or {}).get("weight_map")
+    weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(index, "has no weight_map")
     tensors = {}
@@ -217,18 +251,6 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     if missing := sorted(weight_map.keys() - tensors.keys()):
         raise CheckpointFormatError(index, f"names arrays that no shard has: {', '.join(missing)}")
     return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointFormatError(path, f"damaged safetensors: {_first_line(error)}") from error
-    except (TypeError, AttributeError) as error:
-        raise CheckpointFormatError(
-            path, f"numbers of an unknown kind: {_first_line(error)}", "Save it as float32"
-        ) from error
 
 
 def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
@@ -299,7 +321,7 @@ def _check_digest(path: Path) -> None:
 
 def _digests(directory: Path) -> dict[str, str]:
     """File -> SHA-256, as an export wrote them down; empty where there was none."""
-    digests = (_read_json(directory / MANIFEST) or {}).get("sha256", {})
+    digests = (read_json(directory / MANIFEST) or {}).get("sha256", {})
     if not isinstance(digests, dict):
         raise CheckpointFormatError(directory / MANIFEST, "names no files", "Export again")
     return digests
@@ -308,18 +330,6 @@ def _digests(directory: Path) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointFormatError(path, f"damaged JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointFormatError(path, "is no JSON object")
-    return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,10 +10,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+
+from beit_jax.convert import files
 
 _LAYERS = {  # major version of transformers: (prefix of layer i, {our layer: its name})
     5: (
@@ -46,6 +49,8 @@ _REST = {  # ours: theirs; trained whole, PEFT's modules_to_save
     "pooler_layernorm/bias": "beit.pooler.layernorm.bias",
 }
 _PREFIX = "base_model.model."
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
 _UNSUPPORTED = (
     "use_dora",
     "rank_pattern",
@@ -119,8 +124,8 @@ def save(
         "inference_mode": True,
         "task_type": None,
     }
-    save_file(tensors, os.path.join(dst, "adapter_model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(dst, "adapter_config.json"), "w") as file:
+    save_file(tensors, os.path.join(dst, _WEIGHTS), metadata={"format": "pt"})
+    with open(os.path.join(dst, _CONFIG), "w") as file:
         json.dump(config, file, indent=2)
 
 
@@ -129,20 +134,17 @@ def read(src: str | os.PathLike) -> Adapters:
 
     Raises:
       FileNotFoundError: there is no such directory, or no adapters in it.
-      ValueError: adapters of a kind that is not plain LoRA, or of layers that BEiT does not have.
+      ValueError: a file is damaged, the adapters are of a kind that is not plain LoRA or of layers
+        that BEiT does not have, or they are not what adapter_config.json says.
     """
-    path = os.path.join(src, "adapter_config.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{src} has no adapter_config.json: these are no adapters of PEFT.")
-    with open(path) as file:
-        config = json.load(file)
+    config = files.read_json(_file(src, _CONFIG))
     extra = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
         what = ", ".join(extra) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise ValueError(f"{src} is not plain LoRA: {what}.")
     names = {theirs: ours for ours, theirs in _REST.items()}
     params, unknown, targets = {}, [], set()
-    for key, x in load_file(os.path.join(src, "adapter_model.safetensors")).items():
+    for key, x in files.read_safetensors(_file(src, _WEIGHTS)).items():
         theirs = key.removeprefix(_PREFIX).replace(".modules_to_save.default", "")
         ours = names.get(theirs) or _layer(theirs.replace(".default", ""))
         if ours is None:
@@ -153,12 +155,47 @@ def read(src: str | os.PathLike) -> Adapters:
         params[ours] = x.astype(np.float32).T
     if unknown:
         raise ValueError(f"{src} has tensors that no BEiT has: {', '.join(sorted(unknown))}.")
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = _rank_and_alpha(src, config)
+    _check_pairs(src, params, rank)
     if config.get("use_rslora"):
         alpha *= rank**0.5  # their scale is alpha / sqrt(rank)
     dropout = config.get("lora_dropout", 0.0)
     settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(targets)}
     return Adapters(params, settings, config.get("base_model_name_or_path"))
+
+
+def _file(src, name) -> Path:
+    path = Path(src, name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{src} has no {name}: these are no adapters of PEFT.")
+    return path
+
+
+def _rank_and_alpha(src, config) -> tuple[int, float]:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or min(rank, alpha) <= 0:
+        raise ValueError(
+            f"{Path(src, _CONFIG)}: r is {rank!r} and lora_alpha {alpha!r}; expected numbers above "
+            "0, as PEFT writes them."
+        )
+    return rank, alpha
+
+
+def _check_pairs(src, params, rank):
+    """Raises ValueError where a layer has not both of a [D, R] and b [R, O]."""
+    problems = []
+    for layer in dict.fromkeys(n.rpartition("/")[0] for n in params if n.startswith("lora/")):
+        a, b = (params.get(f"{layer}/{factor}") for factor in "ab")
+        if a is None or b is None:
+            problems.append(f"{layer} has no lora_{'A' if a is None else 'B'}")
+        elif a.shape[1:] != (rank,) or b.shape[:-1] != (rank,):
+            problems.append(f"{layer} has lora_A {a.T.shape} and lora_B {b.T.shape}")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{Path(src, _WEIGHTS)}: expected a lora_A and a lora_B of rank {rank}, the r of "
+            f"{_CONFIG}, for each layer: {'; '.join(problems[:3])}{more}. Save the adapters again."
+        )
 
 
 def _layer(name: str) -> str | None:

@@ -16,6 +16,7 @@ DEFAULT = {  # of the BEiTs pretrained on ImageNet-22k, and of BeitImageProcesso
     "crop": "squash",
     "crop_pct": 1.0,
 }
+_ROUNDING = 1e-6  # 224 / (224 / 354) is less than 354
 _PIL = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -63,7 +64,7 @@ def to_hf(image: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str
         raise ValueError(f"interpolation {image['interpolation']!r}; available: {available}")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     squash = image["crop"] == "squash"
-    shorter_side = int(max(height, width) / image["crop_pct"])
+    shorter_side = int(max(height, width) / image["crop_pct"] + _ROUNDING)
     return {
         "image_processor_type": "BeitImageProcessor",
         "do_resize": True,

@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", help=", ".join(sources.NAMES))
     parser.add_argument("--data-dir", help="of TFDS; default: $TFDS_DATA_DIR, or TFDS's own")
     parser.add_argument("--split", default="all", help="in the syntax of TFDS; default: all")
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="pictures at any depth, no labels"
+    )
     parser.add_argument("--check", action="store_true", help="decode every picture")
     args = parser.parse_args(argv)
     try:
@@ -30,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             args.split,
             data_dir=args.data_dir,
             on_bad_image="skip" if args.check else "error",
+            labelled=not args.unlabelled,
         )
         describe(source)
         return report_bad_images(source) if args.check else 0

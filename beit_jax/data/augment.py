@@ -237,9 +237,9 @@ def random_erasing(
     return jnp.where(is_erased, content, image)
 
 
-def one_hot(label: jax.Array, num_classes: int, smoothing: float = 0.0) -> jax.Array:
-    """Targets [B, K] with `smoothing` spread over all classes, as timm's Mixup makes them."""
-    return jax.nn.one_hot(label, num_classes) * (1 - smoothing) + smoothing / num_classes
+def smooth(target: jax.Array, smoothing: float) -> jax.Array:
+    """Targets [B, K] with the share `smoothing` of each row spread over all classes."""
+    return target * (1 - smoothing) + smoothing * target.mean(-1, keepdims=True)
 
 
 def mixup_cutmix(

@@ -60,6 +60,8 @@ def list_folder(
     ids = sorted(_find_pictures(root))
     if not ids:
         raise FileNotFoundError(f"no pictures in {root}; looked for {' '.join(EXTENSIONS)}")
+    if labelled:
+        _check_split_names(root, ids)
     prefixes = _split_prefixes(root, ids, labelled)
     ids = {name: [i for i in ids if i.startswith(prefix)] for name, prefix in prefixes.items()}
     labels = {
@@ -86,13 +88,23 @@ def list_csv(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a column or a cell is missing, or a label is not in `class_names`.
+      ValueError: it is no CSV file in UTF-8, a column or a cell is missing, or a label is not in
+        `class_names`.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    try:
+        ids, labels = _read_csv(path, labelled)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}; save it as a CSV file in UTF-8") from None
+    return _listing(path.parent, ids, labels, class_names, path)
+
+
+def _read_csv(path: pathlib.Path, labelled: bool) -> tuple[dict, dict]:
+    """The pictures of each split, and their labels, or None."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, skipinitialspace=True)
         columns = reader.fieldnames or ()
         image_column = next((c for c in _IMAGE_COLUMNS if c in columns), None)
         if image_column is None:
@@ -106,37 +118,34 @@ def list_csv(
         for row in reader:
             if not all(row[column] for column in needed):
                 raise ValueError(f"{path}, line {reader.line_num}: {', '.join(needed)} needed")
+            if "\0" in row[image_column]:
+                raise ValueError(f"{path}, line {reader.line_num}: a path with a zero byte")
             split = row.get("split", "train")
             ids.setdefault(split, []).append(row[image_column])
             labels.setdefault(split, []).append(row["label"] if labelled else None)
     if not ids:
         raise ValueError(f"{path} has a header and no rows")
-    labels = labels if labelled else dict.fromkeys(ids)
-    return _listing(path.parent, ids, labels, class_names, path)
+    return ids, labels if labelled else dict.fromkeys(ids)
 
 
 def _find_pictures(root: pathlib.Path) -> Iterator[str]:
     def fail(error):
         raise error
 
+    above = {os.fspath(root): {os.path.realpath(root)}}  # by folder: what it lies in, and itself
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders}
         subfolders[:] = [
             name
             for name in subfolders
-            if not name.startswith(".") and not _leads_back(os.path.join(folder, name))
+            if not name.startswith(".") and real[name] not in above[folder]
         ]
+        for name in subfolders:
+            above[os.path.join(folder, name)] = above[folder] | {real[name]}
         relative = pathlib.Path(folder).relative_to(root)
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 yield (relative / name).as_posix()
-
-
-def _leads_back(folder: str) -> bool:
-    """True for a link to a folder that it lies in."""
-    if not os.path.islink(folder):
-        return False
-    target = os.path.realpath(folder)
-    return os.path.commonpath([target, os.path.realpath(os.path.dirname(folder))]) == target
 
 
 def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> dict[str, str]:
@@ -152,6 +161,22 @@ def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> d
                 f"{root / name}, or move the others away"
             )
     return {"train": ""}
+
+
+def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:
+    """Raises ValueError where all folders have the names of splits, but not quite."""
+    tops = sorted({id.partition("/")[0] for id in ids})
+    alike = {"training", "testing", *SPLIT_FOLDERS}
+    if (
+        len(tops) > 1
+        and not set(tops) <= set(SPLIT_FOLDERS)
+        and all(name.lower() in alike for name in tops)
+        and any(id.count("/") > 1 for id in ids)
+    ):
+        raise ValueError(
+            f"the folders {', '.join(tops)} of {root} look like splits; name them "
+            f"{', '.join(SPLIT_FOLDERS)}, in small letters"
+        )
 
 
 def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None:
@@ -189,7 +214,7 @@ def _listing(root, ids, labels, class_names, where) -> Listing:
 
 def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[str, int]]:
     """Returns all class names, and the number of each label found."""
-    digits = where.suffix == ".csv" and all(label.isdecimal() for label in found)
+    digits = where.suffix.lower() == ".csv" and all(label.isdecimal() for label in found)
     if class_names is None and not digits:
         class_names = sorted(found)
     elif class_names is None:

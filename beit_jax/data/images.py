@@ -18,11 +18,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"),
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".avif"),
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
+_MOST_PIXELS = 1 << 26  # that a resized picture may have before it is cropped
+_ROUNDING = 1e-6  # 224 / (224 / 354) is less than 354
 _REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size
 
 Size = tuple[int, int]  # height, width
@@ -84,7 +86,7 @@ def open_image(image: Encoded) -> Image.Image:
 def read_size(file: str | os.PathLike) -> Size:
     """Reads height and width from a file's header."""
     with Image.open(file, formats=_FORMATS) as image:
-        if image.format == "PNG" and "exif" not in image.info:
+        if image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & image.info.keys():
             return image.height, image.width  # Pillow would decode it to look for more
         return upright_size(image)
 
@@ -92,7 +94,8 @@ def read_size(file: str | os.PathLike) -> Size:
 def upright_size(image: Image.Image) -> Size:
     """Height and width after the EXIF rotation, read from the header."""
     width, height = image.size
-    return (width, height) if image.getexif().get(_ORIENTATION, 1) >= 5 else (height, width)
+    is_turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return (width, height) if is_turned else (height, width)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -101,8 +104,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     The conversion is Pillow's: a first frame stands for an animation, alpha is dropped and not
     composited. Only 16-bit grey is scaled here (65535 -> 255), which Pillow would clip.
     """
+    is_16_bit = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):
+    if is_16_bit:
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixel mode {image.mode!r} has no fixed range; save it with 8 or 16 bits")
@@ -129,12 +133,16 @@ def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.
     width, height = image.size
 
     def render(size, interpolation):
-        tall, wide = (math.floor(side / crop_pct) for side in size)
+        tall, wide = (math.floor(side / crop_pct + _ROUNDING) for side in size)
         if tall * width >= wide * height:
             wide = tall * width // height
         else:
             tall = wide * height // width
         top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
+        if tall * wide > _MOST_PIXELS:  # of a strip; as good, but not the same pixels as others'
+            x, y = width / wide, height / tall
+            box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
+            return np.asarray(image.resize(size[::-1], _resampling(interpolation), box))
         covering = image.resize((wide, tall), _resampling(interpolation))
         return np.asarray(covering.crop((left, top, left + size[1], top + size[0])))
 

@@ -61,7 +61,7 @@ def center_crop(
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}.")
     height, width = image.shape[1:3]
-    tall, wide = (math.floor(side / crop_pct) for side in size)
+    tall, wide = (math.floor(side / crop_pct + 1e-6) for side in size)
     if tall * width >= wide * height:
         wide = tall * width // height
     else:

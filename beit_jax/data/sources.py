@@ -110,9 +110,10 @@ class Source:
     def refuse(self, error: images.BadImageError) -> None:
         """Raises the error of a picture, with what to do about it, unless such are left out."""
         if self.on_bad_image == "error":
+            flags = "--check" if self.class_names else "--unlabelled --check"
             error.add_note(
                 "--config.data.on_bad_image=skip goes on without such pictures; "
-                f"`python -m beit_jax.data {self.name} --check` lists all of them."
+                f"`python -m beit_jax.data {self.name} {flags}` lists all of them."
             )
             raise error
 
@@ -414,7 +415,11 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, r
         for part in parts
     ]
     if not any(len(r) for _, r in rows):
-        raise ValueError(f"split={split!r} of {name} selects no examples")
+        have = ", ".join(f"{key} ({size} examples)" for key, size in sizes.items())
+        raise ValueError(
+            f"split={split!r} of {name} selects no examples: it has {have}. Choose another part, "
+            "or leave this split out by an empty one, such as --config.data.val="
+        )
     return rows
 
 
@@ -424,8 +429,9 @@ def balanced_order(ids: Sequence[str], labels: np.ndarray | None) -> np.ndarray:
     It depends on the ids and labels alone, not on the order that they come in. Returns int64 [N].
     """
     labels = np.zeros(len(ids), np.int64) if labels is None else labels
-    hashes = (hashlib.sha256(unicodedata.normalize("NFC", id).encode()).digest() for id in ids)
-    keys = np.array([int.from_bytes(digest[:8]) for digest in hashes], np.uint64)
+    names = (unicodedata.normalize("NFC", id).encode(errors="surrogateescape") for id in ids)
+    digests = (hashlib.sha256(name).digest() for name in names)
+    keys = np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64)
     order = np.lexsort((keys, labels))
     counts = np.bincount(labels)
     starts = np.cumsum(counts) - counts
@@ -497,6 +503,8 @@ def _tfds(
         builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
         raise ValueError(f"TFDS has no data set {name!r}, and {data_dir} has none") from None
+    except (AssertionError, ValueError) as error:  # of a version or a config
+        raise ValueError(f"tfds:{name}: {str(error).strip().partition(chr(10))[0]}") from None
     if not builder.info.splits:
         how = _how_to_prepare(name, data_dir)
         raise FileNotFoundError(f"{name} is not prepared in {data_dir}: {how}")

@@ -69,7 +69,8 @@ def _augmented(rng, image, config, **rendering):
 
 
 def check(config) -> None:
-    """Raises ValueError where the config names an unknown crop or interpolation."""
+    """Raises ValueError where the config names an unknown crop or interpolation, or ranges of a
+    crop that leave nothing."""
     for key, name, known in (
         ("augment.crop", config.augment.crop, augment.CROPS),
         ("image.interpolation", config.image.interpolation, FILTERS),
@@ -77,6 +78,16 @@ def check(config) -> None:
     ):
         if name is not None and name not in known:
             raise ValueError(f"Unknown config.{key} {name!r}; available: {', '.join(known)}.")
+    for key, most in (("scale", 1.0), ("ratio", np.inf)):
+        low, high = config.augment[key]
+        if not 0 < low <= high <= most:
+            raise ValueError(
+                f"config.augment.{key} is {(low, high)}; expected two numbers above 0 and at most "
+                f"{most}, the smaller one first."
+            )
+    crop_pct = config.image.crop_pct
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"config.image.crop_pct is {crop_pct}; expected 0 < crop_pct <= 1.")
 
 
 def eval_view(image, prepared, size: Size, *, resized: bool) -> jax.Array:

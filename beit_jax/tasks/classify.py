@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import functools
 import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import augment, images, views
 from beit_jax.models import layers
-from beit_jax.pretrained import Pretrained, fit
+from beit_jax.pretrained import Pretrained, fit, with_head_for
 from beit_jax.tasks.task import Data, Task
 
 # of config.model; the same weights run with any
@@ -68,7 +67,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         if start is None:
             return params
         return fit(
-            _with_head_for(start, class_names),
+            with_head_for(start, class_names),
             params,
             info.architecture,
             reset=config.pretrained_reset,
@@ -80,7 +79,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         image = views.train_view(
             view_rng, batch["image"], config, info.image, size, resized=resized
         )
-        target = augment.one_hot(batch["label"], num_classes, config.label_smoothing)
+        target = jax.nn.one_hot(batch["label"], num_classes)
         image, target = augment.mixup_cutmix(
             mix_rng,
             image,
@@ -94,8 +93,10 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
             {"params": params}, image, deterministic=False, rngs={"dropout": dropout_rng}
         )
         correct = jnp.argmax(logits, -1) == batch["label"]
-        weight = None if weights is None else target @ weights
-        value = losses.weighted_mean(losses.softmax_cross_entropy(logits, target), weight)
+        if weights is not None:  # each class by its own, whatever it is mixed with
+            target *= weights
+        target = augment.smooth(target, config.label_smoothing)
+        value = losses.softmax_cross_entropy(logits, target).mean()
         return value, (model_state, {"accuracy": correct.astype(jnp.float32).mean()})
 
     def evaluate(params, model_state, frozen, batch):
@@ -124,8 +125,9 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
     """Weight of the loss of each class, float32 [K], or None where all count the same.
 
     "balanced" is the number of pictures / (K * number of the class), as scikit-learn's
-    `class_weight="balanced"`; a class without a picture has weight 0. The mean over a batch is
-    weighted too, as torch's `cross_entropy(weight=...)`.
+    `class_weight="balanced"`; a class without a picture has weight 0. The mean over all pictures is
+    1 where every class has some, so that the loss of a batch is a mean over its pictures, and not
+    over their weights as torch's: it is the same in however many parts a batch comes.
 
     Raises:
       ValueError: it is neither "none" nor "balanced".
@@ -193,25 +195,6 @@ def write_confusion_matrix(confusion, class_names, workdir) -> None:
         for name, counts in zip(class_names, confusion.astype(int).tolist(), strict=True):
             rows.writerow([name, *counts])
     plots.confusion_matrix(confusion, class_names, f"{path}.png")
-
-
-def _with_head_for(start: Pretrained, class_names) -> Pretrained:
-    """The checkpoint with its classifiers in the order of `class_names`; without if they differ.
-
-    Names such as LABEL_0 say nothing and are taken for the same classes.
-    """
-    old = start.info.class_names
-    heads = [name for name in start.params if name.endswith("classifier")]
-    if not heads or old is None or list(old) == list(class_names):
-        return start
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in old):
-        return start
-    params = {name: value for name, value in start.params.items() if name not in heads}
-    if sorted(old) == sorted(class_names) and len(set(old)) == len(old):
-        order = np.asarray([list(old).index(name) for name in class_names])
-        for head in heads:
-            params[head] = {k: np.asarray(v)[..., order] for k, v in start.params[head].items()}
-    return start._replace(params=params)
 
 
 def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:

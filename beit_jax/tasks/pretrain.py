@@ -165,11 +165,12 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
             "config.cache_tokens needs pictures that stay on the device, see "
             "config.data.resident_bytes."
         )
-    if a.crop not in ("squash", "none") or a.flip or a.randaugment:
+    if a.crop not in ("squash", "none") or a.flip or a.randaugment or a.color_jitter:
         raise ValueError(
-            "config.cache_tokens needs training that does not move the picture: "
-            "config.augment.crop=squash, flip=0 and no randaugment; "
-            f"got crop={a.crop}, flip={a.flip}, randaugment={a.randaugment!r}."
+            "config.cache_tokens needs training that does not change the picture: "
+            "config.augment.crop=squash, flip=0, color_jitter=0 and no randaugment; got "
+            f"crop={a.crop}, flip={a.flip}, color_jitter={a.color_jitter}, "
+            f"randaugment={a.randaugment!r}."
         )
 
     @jax.jit
