@@ -43,12 +43,12 @@ def reconstruct(
     if objective.reconstruct is None:
         raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
     size = model.config.image_size
-    crop = views.host_crop(info.image, pretrain.make_renderings(config, info, objective, size))
+    crop = views.host_crop(info.image, pretrain.make_renderings(info, objective, size))
     pictures, bad = _read(paths, crop)
     if not pictures:
         raise ValueError("; ".join(map(str, bad)))
     batch = views.as_batch(pictures)
-    draw = pretrain.make_reconstruction(config, info, objective, size, True)
+    draw = pretrain.make_reconstruction(info, objective, size, True)
     params = pretrained.load_workdir(workdir, step).params
     frozen = {**objective.frozen, "masks": bank}
     return draw(params, frozen, batch, np.arange(len(pictures))), bad

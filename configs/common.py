@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     # Pre-training.
     config.objective = "tokens"  # a file in beit_jax/objectives: tokens, simmim, mae, data2vec
     config.tokenizer = ""  # a workdir, or a directory with OpenAI's encoder.pkl and decoder.pkl
-    config.tokenizer_interpolation = "lanczos"  # of the pictures that it sees
+    config.tokenizer_interpolation = config_dict.placeholder(str)  # lanczos, or what it learnt by
     config.cache_tokens = False  # of training pictures, once for all; needs them unmoved
     config.mask = mask = ConfigDict()
     mask.kind = "blockwise"  # of exact count; beit_v1: perhaps fewer; random; simmim

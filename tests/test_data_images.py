@@ -9,10 +9,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from scipy import stats
 
-from beit_jax.data import images, sources
+from beit_jax.data import images, sources, views
+from configs import common
 
 
 def photo(height, width, seed=0):
@@ -45,6 +46,21 @@ def rotated(degrees_tag):
     exif = Image.Exif()
     exif[0x0112] = degrees_tag
     return exif
+
+
+XMP = '<rdf:Description tiff:Orientation="6"/>'
+
+
+def png_text(key, text):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(key, text)
+    return info
+
+
+def raw_profile(exif):
+    """As ImageMagick writes it."""
+    content = exif.tobytes()
+    return f"\nexif\n{len(content):8}\n{content.hex()}\n"
 
 
 def png_chunk(kind, content):
@@ -99,6 +115,11 @@ def good_pictures():
         "rotated.png": (encode(rgb, exif=rotated(6)), np.rot90(rgb, -1)),
         "mirrored.png": (encode(rgb, exif=rotated(2)), rgb[:, ::-1]),
         "unknown orientation.png": (encode(rgb, exif=rotated(9)), rgb),
+        "xmp.png": (encode(rgb, pnginfo=png_text("XML:com.adobe.xmp", XMP)), np.rot90(rgb, -1)),
+        "profile.png": (
+            encode(rgb, pnginfo=png_text("Raw profile type exif", raw_profile(rotated(6)))),
+            np.rot90(rgb, -1),
+        ),
         "deep.pgm": (
             b"P5 3 1 65535\n" + np.array([0, 257, 65535], ">u2").tobytes(),
             np.repeat(np.array([[[0], [1], [255]]], np.uint8), 3, -1),
@@ -359,6 +380,39 @@ def test_header_gives_the_upright_size(tmp_path):
         if expected is not None:
             (tmp_path / name).write_bytes(content)
             assert images.read_size(tmp_path / name) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("orientation", range(11))
+def test_only_orientations_5_to_8_swap_the_sides(tmp_path, orientation):
+    (tmp_path / "1.jpg").write_bytes(encode(photo(20, 30), "JPEG", exif=rotated(orientation)))
+    height, width, _ = images.decode(images.open_image(tmp_path / "1.jpg")).shape
+    assert images.read_size(tmp_path / "1.jpg") == (height, width)
+    assert (height > width) == (orientation in (5, 6, 7, 8))
+
+
+@pytest.mark.parametrize("crop_pct", [0.0, -1.0, math.nan])
+def test_crop_pct_leaves_something(crop_pct):
+    with pytest.raises(ValueError, match="config.image.crop_pct. is .*expected above 0"):
+        images.whole_crop("center", seen((8, 8)), crop_pct)
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        ("augment.scale", (0.0, 0.0)),
+        ("augment.scale", (0.5,)),
+        ("augment.ratio", (0.0, 1.0)),
+        ("augment.ratio", (2.0, 1.0)),
+        ("image.crop_pct", 0.0),
+        ("image.crop_pct", 1.5),
+    ],
+)
+def test_config_out_of_range_is_named(key, value):
+    config = common.get_config()
+    views.check(config)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=f"config.{key} is .*; expected"):
+        views.check(config)
 
 
 def test_unknown_interpolation_lists_the_known():

@@ -161,6 +161,17 @@ def test_folders_that_link_to_each_other(tmp_path):
     assert len(found) == 4  # each once by its name, and once by the link
 
 
+def test_links_to_folders_above_are_not_followed(tmp_path):
+    save(tmp_path / "other" / "1.png")
+    save(tmp_path / "pets" / "cat" / "2.png")
+    (tmp_path / "pets" / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "pets" / "cat" / "more").symlink_to(tmp_path / "other")
+    found = {
+        os.path.relpath(id, tmp_path) for id in ids(sources.get_source(f"folder:{tmp_path}/pets"))
+    }
+    assert found == {"pets/cat/2.png", "pets/cat/more/1.png"}
+
+
 @pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train", "TEST")])
 def test_split_folders_of_other_names(tmp_path, names):
     for name in names:
@@ -303,6 +314,8 @@ def test_csv_errors(tmp_path):
         sources.get_source(write_csv(path, "image,label"))
     with pytest.raises(ValueError, match="list.csv: 'utf-8' codec.*save it as a CSV file in UTF-8"):
         sources.get_source(write_csv(path, "image,label", "0.png,caf\u00e9", encoding="latin-1"))
+    with pytest.raises(ValueError, match="list.csv: unexpected end of data; .*every quote closed"):
+        sources.get_source(write_csv(path, "image,label", '0.png,"dog', "1.png,cat"))
     with pytest.raises(ValueError, match="list.csv: field larger than .*UTF-8"):
         sources.get_source(write_csv(path, "image,label", '"0.png,' + 200_000 * "x"))
     with pytest.raises(ValueError, match="list.csv, line 2: a path with a zero byte"):
@@ -350,10 +363,13 @@ def test_there_is_no_such_fold(fold, folds):
         sources.stratified_fold(sources.get_source("digits", "train"), fold, folds)
 
 
-def test_unknown_names_list_the_known():
+def test_unknown_names_list_the_known(tmp_path):
     for name in ("cifar", "folder:", "tfds:"):
         with pytest.raises(ValueError, match=f"{name}.; available: digits, cifar10, .*folder:PATH"):
             sources.get_source(name)
+    for name in ("tfds:cifar10:9.9.9", "tfds:cifar10/foo"):
+        with pytest.raises(ValueError, match=f"^{name}: .*(version 9.9.9|BuilderConfig foo)"):
+            sources.get_source(name, data_dir=tmp_path)
     with pytest.raises(ValueError, match="expected 'error' or 'skip'"):
         sources.get_source("digits", on_bad_image="ignore")
     with pytest.raises(TypeError, match="mistake"):
@@ -416,6 +432,31 @@ def test_command_lists_bad_pictures(tmp_path, capsys):
     assert f"cannot decode {tmp_path}/cat/001.png: not a picture" in capsys.readouterr().out
     assert command.main(["nothing"]) == 1
     assert capsys.readouterr().err.startswith("error: no data set 'nothing'")
+
+
+def test_command_without_labels(tmp_path, capsys):
+    """As the message about a bad picture says."""
+    class_folders(tmp_path, {"cat": 2})
+    save(tmp_path / "loose.png")
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    assert command.main([f"folder:{tmp_path}", "--check"]) == 1
+    assert "--unlabelled" in capsys.readouterr().err
+    source = sources.get_source(f"folder:{tmp_path}", labelled=False)
+    with pytest.raises(images.BadImageError) as error:
+        source.info  # noqa: B018
+    assert f"folder:{tmp_path} --unlabelled --check` lists" in error.value.__notes__[0]
+    assert command.main([f"folder:{tmp_path}", "--unlabelled", "--check"]) == 1
+    assert "1 of 4 pictures cannot be decoded" in capsys.readouterr().out
+
+
+def test_command_counts_other_files(tmp_path, capsys):
+    class_folders(tmp_path, {"cat": 2})
+    command.main([f"folder:{tmp_path}"])
+    assert "ignored" not in capsys.readouterr().out
+    for name in ("1.heic", "2.HEIC", "notes.txt", ".hidden"):
+        (tmp_path / "cat" / name).write_text("")
+    command.main([f"folder:{tmp_path}"])
+    assert "\nignored: 2 .heic, 1 .txt\n" in capsys.readouterr().out
 
 
 def test_no_other_framework_is_imported():

@@ -177,10 +177,19 @@ def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs, capsys)
     with pytest.raises(SystemExit, match="2"):
         reconstruct.main([*arguments, "--out", str(tmp_path / "none" / "sheet.png")])
     assert "there is no folder" in capsys.readouterr().err
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    broken = [*arguments, str(tmp_path / "broken.png"), "--out", str(out)]
-    assert reconstruct.main(broken) == 2
-    assert "cannot decode" in capsys.readouterr().err
+    (tmp_path / "there.png").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        reconstruct.main([*arguments, "--out", str(tmp_path / "there.png")])
+    assert "there.png: expected a file" in capsys.readouterr().err
+    whole = next((tmp_path / "pictures").rglob("*.png"))
+    broken = tmp_path / "broken.png"  # its header can be read
+    broken.write_bytes(whole.read_bytes()[:70])
+    assert reconstruct.main([*arguments, str(broken), "--out", str(out)]) == 3
+    found = capsys.readouterr()
+    assert f"not read: {broken}: " in found.err
+    assert "12 pictures, 1 not read" in found.out
+    assert reconstruct.main([*arguments[:3], str(broken), "--out", str(out)]) == 2
+    assert f"cannot decode {broken}: " in capsys.readouterr().err
     workdir, _ = runs("data2vec")
     arguments[1] = str(workdir)
     assert reconstruct.main([*arguments, "--out", str(out)]) == 2
@@ -293,6 +302,23 @@ def test_another_tokenizer_is_refused(tokenizer, tmp_path):
         loop.run(config_of("tokens", changes), str(tmp_path / "run"))
 
 
+def test_a_tokenizer_sees_what_it_learnt_by(tmp_path, tokenizer):
+    workdir = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    changes = {"tokenizer": str(workdir)}
+
+    def interpolation():
+        _, _, objective, _ = train_task.make_parts(config_of("tokens", changes))
+        return objective.target.interpolation
+
+    assert interpolation() == "lanczos"
+    info = checkpoint.read_model_info(workdir)
+    image = info.image | {"interpolation": "bicubic"}
+    checkpoint.write_model_info(workdir, info._replace(image=image))
+    assert interpolation() == "bicubic"
+    changes["tokenizer_interpolation"] = "bilinear"
+    assert interpolation() == "bilinear"
+
+
 def test_a_folder_without_pictures_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     config = config_of("simmim", {"data.name": f"folder:{tmp_path / 'empty'}"})
@@ -303,14 +329,14 @@ def test_a_folder_without_pictures_is_told(tmp_path):
 def test_both_renderings_are_of_one_crop():
     config = config_of("simmim")
     config.augment.flip, config.augment.color_jitter = 0.5, 0.3
-    config.tokenizer_interpolation = "bicubic"
+    small = Rendering((8, 8))
     ramp = np.linspace(60, 190, 32, dtype=np.uint8)
     image = np.stack([np.tile(ramp[:, None, None], (1, 32, 3)), np.tile(ramp[:, None], (32, 1, 3))])
     prepared = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bicubic"}
     for seed in range(3):
         rng = jax.random.key(seed)
         seen = views.train_view(rng, image, config, prepared, (16, 16), resized=False)
-        target = views.tokenizer_train_view(rng, image, config, prepared, (8, 8), resized=False)
+        target = views.tokenizer_train_view(rng, image, config, prepared, small, resized=False)
         pooled = np.asarray(seen).reshape(2, 8, 2, 8, 2, 3).mean((2, 4))
         np.testing.assert_allclose(pooled, target, atol=0.02)
 
@@ -416,6 +442,22 @@ def test_reconstruction_of_an_older_run(runs, photos, tmp_path):
     out = str(tmp_path / "seen.png")
     arguments = ["--checkpoint", str(workdir), "--images", str(photos), "--out", out]
     assert reconstruct.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "config.json: damaged JSON"),
+        ("{}", "config.json has no objective and no mask: it is not that of a pre-training run."),
+    ],
+)
+def test_reconstruction_of_a_damaged_config(runs, photos, tmp_path, capsys, content, message):
+    workdir = shutil.copytree(runs("simmim")[0], tmp_path / "run")
+    (workdir / "config.json").write_text(content)
+    out = str(tmp_path / "seen.png")
+    arguments = ["--checkpoint", str(workdir), "--images", str(photos), "--out", out]
+    assert reconstruct.main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])

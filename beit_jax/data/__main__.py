@@ -51,6 +51,8 @@ def describe(source: sources.Source) -> None:
         print("no labels")
     else:
         print(f"{len(info.class_names)} classes: {', '.join(info.class_names)}")
+    if ignored := getattr(source, "ignored", ()):
+        print("ignored: " + ", ".join(f"{count} {ending}" for ending, count in ignored))
     print(f"fingerprint {info.fingerprint}")
 
 
@@ -65,4 +67,5 @@ def report_bad_images(source: sources.Source) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     sys.exit(main())

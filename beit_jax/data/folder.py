@@ -10,6 +10,7 @@ missing from one split does not shift the others. A layout with two meanings is 
 pictures beside class folders, class folders beside split folders, a class folder with nothing in.
 """
 
+import collections
 import csv
 import os
 import pathlib
@@ -38,6 +39,7 @@ class Listing(NamedTuple):
     root: pathlib.Path
     splits: Mapping[str, Files]
     class_names: tuple[str, ...] | None
+    ignored: Sequence[tuple[str, int]] = ()  # (".txt", 2): how many files are no pictures
 
 
 def list_folder(
@@ -57,7 +59,8 @@ def list_folder(
     root = pathlib.Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
-    ids = sorted(_find_pictures(root))
+    files = sorted(_find_files(root))
+    ids = [file for file in files if file.lower().endswith(EXTENSIONS)]
     if not ids:
         raise FileNotFoundError(f"no pictures in {root}; looked for {' '.join(EXTENSIONS)}")
     if labelled:
@@ -70,7 +73,10 @@ def list_folder(
         else None
         for name, group in ids.items()
     }
-    return _listing(root, ids, labels, class_names, root)
+    others = (file for file in files if not file.lower().endswith(EXTENSIONS))
+    endings = collections.Counter(os.path.splitext(file)[1].lower() or "other" for file in others)
+    listing = _listing(root, ids, labels, class_names, root)
+    return listing._replace(ignored=endings.most_common())
 
 
 def list_csv(
@@ -97,14 +103,16 @@ def list_csv(
     try:
         ids, labels = _read_csv(path, labelled)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}; save it as a CSV file in UTF-8") from None
+        raise ValueError(
+            f"{path}: {error}; save it as a CSV file in UTF-8, with every quote closed"
+        ) from None
     return _listing(path.parent, ids, labels, class_names, path)
 
 
 def _read_csv(path: pathlib.Path, labelled: bool) -> tuple[dict, dict]:
     """The pictures of each split, and their labels, or None."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
+        reader = csv.DictReader(file, skipinitialspace=True, strict=True)
         columns = reader.fieldnames or ()
         image_column = next((c for c in _IMAGE_COLUMNS if c in columns), None)
         if image_column is None:
@@ -128,24 +136,31 @@ def _read_csv(path: pathlib.Path, labelled: bool) -> tuple[dict, dict]:
     return ids, labels if labelled else dict.fromkeys(ids)
 
 
-def _find_pictures(root: pathlib.Path) -> Iterator[str]:
+def _find_files(root: pathlib.Path) -> Iterator[str]:
+    """All files that are not hidden, as POSIX paths relative to the root."""
+
     def fail(error):
         raise error
 
-    above = {os.fspath(root): {os.path.realpath(root)}}  # by folder: what it lies in, and itself
     for folder, subfolders, files in os.walk(root, onerror=fail, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders}
+        relative = pathlib.Path(folder).relative_to(root)
         subfolders[:] = [
             name
             for name in subfolders
-            if not name.startswith(".") and real[name] not in above[folder]
+            if not name.startswith(".") and not _leads_back(root, relative / name)
         ]
-        for name in subfolders:
-            above[os.path.join(folder, name)] = above[folder] | {real[name]}
-        relative = pathlib.Path(folder).relative_to(root)
         for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if not name.startswith("."):
                 yield (relative / name).as_posix()
+
+
+def _leads_back(root: pathlib.Path, folder: pathlib.Path) -> bool:
+    """True for a link to a folder that the way from `root` leads through, or to one above."""
+    if not (root / folder).is_symlink():
+        return False
+    target = os.path.realpath(root / folder)
+    way = (os.path.realpath(root / above) for above in folder.parents)
+    return any(os.path.commonpath([target, above]) == target for above in way)
 
 
 def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> dict[str, str]:
@@ -187,7 +202,8 @@ def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None
     if flat:
         raise ValueError(
             f"{folder} has class folders and {len(flat)} pictures beside them ({flat[0]}, ...): "
-            "move these into class folders, or set labelled=False to use all without labels"
+            "move these into class folders, or set labelled=False (of beit_jax.data: --unlabelled) "
+            "to use all without labels"
         )
     classes = [id.partition("/")[0] for id in ids]
     visible = {f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")}

@@ -23,6 +23,7 @@ EXTENSIONS = (
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
+_ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # may tell it, in a PNG
 _MOST_PIXELS = 1 << 26  # that a resized picture may have before it is cropped
 _ROUNDING = 1e-6  # 224 / (224 / 354) is less than 354
 _REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size
@@ -86,7 +87,7 @@ def open_image(image: Encoded) -> Image.Image:
 def read_size(file: str | os.PathLike) -> Size:
     """Reads height and width from a file's header."""
     with Image.open(file, formats=_FORMATS) as image:
-        if image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & image.info.keys():
+        if image.format == "PNG" and not _ORIENTED & image.info.keys():
             return image.height, image.width  # Pillow would decode it to look for more
         return upright_size(image)
 
@@ -153,11 +154,13 @@ def whole_crop(crop: str, renderings: Renderings, crop_pct: float = 1.0):
     """The crop "squash" or "center" as a function of the picture alone.
 
     Raises:
-      ValueError: it is another.
+      ValueError: it is another, or `crop_pct` is not above 0.
     """
     if crop == "squash":
         return functools.partial(squash, renderings=renderings)
     if crop == "center":
+        if not crop_pct > 0:
+            raise ValueError(f"crop_pct (config.image.crop_pct) is {crop_pct}; expected above 0")
         return functools.partial(center_crop, renderings=renderings, crop_pct=crop_pct)
     raise ValueError(f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' or 'pad'")
 

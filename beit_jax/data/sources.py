@@ -168,11 +168,15 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """Pictures in files."""
+    """Pictures in files.
 
-    def __init__(self, name, split, class_names, on_bad_image, *, root, ids, labels):
+    Attributes:
+      ignored: how many other files lie beside them, by ending: (".txt", 2), ...
+    """
+
+    def __init__(self, name, split, class_names, on_bad_image, *, root, ids, labels, ignored=()):
         super().__init__(name, split, class_names, on_bad_image)
-        self._root, self._ids, self._labels = root, ids, labels
+        self._root, self._ids, self._labels, self.ignored = root, ids, labels, ignored
 
     def __len__(self):
         return len(self._ids)
@@ -477,7 +481,10 @@ def _folder(name, split, path, *, labelled, class_names, on_bad_image) -> FileSo
         labels.append(None if files.labels is None else files.labels[chosen])
     unlabelled = [part is None for part in labels]
     if any(unlabelled) and not all(unlabelled):
-        raise ValueError(f"split={split!r} of {name} is in part without labels; set labelled=False")
+        raise ValueError(
+            f"split={split!r} of {name} is in part without labels; set labelled=False "
+            "(of beit_jax.data: --unlabelled)"
+        )
     return FileSource(
         name,
         split,
@@ -486,6 +493,7 @@ def _folder(name, split, path, *, labelled, class_names, on_bad_image) -> FileSo
         root=listing.root,
         ids=ids,
         labels=None if unlabelled[0] else np.concatenate(labels),
+        ignored=listing.ignored,
     )
 
 

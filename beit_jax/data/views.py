@@ -31,17 +31,19 @@ def train_view(
     )
 
 
-def tokenizer_train_view(rng, image, config, prepared, size: Size, *, resized: bool) -> jax.Array:
-    """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and at the size of
-    a tokenizer; without noise and erasing, which are no part of the picture."""
+def tokenizer_train_view(
+    rng, image, config, prepared, seen: images.Rendering, *, resized: bool
+) -> jax.Array:
+    """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and as a tokenizer
+    is to see it; without noise and erasing, which are no part of the picture."""
     crop = _crop(config, resized)
     view = _augmented(
         rng,
         image,
         config,
         crop="squash" if crop == "none" else crop,
-        image_size=size,
-        interpolation=config.tokenizer_interpolation,
+        image_size=seen.size,
+        interpolation=seen.interpolation,
         mean=(0.0,),
         std=(1.0,),
         fill=tuple(prepared["mean"]),
@@ -79,10 +81,10 @@ def check(config) -> None:
         if name is not None and name not in known:
             raise ValueError(f"Unknown config.{key} {name!r}; available: {', '.join(known)}.")
     for key, most in (("scale", 1.0), ("ratio", np.inf)):
-        low, high = config.augment[key]
-        if not 0 < low <= high <= most:
+        pair = tuple(config.augment[key])
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
             raise ValueError(
-                f"config.augment.{key} is {(low, high)}; expected two numbers above 0 and at most "
+                f"config.augment.{key} is {pair}; expected two numbers above 0 and at most "
                 f"{most}, the smaller one first."
             )
     crop_pct = config.image.crop_pct
@@ -103,11 +105,10 @@ def eval_view(image, prepared, size: Size, *, resized: bool) -> jax.Array:
     )
 
 
-def tokenizer_eval_view(image, config, prepared, size: Size, *, resized: bool) -> jax.Array:
-    """What `eval_view` shows, in [0, 1] and at the size of a tokenizer."""
-    interpolation = config.tokenizer_interpolation
-    prepared = {**prepared, "interpolation": interpolation, "mean": (0.0,), "std": (1.0,)}
-    return eval_view(image, prepared, size, resized=resized)
+def tokenizer_eval_view(image, prepared, seen: images.Rendering, *, resized: bool) -> jax.Array:
+    """What `eval_view` shows, in [0, 1] and as a tokenizer is to see it."""
+    prepared = {**prepared, "interpolation": seen.interpolation, "mean": (0.0,), "std": (1.0,)}
+    return eval_view(image, prepared, seen.size, resized=resized)
 
 
 def rendering(prepared, size: Size) -> images.Rendering:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from beit_jax.data.images import Rendering
+
 
 class Views(NamedTuple):
     """One view of a picture, rendered for the model and, where it has one, for the tokenizer.
@@ -30,7 +32,7 @@ class Objective(NamedTuple):
       summarize: sums -> dict of scalars.
       reconstruct: (params, frozen, views, masks) -> pictures [B, h, w, C] in [0, 1] with the
         masked patches as predicted; or None.
-      target_size: (height, width) of `Views.target`, or None.
+      target: how `Views.target` is rendered, or None.
       tokenize: (frozen, pictures as `Views.target`) -> tokens int [B, N]; or None.
     """
 
@@ -39,7 +41,7 @@ class Objective(NamedTuple):
     loss: Callable
     summarize: Callable
     reconstruct: Callable | None
-    target_size: tuple[int, int] | None = None
+    target: Rendering | None = None
     tokenize: Callable | None = None
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax import losses, tokenizers
-from beit_jax.data import masking
+from beit_jax.data import images, masking
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
 ARCHITECTURE = {"head": "mim", "use_mask_token": True}
@@ -99,7 +99,9 @@ def make(config, model) -> Objective:
         loss=loss,
         summarize=summarize,
         reconstruct=reconstruct,
-        target_size=tuple(t.image_size),
+        target=images.Rendering(
+            tuple(t.image_size), config.tokenizer_interpolation or tokenizer.interpolation
+        ),
         tokenize=tokenize,
     )
 

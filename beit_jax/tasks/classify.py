@@ -189,7 +189,7 @@ def draw(workdir, results, outputs, split, params, model_state, *, num_mistakes:
 def write_confusion_matrix(confusion, class_names, workdir) -> None:
     """The counts [K, K] (row: label, column: prediction) as a table and as a picture."""
     path = os.path.join(workdir, "confusion_matrix")
-    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
+    with open(f"{path}.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file)
         rows.writerow(["label \\ predicted", *class_names])
         for name, counts in zip(class_names, confusion.astype(int).tolist(), strict=True):

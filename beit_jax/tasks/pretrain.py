@@ -33,7 +33,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     info, model, objective, bank = make_parts(config, start, info)
     family = modules.load("models", info.model_name)
     size = model.config.image_size
-    renderings = make_renderings(config, info, objective, size)
+    renderings = make_renderings(info, objective, size)
     frozen = {**objective.frozen, "masks": bank}
     if config.cache_tokens and data.train is not None:
         frozen["tokens"] = cached_tokens(config, info, objective, data.train)
@@ -59,7 +59,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
 
     def fixed(frozen, batch):
         """Views without augmentation, and the masks of a picture's place in the split."""
-        seen = eval_views(config, info, objective, size, batch, resized)
+        seen = eval_views(info, objective, size, batch, resized)
         masks = masking.take(frozen["masks"], batch["index"] % frozen["masks"]["count"].size)
         return seen, masks
 
@@ -75,7 +75,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
             return
         batch = views.first_pictures(split, info.image, renderings, chosen)
         rows = np.arange(len(chosen))
-        reconstruct = make_reconstruction(config, info, objective, size, resized)
+        reconstruct = make_reconstruction(info, objective, size, resized)
         path = os.path.join(workdir, "reconstructions.png")
         draw_reconstructions(reconstruct(params, frozen, batch, rows), path)
 
@@ -120,33 +120,30 @@ def make_parts(config, start=None, info=None):
     return info, model, objective.make(config, model), bank
 
 
-def make_renderings(config, info, objective: Objective, size) -> images.Renderings:
+def make_renderings(info, objective: Objective, size) -> images.Renderings:
     """What model and tokenizer see of a crop."""
-    target = None
-    if objective.target_size is not None:
-        target = images.Rendering(objective.target_size, config.tokenizer_interpolation)
-    return views.renderings(views.rendering(info.image, size), target=target)
+    return views.renderings(views.rendering(info.image, size), target=objective.target)
 
 
 def train_views(config, info, objective: Objective, size, rng, batch, resized: bool) -> Views:
     """One augmented view of the pictures of a batch, for model and tokenizer."""
     view = views.train_view(rng, batch["image"], config, info.image, size, resized=resized)
-    if objective.target_size is None:
+    if objective.target is None:
         return Views(view, None)
-    stored, target_size = views.stored(batch, "target"), objective.target_size
+    stored = views.stored(batch, "target")
     target = views.tokenizer_train_view(
-        rng, stored, config, info.image, target_size, resized=resized
+        rng, stored, config, info.image, objective.target, resized=resized
     )
     return Views(view, target)
 
 
-def eval_views(config, info, objective: Objective, size, batch, resized: bool) -> Views:
+def eval_views(info, objective: Objective, size, batch, resized: bool) -> Views:
     """The view without augmentation, for both."""
     view = views.eval_view(batch["image"], info.image, size, resized=resized)
-    if objective.target_size is None:
+    if objective.target is None:
         return Views(view, None)
-    stored, target_size = views.stored(batch, "target"), objective.target_size
-    target = views.tokenizer_eval_view(stored, config, info.image, target_size, resized=resized)
+    stored = views.stored(batch, "target")
+    target = views.tokenizer_eval_view(stored, info.image, objective.target, resized=resized)
     return Views(view, target)
 
 
@@ -175,9 +172,8 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
 
     @jax.jit
     def tokenize(frozen, image):
-        size = objective.target_size
         whole = {**info.image, "crop": "squash"}  # as training sees it
-        picture = views.tokenizer_eval_view(image, config, whole, size, resized=False)
+        picture = views.tokenizer_eval_view(image, whole, objective.target, resized=False)
         return objective.tokenize(frozen, picture)
 
     image, step = split.resident["image"], config.eval_batch_size
@@ -185,18 +181,18 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
     return np.concatenate(jax.device_get(parts))
 
 
-def make_reconstruction(config, info, objective: Objective, size, resized: bool):
+def make_reconstruction(info, objective: Objective, size, resized: bool):
     """Returns f(params, frozen, batch, rows of the bank [B]) -> list of three pictures
     uint8 [B, h, w, C]: as the model sees it, masked, and predicted."""
 
     @jax.jit
     def pictures(params, frozen, batch, rows):
-        seen = eval_views(config, info, objective, size, batch, resized)
+        seen = eval_views(info, objective, size, batch, resized)
         masks = masking.take(frozen["masks"], rows % frozen["masks"]["count"].size)
         mean, std = (jnp.asarray(info.image[key]) for key in ("mean", "std"))
         original = seen.image * std + mean
         predicted = objective.reconstruct(params, frozen, seen, masks)
-        if objective.target_size is None:
+        if objective.target is None:
             predicted = predicted * std + mean
         return original, masks.index, predicted
 

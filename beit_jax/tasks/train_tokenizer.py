@@ -16,7 +16,7 @@ from flax import linen as nn
 from beit_jax import modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
-from beit_jax.data import images, views
+from beit_jax.data import views
 from beit_jax.models import features, layers
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data, Task
@@ -54,20 +54,20 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
             f"{model.config.grid[1]}; change config.model.image_size or patch_size."
         )
     trainer = family.make(config, model, teacher.width if teacher else 0)
-    own, seen_by_teacher = images.Rendering(size, config.tokenizer_interpolation), None
+    own, seen_by_teacher = views.rendering(info.image, size), None
     if teacher:
         seen_by_teacher = views.rendering(teacher.image, teacher.size)
     renderings = views.renderings(own, teacher=seen_by_teacher)
 
     def eval_view(batch):
         stored = batch["image"]
-        return views.tokenizer_eval_view(stored, config, info.image, size, resized=resized)
+        return views.tokenizer_eval_view(stored, info.image, own, resized=resized)
 
     def loss(params, model_state, frozen, batch, rng):
         view_rng, rng = jax.random.split(rng)
         target, prepared = None, teacher.image if teacher else info.image
         image = views.tokenizer_train_view(
-            view_rng, batch["image"], config, prepared, size, resized=resized
+            view_rng, batch["image"], config, prepared, own, resized=resized
         )
         if teacher:
             stored = views.stored(batch, "teacher")
@@ -198,7 +198,8 @@ def _model_info(config, family, teacher: Teacher | None) -> ModelInfo:
     architecture = dataclasses.asdict(family.Model(**architecture).config)
     for key in classify.RUNTIME:
         architecture.pop(key, None)
-    unit = {"mean": (0.0,), "std": (1.0,), "interpolation": config.tokenizer_interpolation}
+    interpolation = config.tokenizer_interpolation or "lanczos"
+    unit = {"mean": (0.0,), "std": (1.0,), "interpolation": interpolation}
     return ModelInfo(
         model_name=config.tokenizer_name,
         task="train_tokenizer",

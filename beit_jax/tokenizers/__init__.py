@@ -23,10 +23,12 @@ class Tokenizer(NamedTuple):
     Attributes:
       model: the network; `model.config` has image_size, grid, vocab_size and num_channels.
       variables: of the network, as `model.apply` takes them.
+      interpolation: the filter of the pictures that it learnt from.
     """
 
     model: nn.Module
     variables: dict[str, Any]
+    interpolation: str = "lanczos"
 
 
 def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenizer:
@@ -45,10 +47,11 @@ def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenize
     source = os.path.expanduser(source)
     if dalle.is_here(source):
         name, params, architecture = "dvae", *dalle.load(source)
-        variables = {"params": params}
+        variables, interpolation = {"params": params}, "lanczos"
     else:
         info = _info(source)
         name, architecture = info.model_name, dict(info.architecture)
+        interpolation = info.image["interpolation"]
         params, state = checkpoint.load_params(source), checkpoint.load_model_state(source)
         variables = {"params": params}
         if "codebook" in state:
@@ -57,7 +60,7 @@ def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenize
         patch = 2 ** (architecture["num_groups"] - 1)
         architecture["image_size"] = tuple(n * patch for n in grid)
     model = modules.load("tokenizers", name).Model(**architecture, dtype=resolve_dtype(dtype))
-    return Tokenizer(model, variables)
+    return Tokenizer(model, variables, interpolation)
 
 
 def vocab_size(source: str) -> int:
