@@ -1,6 +1,5 @@
 """The parts of a run, built as its config describes them."""
 
-import os
 import re
 from typing import NamedTuple
 
@@ -57,9 +56,7 @@ def make_task(config, splits, workdir, mesh, step: int | None):
     module = modules.load("tasks", config.task_name)
     task = module.make_task(config, data, start=start, info=info)
     if config.lora.rank:
-        base = os.path.expanduser(config.pretrained)  # is looked for from other directories, too
-        base = os.path.abspath(base) if os.path.exists(base) else config.pretrained
-        task = lora.wrap(task, config, base)
+        task = lora.wrap(task, config, lora.absolute(config.pretrained))
     return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
 
 

@@ -76,8 +76,8 @@ def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, 
 
     @jax.jit
     def vote(train, train_labels, rows):
-        similarity, neighbour = jax.lax.top_k(rows @ train.T, k)  # [chunk, k]
-        weight = jnp.exp(similarity / temperature)
+        similarity, neighbour = jax.lax.top_k(jnp.matmul(rows, train.T, precision="highest"), k)
+        weight = jnp.exp(similarity / temperature)  # [chunk, k]
         is_label = jax.nn.one_hot(train_labels[neighbour], num_classes)  # [chunk, k, K]
         return jnp.einsum("bk,bkc->bc", weight, is_label)
 

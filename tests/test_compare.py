@@ -89,11 +89,19 @@ def test_the_figure_shows_each_run(tmp_path, make_run):
     ("spoil", "message"),
     [
         (lambda path: (path / "results.json").unlink(), "has no results.json: its run has not"),
-        (lambda path: (path / "results.json").write_text("{"), "results.json is damaged"),
-        (lambda path: (path / "results.json").write_text('{"step": 1}'), "only classifiers can"),
+        (lambda path: (path / "results.json").write_text("{"), "results.json: damaged JSON"),
+        (lambda path: (path / "results.json").write_text("[]"), "results.json: is no JSON object"),
+        (lambda path: (path / "data.json").write_text(""), "data.json: damaged JSON"),
+        (lambda path: (path / "results.json").write_text('{"step": 1}'), "it has no evaluation."),
+        (
+            lambda path: (path / "results.json").write_text('{"test": null}'),
+            "only classifiers can be compared, and it has no evaluation.",
+        ),
         (  # a probe, or pre-training
-            lambda path: (path / "results.json").write_text('{"test": {"accuracy": 0.5}}'),
-            "only classifiers can",
+            lambda path: (path / "results.json").write_text(
+                '{"step": 1, "val": {"loss": 0.5, "accuracy": 0.5}}'
+            ),
+            "it has only loss, accuracy of val.",
         ),
     ],
 )
@@ -116,6 +124,15 @@ def test_runs_that_cannot_be_compared(tmp_path, make_run, capsys, spoil, message
 def test_bad_arguments(tmp_path, capsys, arguments, message):
     assert compare.main([*arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_that_look_like_several(tmp_path):
+    paths = [str(tmp_path / name) for name in ("lr=0.1", "seed,1")]
+    for path in paths:
+        (tmp_path / path).mkdir()
+    assert compare.parse_runs(paths) == {"lr=0.1": paths[:1], "seed,1": paths[1:]}
+    named = [f"a={paths[0]}", f"b={paths[1]}", "c=x,y"]
+    assert compare.parse_runs(named) == {"a": paths[:1], "b": paths[1:], "c": ["x", "y"]}
 
 
 def test_makes_the_runs(tmp_path, flags, capfd):

@@ -16,7 +16,7 @@ from flax import serialization, traverse_util
 from PIL import Image
 
 from beit_jax import convert
-from beit_jax.convert import CheckpointFormatError, hf_config
+from beit_jax.convert import CheckpointFormatError, hf_config, preprocessor
 from beit_jax.convert.__main__ import main
 from beit_jax.models.beit import Model
 
@@ -360,6 +360,13 @@ def test_no_config(exported):
 def test_preprocessors(exported, processor, expected):
     (exported / "preprocessor_config.json").write_text(json.dumps(processor))
     assert tuple(convert.load(exported).image.values()) == expected
+
+
+@pytest.mark.parametrize("shorter_side", [232, 256, 353, 354, 438])
+def test_the_shorter_side_comes_back(shorter_side):
+    config = {"do_center_crop": True, "size": {"shortest_edge": shorter_side}, "crop_size": 224}
+    written = preprocessor.to_hf(preprocessor.from_hf(config), 224)
+    assert written["size"] == {"shortest_edge": shorter_side}
 
 
 def test_preprocessor_out_of_the_ordinary(exported, params):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from beit_jax import checkpoint, convert, report, train
+from beit_jax import checkpoint, convert, predict, report, train
 from configs import image_folder
 
 torch = pytest.importorskip("torch")
@@ -280,6 +281,48 @@ def test_picture_that_cannot_be_read(tmp_path, start, picture_folder, finetuned)
     bad = rows.pop(f"{pictures}/3.png")
     assert bad["error"] and not bad["label"]
     assert all(row["label"] == "red" and not row["error"] for row in rows.values())
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_names_that_are_not_utf_8(tmp_path, picture_folder, classifier_directory, form):
+    folder, out = tmp_path / "pictures", tmp_path / f"out.{form}"
+    name = os.fsencode(folder) + b"/caf\xe9.png"
+    folder.mkdir()
+    shutil.copy(picture_folder / "red" / "0.png", name)
+    arguments = ["--checkpoint", str(classifier_directory), "--images", str(folder)]
+    assert predict.main([*arguments, "--out", str(out)]) == 0
+    if form == "csv":
+        assert name in out.read_bytes()
+    else:
+        assert os.fsencode(json.loads(out.read_text())[0]["path"]) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("there.csv", "expected a file, found a folder or device"),
+        (f"{'x' * 250}.csv", "it cannot be written: File name too long"),
+    ],
+)
+def test_where_nothing_can_be_written(tmp_path, capsys, name, message):
+    """Is told before the work."""
+    (tmp_path / "there.csv").mkdir()
+    arguments = ["--checkpoint", "none", "--images", "none", "--out", str(tmp_path / name)]
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(arguments)
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["there.csv"]
+
+
+def test_writing_that_fails(tmp_path, picture_folder, classifier_directory, monkeypatch, capsys):
+    def replace(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(predict.os, "replace", replace)
+    arguments = ["--checkpoint", str(classifier_directory), "--images", str(picture_folder / "red")]
+    assert predict.main([*arguments, "--out", str(tmp_path / "out.csv")]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
 
 
 def by_name(out):

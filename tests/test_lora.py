@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from beit_jax import build, checkpoint, lora, optim, pretrained, state, train
+from beit_jax.convert import __main__ as command
 from beit_jax.convert import peft as convert_peft
 from beit_jax.models import beit
 from beit_jax.tasks import classify
@@ -410,6 +411,8 @@ def test_adapters_of_another_width(tmp_path, start, hf_directory):
         tmp_path,
         {
             "lora/layer_0/attention/query/a": np.zeros((64, 2)),
+            "lora/layer_0/attention/query/b": np.zeros((2, 16)),
+            "lora/layer_7/mlp/fc1/a": np.zeros((16, 2)),
             "lora/layer_7/mlp/fc1/b": np.zeros((2, 4)),
         },
         {"rank": 2, "alpha": 2, "base": "elsewhere"},
@@ -419,6 +422,74 @@ def test_adapters_of_another_width(tmp_path, start, hf_directory):
     assert finished.status == 2 and not (tmp_path / "run").exists()
     assert "do not fit" in finished.output and "(64, 2)" in finished.output
     assert "layer_7/mlp/fc1/b: there is no such layer" in finished.output
+
+
+LAYER = "lora/layer_0/attention/query"
+
+
+@pytest.fixture
+def peft_directory(tmp_path):
+    """Adapters of rank 2 of one layer, as PEFT has them on disk."""
+    path = tmp_path / "peft"
+    path.mkdir()
+    factors = {f"{LAYER}/a": np.ones((16, 2)), f"{LAYER}/b": np.ones((2, 16))}
+    convert_peft.save(path, factors, {"rank": 2, "alpha": 4, "base": "elsewhere"})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 7}, r"of rank 7, .*query has lora_A \(2, 16\) and lora_B \(16, 2\)"),
+        ({"r": None}, "adapter_config.json: r is None and lora_alpha 4; expected numbers above 0"),
+        ({"lora_alpha": "4"}, "r is 2 and lora_alpha '4'"),
+        ({"r": 0}, "r is 0 and"),
+    ],
+)
+def test_adapters_that_are_not_as_their_config_says(peft_directory, changes, message):
+    path = peft_directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        convert_peft.read(peft_directory)
+
+
+@pytest.mark.parametrize("lost", ["A", "B"])
+def test_half_of_an_adapter(peft_directory, lost):
+    path = peft_directory / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    kept = {name: x for name, x in tensors.items() if f"lora_{lost}" not in name}
+    safetensors.numpy.save_file(kept, path)
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors: .*query has no lora_{lost}"):
+        convert_peft.read(peft_directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_config.json", "adapter_config.json: damaged JSON"),
+        ("adapter_model.safetensors", "adapter_model.safetensors: damaged safetensors"),
+    ],
+)
+def test_damaged_adapters(peft_directory, name, message):
+    content = (peft_directory / name).read_bytes()
+    (peft_directory / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=message):
+        convert_peft.read(peft_directory)
+    (peft_directory / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"peft has no {name}"):
+        convert_peft.read(peft_directory)
+
+
+def test_the_base_of_peft_is_found_from_other_directories(
+    tmp_path, monkeypatch, peft_directory, hf_directory
+):
+    monkeypatch.chdir(hf_directory.parent)
+    workdir = tmp_path / "run"
+    arguments = ["from-peft", str(peft_directory), str(workdir), "--base", hf_directory.name]
+    assert command.main(arguments) == 0
+    monkeypatch.chdir(tmp_path)
+    assert results_source(workdir) == str(hf_directory)
+    pretrained.load(str(workdir))
 
 
 def test_adapters_that_are_not_plain_lora(tmp_path, start, hf_directory):

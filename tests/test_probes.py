@@ -11,6 +11,7 @@ from flax import linen as nn
 from sklearn.neighbors import KNeighborsClassifier
 
 from beit_jax import checkpoint, knn, pretrained, train
+from beit_jax.data import sources
 from beit_jax.models import beit, features
 from configs import image_folder, linear_probe
 
@@ -204,6 +205,39 @@ def test_knn_with_a_bad_picture(tmp_path, start, workdir, picture_folder):
     assert "broken.png" in output and "--on-bad-image=skip leaves it out" in output
     status, output = start("beit_jax.knn", *arguments, "--on-bad-image=skip").wait()
     assert status == 0, output
+    source = sources.get_source(f"folder:{folder}", "train", on_bad_image="skip")
+    bad = [i for i in range(len(source)) if source.id(i).endswith("broken.png")]
+    features, labels = knn.extract(pretrained.load(str(workdir)), source, batch_size=16)
+    np.testing.assert_array_equal(labels, np.delete(source.labels(), bad))
+    assert all(x.shape == (60, 32) for x in features)
+
+
+def test_knn_with_no_picture_left(tmp_path, workdir, capsys):
+    for name in ("train/a/0.png", "train/b/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"no picture")
+    arguments = ["--checkpoint", str(workdir), "--data", f"folder:{tmp_path}", "--test", "train"]
+    assert knn.main([*arguments, "--on-bad-image=skip"]) == 2
+    assert "None of the 2 pictures of train of folder:" in capsys.readouterr().err
+
+
+def test_knn_with_more_neighbours_than_pictures(workdir, capsys):
+    splits = ["--train", "train[:10]", "--test", "test[:5]"]
+    assert knn.main(["--checkpoint", str(workdir), "--data", "digits", *splits]) == 2
+    assert "--k is 20, and train[:10] has 10 pictures." in capsys.readouterr().err
+
+
+def test_knn_with_an_unlabelled_test(tmp_path, workdir, picture_folder, capsys):
+    shutil.copytree(picture_folder, tmp_path / "train")
+    shutil.copytree(picture_folder / "red", tmp_path / "test")
+    assert knn.main(["--checkpoint", str(workdir), "--data", f"folder:{tmp_path}"]) == 2
+    assert f"test of folder:{tmp_path} has no labels to vote for." in capsys.readouterr().err
+
+
+def test_knn_into_a_folder(tmp_path, workdir, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        knn.main(["--checkpoint", str(workdir), "--data", "digits", "--out", str(tmp_path)])
+    assert f"--out {tmp_path}: expected a file" in capsys.readouterr().err
 
 
 def test_knn_without_labels(tmp_path, start, workdir, picture_folder):
