@@ -485,7 +485,8 @@ def test_folding_changes_work_only(changes):
         str(jax.make_jaxpr(functools.partial(loss, folded))(params, batch, rng))
         for rng in (rng, None)
     )
-    assert trained.count("precision=(Precision.HIGHEST") > evaluated.count("Precision.HIGHEST")
+    # shifts are multiplied with kernels
+    assert trained.count("dot_general[") > evaluated.count("dot_general[")
 
 
 def test_remat_policies_compute_again_what_they_say():
