@@ -343,9 +343,8 @@ def _load(workdir, step, choose):
         raise FileNotFoundError(f"{workdir} has no checkpoints; expected {directory}.")
     with ocp.CheckpointManager(directory) as manager:
         steps = _by_preference(_read_scores(manager) if step == "best" else {}, manager.all_steps())
-        first = next(iter(steps), None) if step in ("best", "latest") else step
-        _check_step(first, steps, directory)
-        candidates = steps if step == "best" else [first]
+        candidates = {"best": steps, "latest": steps[:1]}.get(step, [step])
+        _check_step(next(iter(candidates), None), steps, directory)
         for candidate in candidates:
             try:
                 items = {name.split("/")[0] for name in _read_meta(manager, candidate)["arrays"]}

@@ -71,16 +71,16 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
     saver = stack.enter_context(build.make_checkpointer(config, workdir))
     last = saver.latest_step()
-    step = saver.best_step() or last
-    if step is None and not config.pretrained:
+    if last is None and not config.pretrained:
         raise FileNotFoundError(
             f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."
         )
     config = config.copy_and_resolve_references()
-    if step is None:
+    if last is None:
         config.pretrained_reset = ()  # nothing may stay untrained
-    task = build.make_task(config, splits, workdir, mesh, step)
-    if step is None:
+    task = build.make_task(config, splits, workdir, mesh, last)
+    step = None
+    if last is None:
         params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))
         blank = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
         try:

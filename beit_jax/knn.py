@@ -6,7 +6,6 @@ each layer, and writes it to --out as JSON.
 """
 
 import argparse
-import json
 import sys
 
 import jax
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from beit_jax import pretrained
+from beit_jax import pretrained, report
 from beit_jax.data import images, pipeline, sources, views
 from beit_jax.models import features, layers
-from beit_jax.predict import check_out, writing
+from beit_jax.predict import check_out
 from beit_jax.tasks import classify
 
 
@@ -134,8 +133,7 @@ def main(argv=None) -> int:
         for i, value in enumerate(found):
             print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
         if args.out:
-            with writing(args.out) as file:
-                json.dump({"k": args.k, "best_layer": best, "accuracy": found}, file, indent=1)
+            report.write_json(args.out, {"k": args.k, "best_layer": best, "accuracy": found})
     except (OSError, ValueError, RuntimeError) as error:
         hint = "; --on-bad-image=skip leaves it out" * isinstance(error, images.BadImageError)
         print(f"{parser.prog}: {error}{hint}", file=sys.stderr)

@@ -407,11 +407,11 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, r
         key: tfds.core.SplitInfo(name=key, shard_lengths=[size], num_bytes=0)
         for key, size in sizes.items()
     }
+    have = ", ".join(f"{key} ({size} examples)" for key, size in sizes.items())
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except ValueError as error:
         problem = str(error).partition("\n")[0].rstrip(".")
-        have = ", ".join(f"{key} ({size} examples)" for key, size in sizes.items())
         hint = "" if len(sizes) > 1 else f"; parts of it are '{have.split()[0]}[:90%]' and so on"
         raise ValueError(f"split={split!r} of {name}: {problem}. It has {have}{hint}") from None
     rows = [
@@ -419,7 +419,6 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, r
         for part in parts
     ]
     if not any(len(r) for _, r in rows):
-        have = ", ".join(f"{key} ({size} examples)" for key, size in sizes.items())
         raise ValueError(
             f"split={split!r} of {name} selects no examples: it has {have}. Choose another part, "
             "or leave this split out by an empty one, such as --config.data.val="
