@@ -125,6 +125,18 @@ def squash(image: Image.Image, renderings: Renderings) -> Pictures:
     return _resize(to_rgb(image), renderings)
 
 
+def covering(picture: Size, size: Size, crop_pct: float) -> tuple[Size, Size]:
+    """The size in which a picture just covers `size` / `crop_pct`, and the top and left of `size`
+    in the middle of it."""
+    height, width = picture
+    tall, wide = (math.floor(side / crop_pct + _ROUNDING) for side in size)
+    if tall * width >= wide * height:
+        wide = tall * width // height
+    else:
+        tall = wide * height // width
+    return (tall, wide), (round((tall - size[0]) / 2), round((wide - size[1]) / 2))
+
+
 def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.0) -> Pictures:
     """Resizes until `size` / `crop_pct` is just covered, and cuts `size` out of the middle.
 
@@ -134,18 +146,13 @@ def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.
     width, height = image.size
 
     def render(size, interpolation):
-        tall, wide = (math.floor(side / crop_pct + _ROUNDING) for side in size)
-        if tall * width >= wide * height:
-            wide = tall * width // height
-        else:
-            tall = wide * height // width
-        top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
+        (tall, wide), (top, left) = covering((height, width), size, crop_pct)
         if tall * wide > _MOST_PIXELS:  # of a strip; as good, but not the same pixels as others'
             x, y = width / wide, height / tall
             box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
             return np.asarray(image.resize(size[::-1], _resampling(interpolation), box))
-        covering = image.resize((wide, tall), _resampling(interpolation))
-        return np.asarray(covering.crop((left, top, left + size[1], top + size[0])))
+        whole = image.resize((wide, tall), _resampling(interpolation))
+        return np.asarray(whole.crop((left, top, left + size[1], top + size[0])))
 
     return {name: render(*rendering) for name, rendering in renderings.items()}
 

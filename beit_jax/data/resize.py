@@ -7,12 +7,10 @@ rounded, and where the filter rings (bicubic, lanczos) they leave [0, 255].
 B batch, h x w picture as stored, H x W result, C channels.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-Size = tuple[int, int]  # height, width
+from beit_jax.data.images import Size, covering
 
 
 def _bilinear(x):
@@ -60,14 +58,8 @@ def center_crop(
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct must be in (0, 1], got {crop_pct}.")
-    height, width = image.shape[1:3]
-    tall, wide = (math.floor(side / crop_pct + 1e-6) for side in size)
-    if tall * width >= wide * height:
-        wide = tall * width // height
-    else:
-        tall = wide * height // width
-    corner = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
-    return _resize_window(image, (tall, wide), corner, size, method)
+    whole, corner = covering(image.shape[1:3], size, crop_pct)
+    return _resize_window(image, whole, corner, size, method)
 
 
 def crop_and_resize(
