@@ -191,9 +191,10 @@ def test_switches_and_their_parameters():
     assert "layer_0/attention/key/bias" not in shapes(beit.Model(**TINY))
 
 
-def test_fresh_parameters():
+@pytest.mark.parametrize("rescale", [False, True])
+def test_fresh_parameters(rescale):
     widths = dict.fromkeys(("hidden_size", "intermediate_size", "num_labels"), 96)
-    scales = {"initializer_range": 0.1, "rescale_init": True, "head_init_scale": 0.01}
+    scales = {"initializer_range": 0.1, "rescale_init": rescale, "head_init_scale": 0.01}
     model = beit.Model(**TINY | widths | scales)
     params = jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     flat = traverse_util.flatten_dict(params, sep="/")
@@ -205,18 +206,24 @@ def test_fresh_parameters():
             assert (value == 1).all(), path
         elif "lambda" in path:
             assert (value == jnp.float32(0.1)).all(), path
-    std = 0.1 * stats.truncnorm.std(-2, 2)
-    for path, expected in {
-        "embeddings/patch_embeddings": std,
-        "layer_0/attention/query": std,
-        "layer_1/mlp/fc1": std,
-        "layer_0/attention/output": std / 2**0.5,
-        "layer_0/mlp/fc2": std / 2**0.5,
-        "layer_1/attention/output": std / 4**0.5,
-        "layer_1/mlp/fc2": std / 4**0.5,
-        "classifier": std / 100,
+    # unilm's pre-training cuts at one standard deviation; timm and transformers, at 2.0
+    bound, distribution = (1, stats.truncnorm(-1, 1)) if rescale else (20, stats.norm())
+    for path, scale in {
+        "embeddings/patch_embeddings": 1,
+        "layer_0/attention/query": 1,
+        "layer_1/mlp/fc1": 1,
+        "layer_0/attention/output": 2**-0.5 if rescale else 1,
+        "layer_0/mlp/fc2": 2**-0.5 if rescale else 1,
+        "layer_1/attention/output": 4**-0.5 if rescale else 1,
+        "layer_1/mlp/fc2": 4**-0.5 if rescale else 1,
+        "classifier": 0.01,
     }.items():
-        assert flat[f"{path}/kernel"].std() == pytest.approx(expected, rel=0.1), path
+        kernel = flat[f"{path}/kernel"].ravel() / (0.1 * scale)
+        assert kernel.std() == pytest.approx(distribution.std(), rel=0.1), path
+        assert abs(kernel).max() <= bound, path
+        probabilities = distribution.cdf(np.sort(kernel))
+        uniform = (np.arange(len(kernel)) + 0.5) / len(kernel)
+        assert abs(probabilities - uniform).max() < 2 / len(kernel) ** 0.5, path
 
 
 # Logits and gradients

@@ -84,7 +84,8 @@ class BeitConfig(layers.TransformerConfig):
       early_layers, head_layers, shared_lm_head: patch aggregation of BEiT v2 (arXiv:2208.06366) for
       head "mim": class token and patches of layer `early_layers` pass `head_layers` more layers and
       the head, or a second one; 0 early layers is off.
-      rescale_init: output projections of layer l start sqrt(2 l) smaller, as in BEiT pre-training.
+      rescale_init: weights start as in unilm's pre-training: normal, but cut at one standard
+      deviation (which leaves 0.54 of it), and output projections of layer l sqrt(2 l) smaller.
     """
 
     FAMILY: ClassVar[str] = "BEiT"
@@ -103,6 +104,11 @@ class BeitConfig(layers.TransformerConfig):
     early_layers: int = 0
     head_layers: int = 2
     shared_lm_head: bool = True
+
+    @property
+    def initializer_bound(self) -> float | None:
+        """Standard deviations where the distribution of initial weights is cut."""
+        return 1.0 if self.rescale_init else None
 
     def __post_init__(self):
         super().__post_init__()

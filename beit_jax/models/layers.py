@@ -358,6 +358,7 @@ class TransformerConfig:
     """
 
     FAMILY: ClassVar[str] = "The model"
+    initializer_bound: ClassVar[float | None] = None  # in standard deviations
     HEADS: ClassVar[tuple[str, ...]] = ("classifier", "none")
 
     hidden_size: int = 768
@@ -434,10 +435,12 @@ def make_config(config_class, architecture: dict[str, Any]):
 
 
 def normal(config: TransformerConfig, scale: float = 1.0):
-    """The initializer of kernels, tokens and positions: a normal distribution cut at two standard
-    deviations, which leaves 0.88 of `initializer_range`; unilm cuts at one to pre-train, timm and
-    transformers hardly at all."""
-    return nn.initializers.truncated_normal(config.initializer_range * scale)
+    """The initializer of kernels, tokens and positions: a normal distribution, as in timm and
+    transformers (their cut at 2.0 is far out), or cut where `initializer_bound` says."""
+    deviation, bound = config.initializer_range * scale, config.initializer_bound
+    if bound is None:
+        return nn.initializers.normal(deviation)
+    return nn.initializers.truncated_normal(deviation, lower=-bound, upper=bound)
 
 
 def norm(config: TransformerConfig, name: str, epsilon: float | None = None) -> LayerNorm:

@@ -20,7 +20,7 @@ class Decoder(nn.Module):
     def __call__(self, x, visible_index, deterministic=True):
         """Tokens [B, 1 + S, D] and their patches [B, S] to pixels float32 [B, N, P P C]."""
         config = self.config
-        normal, dtype = nn.initializers.truncated_normal(0.02), jnp.dtype(config.dtype)
+        normal, dtype = nn.initializers.normal(0.02), jnp.dtype(config.dtype)
         width, patches = config.hidden_size, config.grid[0] * config.grid[1]
         x = Dense(width, normal, dtype=dtype, name="embed")(x)
         mask_token = self.param("mask_token", normal, (1, 1, width))

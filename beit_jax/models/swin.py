@@ -102,6 +102,7 @@ class SwinConfig:
     """
 
     FAMILY: ClassVar[str] = "Swin"
+    initializer_bound: ClassVar[None] = None
     HEADS: ClassVar[tuple[str, ...]] = ("classifier", "none")
 
     image_size: int | tuple[int, int] = 224
