@@ -22,8 +22,11 @@ import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from beit_jax import fileio
+
 _OWN_ITEMS = ("params", "ema_params")
 _FORMAT = 1
+_FIX = "Restore it, or take another workdir"
 _TRASH = "_trash"
 _Path = tuple[str, ...]
 
@@ -58,9 +61,7 @@ class ModelInfo(NamedTuple):
 def write_model_info(workdir: str | os.PathLike, info: ModelInfo) -> None:
     """Writes model.json."""
     path = os.path.join(workdir, "model.json")
-    with open(f"{path}.tmp", "w") as file:
-        json.dump({"format": _FORMAT, **info._asdict()}, file, indent=2)
-    os.replace(f"{path}.tmp", path)
+    fileio.write_json(path, {"format": _FORMAT, **info._asdict()})
 
 
 def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
@@ -71,19 +72,18 @@ def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
       ValueError: model.json is damaged or from another version.
     """
     path = os.path.join(workdir, "model.json")
-    if not os.path.isfile(path):
+    content = fileio.read_json(path, _FIX)
+    if content is None:
         raise FileNotFoundError(
             f"{workdir} is no workdir of a model: it has no model.json. Expected what main.py or "
             "`python -m beit_jax.convert from-hf` leaves."
         )
     try:
-        with open(path) as file:
-            content = json.load(file)
         version = content.pop("format")
         if version == _FORMAT:
             return ModelInfo(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    except (KeyError, TypeError) as error:  # of keys, or of what has none
+        raise fileio.FileFormatError(path, f"not a model: {error}", _FIX) from error
     raise ValueError(f"{path} has format {version}; this version reads {_FORMAT}.")
 
 

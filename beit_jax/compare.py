@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from beit_jax import plots, report
-from beit_jax.convert import files
+from beit_jax import fileio, plots, report
 
 
 class Row(NamedTuple):
@@ -120,7 +119,7 @@ def read(name: str, workdirs: list[str]) -> Row:
 def _results(workdir):
     if not os.path.isdir(workdir):
         raise FileNotFoundError(f"There is no workdir {workdir}.")
-    results = files.read_json(Path(workdir, "results.json"), _FIX)
+    results = fileio.read_json(Path(workdir, "results.json"), _FIX)
     if results is None:
         raise FileNotFoundError(
             f"{workdir} has no results.json: its run has not ended; give main.py the same command "
@@ -130,7 +129,7 @@ def _results(workdir):
 
 
 def _pictures(workdir, split):
-    content = files.read_json(Path(workdir, "data.json"), _FIX)  # an evaluation only has none
+    content = fileio.read_json(Path(workdir, "data.json"), _FIX)  # an evaluation only has none
     return content and content.get(split)
 
 

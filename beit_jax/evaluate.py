@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import build, plots, report, sharding
+from beit_jax import build, fileio, plots, report, sharding
 from beit_jax.data import inputs, pipeline
 from beit_jax.state import take
 
@@ -147,7 +147,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
     results["num_skipped"] = len(pipeline.SKIPPED)
     results["seconds"] = facts.get("seconds") or log.times()
-    report.write_json(os.path.join(workdir, "results.json"), results)
+    fileio.write_json(os.path.join(workdir, "results.json"), results)
     return results
 
 

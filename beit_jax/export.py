@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from beit_jax import pretrained, report
+from beit_jax import fileio, pretrained
 from beit_jax.convert import files
 from beit_jax.models import layers
 from beit_jax.tasks import classify
@@ -176,7 +176,7 @@ def main(argv=None) -> int:
         }
         with files.new_directory(args.out) as directory:
             (directory / PROGRAM).write_bytes(program)
-            report.write_json(directory / DESCRIPTION, description)
+            fileio.write_json(directory / DESCRIPTION, description)
     except (OSError, ValueError, RuntimeError) as problem:
         print(f"{parser.prog}: {problem}", file=sys.stderr)
         return 2

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from beit_jax import pretrained, report
+from beit_jax import fileio, pretrained
 from beit_jax.data import images, pipeline, sources, views
 from beit_jax.models import features, layers
-from beit_jax.predict import check_out
 from beit_jax.tasks import classify
 
 
@@ -110,7 +109,7 @@ def main(argv=None) -> int:
     if args.k < 1 or args.batch_size < 1:
         parser.error("--k and --batch-size must be at least 1")
     if args.out:
-        check_out(parser, args.out)
+        fileio.check_out(parser, args.out)
     try:
         start = pretrained.load(args.checkpoint)
         splits = [
@@ -133,7 +132,7 @@ def main(argv=None) -> int:
         for i, value in enumerate(found):
             print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
         if args.out:
-            report.write_json(args.out, {"k": args.k, "best_layer": best, "accuracy": found})
+            fileio.write_json(args.out, {"k": args.k, "best_layer": best, "accuracy": found})
     except (OSError, ValueError, RuntimeError) as error:
         hint = "; --on-bad-image=skip leaves it out" * isinstance(error, images.BadImageError)
         print(f"{parser.prog}: {error}{hint}", file=sys.stderr)

@@ -6,20 +6,17 @@ an error in their row, and make the exit status 3; bad arguments make it 2.
 """
 
 import argparse
-import contextlib
 import csv
 import json
-import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TextIO
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from rich.progress import track
 
-from beit_jax import pretrained
+from beit_jax import fileio, pretrained
 from beit_jax.data import folder, pipeline, sources, views
 from beit_jax.models import layers
 from beit_jax.tasks import classify
@@ -59,36 +56,6 @@ def predict(
         label = top[0][0] if top else None
         rows.append({"path": str(path), "label": label, "top": top, "error": error})
     return rows
-
-
-def check_out(parser, out: str) -> None:
-    """Ends the program, with status 2, where the file `out` cannot be written."""
-    if not os.path.isdir(os.path.dirname(out) or "."):
-        parser.error(f"--out {out}: there is no folder {os.path.dirname(out)}")
-    if os.path.exists(out) and not os.path.isfile(out):
-        parser.error(f"--out {out}: expected a file, found a folder or device of that name")
-    try:
-        with open(f"{out}.part", "w"):
-            os.remove(f"{out}.part")
-    except OSError as error:
-        parser.error(f"--out {out}: it cannot be written: {error.strerror}")
-
-
-@contextlib.contextmanager
-def writing(path: str) -> Iterator[TextIO]:
-    """Yields a file that takes the place of `path` when the block ends without an error.
-
-    Names of files that are not UTF-8 keep their bytes.
-    """
-    part = f"{path}.part"
-    try:
-        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield file
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
 
 
 def _columns(names, wanted, info):
@@ -164,7 +131,7 @@ def find_pictures(paths: list[str]) -> list[pathlib.Path]:
 
 def write(path: str, rows: list[dict], top_k: int) -> None:
     """Writes predictions as .csv or .json, whole or not at all."""
-    with writing(path) as file:
+    with fileio.writing(path) as file:
         if path.endswith(".json"):
             json.dump(rows, file, indent=1)
         else:
@@ -203,7 +170,7 @@ def main(argv=None) -> int:
         parser.error(f"--out {args.out}: expected a file ending in .csv or .json")
     if args.top_k < 1 or args.batch_size < 1:
         parser.error("--top-k and --batch-size must be at least 1")
-    check_out(parser, args.out)
+    fileio.check_out(parser, args.out)
     try:
         models = [pretrained.load_classifier(checkpoint) for checkpoint in args.checkpoint]
         paths = find_pictures(args.images)

@@ -13,10 +13,9 @@ import sys
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, pretrained
-from beit_jax.convert import files
+from beit_jax import checkpoint, fileio, pretrained
 from beit_jax.data import images, views
-from beit_jax.predict import check_out, find_pictures
+from beit_jax.predict import find_pictures
 from beit_jax.tasks import pretrain
 
 
@@ -72,7 +71,7 @@ def _read_one(path, crop):
 
 def _config(workdir) -> ConfigDict:
     path = pathlib.Path(workdir, "config.json")
-    content = files.read_json(path, "Restore it")
+    content = fileio.read_json(path, "Restore it")
     if content is None:
         raise FileNotFoundError(f"{workdir} has no config.json: it was not made by a run.")
     if missing := [key for key in ("objective", "mask") if key not in content]:
@@ -95,7 +94,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not args.out.endswith(".png"):
         parser.error(f"--out {args.out}: expected a file ending in .png")
-    check_out(parser, args.out)
+    fileio.check_out(parser, args.out)
     if args.max_images < 1:
         parser.error("--max-images must be at least 1")
     try:

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from beit_jax import fileio
 
 _DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating", "save": "saving"}
 _FACTS = (
@@ -162,7 +163,7 @@ class Report:
         now = time.time()
         line = {"step": step, "time": round(now, 3), **scalars}
         with open(self._path, "a") as file:
-            file.write(json.dumps(_jsonable(line), allow_nan=False) + "\n")
+            file.write(json.dumps(fileio.jsonable(line), allow_nan=False) + "\n")
         if self._events:
             self._events.write(step, scalars, now)
 
@@ -314,26 +315,16 @@ class _Events:
 
 def read_facts(workdir: str | os.PathLike) -> dict[str, Any]:
     """What an earlier results.json says of the training itself; None where nothing is known."""
-    try:
-        with open(os.path.join(workdir, "results.json")) as file:
-            results = json.load(file)
-    except (OSError, ValueError):
-        results = {}
-    return {name: results.get(name) for name in _FACTS}
+    results = None
+    with contextlib.suppress(OSError, ValueError):
+        results = fileio.read_json(os.path.join(workdir, "results.json"), "")
+    return {name: (results or {}).get(name) for name in _FACTS}
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """The lines of metrics.jsonl; a half-written last one is left out."""
     with open(os.path.join(workdir, "metrics.jsonl"), errors="replace") as file:
         return [line for line in map(_parse, file) if line]
-
-
-def write_json(path: str | os.PathLike, content) -> None:
-    """Writes JSON whole or not at all; arrays become lists, numbers that are not finite null."""
-    text = json.dumps(_jsonable(content), indent=2, allow_nan=False)
-    with open(f"{path}.part", "w") as file:
-        file.write(text)
-    os.replace(f"{path}.part", path)
 
 
 def _stdout():
@@ -407,20 +398,9 @@ def _remove(path, unwanted):
         return []
     with open(path, errors="replace") as file:
         lines = [(text, line) for text in file if (line := _parse(text))]
-    with open(f"{path}.part", "w") as file:
+    with fileio.writing(path) as file:
         file.writelines(text for text, line in lines if not unwanted(line))
-    os.replace(f"{path}.part", path)
     return [line for _, line in lines if unwanted(line)]
-
-
-def _jsonable(x):
-    if isinstance(x, Mapping):
-        return {str(key): _jsonable(value) for key, value in x.items()}
-    if isinstance(x, np.ndarray | np.generic | jax.Array):
-        x = np.asarray(x).tolist()
-    if isinstance(x, list | tuple):
-        return [_jsonable(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _number(x):

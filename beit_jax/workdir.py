@@ -9,6 +9,10 @@ from typing import Any
 
 import filelock
 
+from beit_jax import fileio
+
+_FIX = "Use another workdir"
+
 
 @contextlib.contextmanager
 def open_workdir(
@@ -47,7 +51,7 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
     """
     path = os.path.join(workdir, "data.json")
     if os.path.exists(path) and _has_begun(workdir):
-        stored = _read(path)
+        stored = fileio.read_json(path, _FIX)
         changed = [name for name in fingerprints if stored.get(name) != fingerprints[name]]
         if changed:
             raise ValueError(
@@ -55,7 +59,7 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
                 "pictures were added, removed or replaced, or a tokenizer or teacher trained on. "
                 "Restore them, or use another workdir."
             )
-    _write(path, dict(fingerprints))
+    fileio.write_json(path, dict(fingerprints))
 
 
 @contextlib.contextmanager
@@ -85,7 +89,8 @@ def _lock(workdir):
 def _check_config(workdir, config, allow_change):
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path) and _has_begun(workdir):
-        _compare(workdir, _flatten(_read(path)), _flatten(config), allow_change)
+        stored = fileio.read_json(path, _FIX)
+        _compare(workdir, _flatten(stored), _flatten(config), allow_change)
     elif not os.path.exists(path):
         entries = os.scandir(workdir)
         others = [e.name for e in entries if e.name == "model.json" or e.is_dir()]
@@ -94,25 +99,7 @@ def _check_config(workdir, config, allow_change):
                 f"{workdir} holds {', '.join(sorted(others)[:4])} but no config.json: it was not "
                 "made by a run. Use another workdir; --config.pretrained takes one as a start."
             )
-    _write(path, config)
-
-
-def _read(path):
-    try:
-        with open(path) as file:
-            content = json.load(file)
-        if isinstance(content, dict):
-            return content
-        problem = f"a {type(content).__name__} where a dict should be"
-    except ValueError as error:
-        problem = error
-    raise ValueError(f"{path} is damaged: {problem}. Use another workdir.")
-
-
-def _write(path, content):
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(content, file, indent=2)
-    os.replace(f"{path}.tmp", path)
+    fileio.write_json(path, config)
 
 
 def _has_begun(workdir):

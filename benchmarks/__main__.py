@@ -28,7 +28,7 @@ import tempfile
 import numpy as np
 import torch
 
-from beit_jax.report import write_json
+from beit_jax.fileio import write_json
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES, flops, title
 from benchmarks.timing import (

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from beit_jax import build, sharding
-from beit_jax.report import write_json
+from beit_jax.fileio import write_json
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES, flops, title
 from benchmarks.timing import RESULTS, machine

@@ -15,7 +15,7 @@ import argparse
 import os
 import shlex
 
-from beit_jax.report import write_json
+from beit_jax.fileio import write_json
 from benchmarks.runs import run_main
 from benchmarks.timing import RESULTS, SEED, environment, machine, use
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from beit_jax.data import images, pipeline, sources
-from beit_jax.report import write_json
+from beit_jax.fileio import write_json
 from benchmarks.timing import RESULTS, SEED, machine
 
 SIZE, BATCH = (224, 224), 64

@@ -25,7 +25,7 @@ import torch
 import transformers
 from PIL import Image
 
-from beit_jax import report
+from beit_jax import fileio, report
 from beit_jax.data import sources
 from benchmarks.timing import RESULTS, machine
 
@@ -171,7 +171,7 @@ def main():
         found = run(args.data_dir, pathlib.Path(directory), RECIPE)
     command = "python -m benchmarks.main_job --data_dir DATA_DIR"
     content = {"command": command, "machine": machine(), "recipe": RECIPE, **found}
-    report.write_json(args.out, content)
+    fileio.write_json(args.out, content)
     print(json.dumps(found, indent=1))
 
 

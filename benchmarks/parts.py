@@ -22,7 +22,7 @@ import optax
 
 from beit_jax import build, optim, state
 from beit_jax.data import views
-from beit_jax.report import write_json
+from beit_jax.fileio import write_json
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from benchmarks import ours, peers

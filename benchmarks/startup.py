@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 
-from beit_jax.report import write_json
+from beit_jax.fileio import write_json
 from benchmarks.runs import run_main
 from benchmarks.timing import RESULTS, machine
 

@@ -17,7 +17,7 @@ import shlex
 import statistics
 
 from beit_jax import compare
-from beit_jax.report import write_json
+from beit_jax.fileio import write_json
 from benchmarks.timing import RESULTS, machine
 
 CONFIGS = {  # of tokenizer, pre-training, fine-tuning

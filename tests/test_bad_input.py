@@ -298,7 +298,7 @@ def test_unusable_workdir(flags, fails, tmp_path):
 def test_damaged_workdir(flags, fails, tmp_path):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    assert "config.json is damaged" in fails(*flags(tmp_path))
+    assert "config.json: damaged JSON" in fails(*flags(tmp_path))
 
 
 def test_workdir_of_a_converted_model(flags, fails, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from beit_jax import tokenizers
-from beit_jax.convert import CheckpointFormatError, dalle
+from beit_jax.convert import FileFormatError, dalle
 from beit_jax.tokenizers import dvae
 
 torch = pytest.importorskip("torch")
@@ -143,7 +143,7 @@ def test_nothing_in_a_file_is_run(twins, tmp_path, is_zip):
     touched = tmp_path / "touched"
     content = {"blocks.input.w": torch.zeros(1), "more": Malicious(touched)}
     torch.save(content, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(CheckpointFormatError, match="open is neither a tensor nor a module"):
+    with pytest.raises(FileFormatError, match="open is neither a tensor nor a module"):
         dalle.load(tmp_path)
     assert not touched.exists()
 
@@ -172,7 +172,7 @@ def test_damage_is_told(twins, tmp_path):
     whole = (tmp_path / "decoder.pkl").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"<html>not found</html>", pickle.dumps([1])):
         (tmp_path / "decoder.pkl").write_bytes(damaged)
-        with pytest.raises(CheckpointFormatError, match=r"decoder\.pkl: cannot be read"):
+        with pytest.raises(FileFormatError, match=r"decoder\.pkl: cannot be read"):
             dalle.load(tmp_path)
     (tmp_path / "decoder.pkl").unlink()
     with pytest.raises(FileNotFoundError, match=r"There is no .*decoder\.pkl; it is at https"):
@@ -182,8 +182,8 @@ def test_damage_is_told(twins, tmp_path):
 def test_other_networks_are_told(twins, tmp_path):
     save(twins, tmp_path)
     torch.save(nn.Linear(2, 2), tmp_path / "encoder.pkl")
-    with pytest.raises(CheckpointFormatError, match="weight is no parameter of a dVAE"):
+    with pytest.raises(FileFormatError, match="weight is no parameter of a dVAE"):
         dalle.load(tmp_path)
     torch.save(twins[1], tmp_path / "encoder.pkl")
-    with pytest.raises(CheckpointFormatError, match="encoder and decoder differ|is no dVAE"):
+    with pytest.raises(FileFormatError, match="encoder and decoder differ|is no dVAE"):
         dalle.load(tmp_path)

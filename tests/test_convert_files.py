@@ -16,7 +16,7 @@ from flax import serialization, traverse_util
 from PIL import Image
 
 from beit_jax import convert
-from beit_jax.convert import CheckpointFormatError, hf_config, preprocessor
+from beit_jax.convert import FileFormatError, hf_config, preprocessor
 from beit_jax.convert.__main__ import main
 from beit_jax.models.beit import Model
 
@@ -151,17 +151,17 @@ def test_sharded(unsigned, params):
     assert_same(convert.load(unsigned).params, params)
 
     index.write_text(json.dumps({"weight_map": {**weight_map, "classifier.scale": shard}}))
-    with pytest.raises(CheckpointFormatError, match="no shard has: classifier.scale"):
+    with pytest.raises(FileFormatError, match="no shard has: classifier.scale"):
         convert.load(unsigned)
     index.write_text(json.dumps({"weight_map": {**weight_map, "w": "../hf/" + shard}}))
-    with pytest.raises(CheckpointFormatError, match="not beside it"):
+    with pytest.raises(FileFormatError, match="not beside it"):
         convert.load(unsigned)
     (unsigned / shard).unlink()
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointFormatError, match=f"{shard}.*not beside it"):
+    with pytest.raises(FileFormatError, match=f"{shard}.*not beside it"):
         convert.load(unsigned)
     index.write_text("{}")
-    with pytest.raises(CheckpointFormatError, match="no weight_map"):
+    with pytest.raises(FileFormatError, match="no weight_map"):
         convert.load(unsigned)
 
 
@@ -208,7 +208,7 @@ DAMAGE = {
 def test_damaged_safetensors(unsigned, damage):
     path = unsigned / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(CheckpointFormatError) as error:
+    with pytest.raises(FileFormatError) as error:
         convert.load(unsigned)
     assert str(error.value).startswith(f"{path}: ") and error.value.args[0].endswith(".")
 
@@ -218,7 +218,7 @@ def test_a_flipped_bit_is_found(exported):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointFormatError, match="SHA-256"):
+    with pytest.raises(FileFormatError, match="SHA-256"):
         convert.load(exported)
 
 
@@ -228,7 +228,7 @@ def test_damaged_msgpack(tmp_path, tree):
     if tree == "truncated":
         tree = serialization.msgpack_serialize({"a": np.zeros(9)})[:-3]
     path.write_bytes(tree if isinstance(tree, bytes) else serialization.msgpack_serialize(tree))
-    with pytest.raises(CheckpointFormatError, match="flax_model.msgpack: "):
+    with pytest.raises(FileFormatError, match="flax_model.msgpack: "):
         convert.load(tmp_path)
 
 
@@ -251,7 +251,7 @@ def test_pickles_never_run(tmp_path, name, zipped):
     content = {"model": {"a": Canary(tmp_path / "canary")}}
     with (tmp_path / name).open("wb") as file:
         torch.save(content, file) if zipped else pickle.dump(content, file, protocol=2)
-    with pytest.raises(CheckpointFormatError, match=name):
+    with pytest.raises(FileFormatError, match=name):
         convert.load(tmp_path / name)
     assert not (tmp_path / "canary").exists()
     with (tmp_path / name).open("rb") as file:
@@ -267,7 +267,7 @@ def test_damaged_torch_file(tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
     else:
         torch.save([torch.zeros(2)] if content == "list" else {"w": content}, tmp_path / name)
-    with pytest.raises(CheckpointFormatError, match=name):
+    with pytest.raises(FileFormatError, match=name):
         convert.load(tmp_path / name)
 
 
@@ -299,15 +299,15 @@ def test_torch_files(unsigned, params):
 def test_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointFormatError, match="torch is not installed.*safetensors/convert"):
+    with pytest.raises(FileFormatError, match="torch is not installed.*safetensors/convert"):
         convert.load(tmp_path)
 
 
 def test_files_that_are_none(unsigned, tmp_path):
-    with pytest.raises(CheckpointFormatError, match="no weights; looked for model.safetensors"):
+    with pytest.raises(FileFormatError, match="no weights; looked for model.safetensors"):
         convert.load(tmp_path)
     (tmp_path / "weights.h5").write_bytes(b"x")
-    with pytest.raises(CheckpointFormatError, match="'.h5' are not read"):
+    with pytest.raises(FileFormatError, match="'.h5' are not read"):
         convert.load(tmp_path / "weights.h5")
     for missing in (tmp_path / "nothing", "./nothing", "nothing.pth", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such file or directory"):
@@ -320,7 +320,7 @@ def test_files_that_are_none(unsigned, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"a": NaN'])
 def test_damaged_json(exported, name, content):
     (exported / name).write_bytes(content)
-    with pytest.raises(CheckpointFormatError, match=name):
+    with pytest.raises(FileFormatError, match=name):
         convert.load(exported)
 
 
@@ -427,7 +427,7 @@ def test_hub(exported, params, monkeypatch):
 
     (exported / "model.safetensors").unlink()
     asked.clear()
-    with pytest.raises(CheckpointFormatError, match="holds no weights"):
+    with pytest.raises(FileFormatError, match="holds no weights"):
         convert.load("someone/beit")
     assert [pattern for *_, pattern in asked] == [
         "model*.safetensors",

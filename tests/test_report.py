@@ -14,7 +14,6 @@ import threading
 import time
 import types
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -452,37 +451,3 @@ def test_nothing_is_left_behind(tmp_path):
     assert threading.enumerate() == threads
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
     log.close()
-
-
-def test_write_json(tmp_path):
-    path = tmp_path / "results.json"
-    report.write_json(
-        path,
-        {
-            "loss": np.float32(0.5),
-            "count": np.int64(3),
-            "confusion": np.array([[1.0, np.nan]]),
-            "device": jax.numpy.arange(2),
-            "none": None,
-            "nested": [{"x": math.inf}, (1, True)],
-            3: "ä",
-        },
-    )
-    assert json.loads(path.read_text()) == {
-        "loss": 0.5,
-        "count": 3,
-        "confusion": [[1.0, None]],
-        "device": [0, 1],
-        "none": None,
-        "nested": [{"x": None}, [1, True]],
-        "3": "ä",
-    }
-
-
-def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "results.json"
-    report.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        report.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["results.json"]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from beit_jax import modules
 from beit_jax.convert import files, hf_config, preprocessor
-from beit_jax.convert.files import CheckpointFormatError
+from beit_jax.fileio import FileFormatError
 
-__all__ = ["MODEL_TYPES", "Checkpoint", "CheckpointFormatError", "load", "save_hf"]
+__all__ = ["MODEL_TYPES", "Checkpoint", "FileFormatError", "load", "save_hf"]
 
 SHARED = (
     "__main__",
@@ -83,7 +83,7 @@ def load(
 
     Raises:
       FileNotFoundError: there is no such path, or the Hub has no such repository or no answer.
-      CheckpointFormatError: a file is damaged or of an unknown kind.
+      FileFormatError: a file is damaged or of an unknown kind.
       ValueError: listing all that is unexpected, missing, of the wrong shape or dtype, or not
         finite; or the config.json is of a model_type that is not in `MODEL_TYPES`.
     """

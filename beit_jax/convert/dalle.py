@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from beit_jax.convert.files import CheckpointFormatError
+from beit_jax.fileio import FileFormatError
 
 FILES = ("encoder.pkl", "decoder.pkl")
 _SOURCE = "https://cdn.openai.com/dall-e/"
@@ -38,7 +38,7 @@ def load(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
       FileNotFoundError: one of the files is not there.
-      CheckpointFormatError: one is damaged, no dVAE, or has what is no tensor or module in it.
+      FileFormatError: one is damaged, no dVAE, or has what is no tensor or module in it.
     """
     params = {}
     for part, name in zip(("encoder", "decoder"), FILES, strict=True):
@@ -47,10 +47,10 @@ def load(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
             raise FileNotFoundError(f"There is no {path}; it is at {_SOURCE}{name}.")
         try:
             params |= {f"{part}/{key}": x for key, x in _rename(_tensors(read(path))).items()}
-        except CheckpointFormatError:
+        except FileFormatError:
             raise
         except Exception as error:  # an unpickler fails in many ways
-            raise CheckpointFormatError(
+            raise FileFormatError(
                 path, f"cannot be read: {error}", f"Download it again from {_SOURCE}{name}"
             ) from error
     return traverse_util.unflatten_dict(params, sep="/"), _architecture(params, directory)
@@ -84,7 +84,7 @@ def _architecture(params, directory) -> dict[str, Any]:
         if params["decoder/input/kernel"].shape[2] != vocab_size:
             raise ValueError("encoder and decoder differ in their vocabulary")
     except (KeyError, ValueError) as error:
-        raise CheckpointFormatError(directory, f"is no dVAE: {error}") from error
+        raise FileFormatError(directory, f"is no dVAE: {error}") from error
     return {
         "num_channels": channels,
         "vocab_size": vocab_size,

@@ -1,13 +1,12 @@
 """The files of a checkpoint: finding, downloading, reading and writing them.
 
 Nothing here executes what a file says: torch's pickles go through its `weights_only` loader, and
-all damage raises `CheckpointFormatError`.
+all damage raises `FileFormatError`.
 """
 
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import serialization, traverse_util
+
+from beit_jax import fileio
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -40,13 +41,6 @@ _SUFFIXES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth")
 _HALF = (np.float16, ml_dtypes.bfloat16)
 
 
-class CheckpointFormatError(ValueError):
-    """A file of a checkpoint is damaged, or of a kind that cannot be read here."""
-
-    def __init__(self, path: os.PathLike | str, reason: Any, fix: str = "Download it again"):
-        super().__init__(f"{path}: {reason}. {fix}.")
-
-
 class Files(NamedTuple):
     """What was read: arrays by name, and the JSON files beside them (None where there is none)."""
 
@@ -63,7 +57,7 @@ def read(source: str | os.PathLike, *, revision: str | None = None) -> Files:
 
     Raises:
       FileNotFoundError: there is no such path, or the Hub has no such repository or no answer.
-      CheckpointFormatError: a file is damaged, or needs torch and there is none.
+      FileFormatError: a file is damaged, or needs torch and there is none.
       ValueError: a `revision` of what is no repository.
     """
     path = Path(source)
@@ -74,8 +68,8 @@ def read(source: str | os.PathLike, *, revision: str | None = None) -> Files:
     weights = _weights_in(path) if path.is_dir() else path
     return Files(
         tensors=_read_weights(weights),
-        config=read_json(weights.parent / CONFIG),
-        preprocessor=read_json(weights.parent / PREPROCESSOR),
+        config=fileio.read_json(weights.parent / CONFIG),
+        preprocessor=fileio.read_json(weights.parent / PREPROCESSOR),
     )
 
 
@@ -93,46 +87,29 @@ def write(
       FileExistsError: `dst` holds anything but an earlier export.
     """
     with new_directory(dst) as directory:
-        _write_json(directory / CONFIG, config)
+        fileio.write_json(directory / CONFIG, config)
         if preprocessor is not None:
-            _write_json(directory / PREPROCESSOR, preprocessor)
+            fileio.write_json(directory / PREPROCESSOR, preprocessor)
         safetensors.numpy.save_file(
             dict(tensors), directory / _SAFETENSORS, metadata={"format": "pt"}
         )
         digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
-        _write_json(directory / MANIFEST, {"sha256": digests})
-
-
-def read_json(path: Path, fix: str = "Download it again") -> dict[str, Any] | None:
-    """Reads an object of JSON; None where there is no such file.
-
-    Raises:
-      CheckpointFormatError: it is damaged, or holds anything but an object; `fix` says what to do.
-    """
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointFormatError(path, f"damaged JSON: {error}", fix) from error
-    if not isinstance(content, dict):
-        raise CheckpointFormatError(path, "is no JSON object", fix)
-    return content
+        fileio.write_json(directory / MANIFEST, {"sha256": digests})
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a file, by name.
 
     Raises:
-      CheckpointFormatError: it is damaged, or its numbers are of a kind that numpy does not have.
+      FileFormatError: it is damaged, or its numbers are of a kind that numpy does not have.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointFormatError(path, f"damaged safetensors: {_first_line(error)}") from error
+        raise fileio.FileFormatError(path, f"damaged safetensors: {_first_line(error)}") from error
     except (TypeError, AttributeError) as error:
-        raise CheckpointFormatError(
+        raise fileio.FileFormatError(
             path, f"numbers of an unknown kind: {_first_line(error)}", "Save it as float32"
         ) from error
 
@@ -207,7 +184,7 @@ def _weights_in(directory: Path) -> Path:
         if (directory / name).exists():
             return directory / name
     found = ", ".join(sorted(path.name for path in directory.iterdir())[:10]) or "nothing"
-    raise CheckpointFormatError(
+    raise fileio.FileFormatError(
         directory,
         f"holds no weights; looked for {', '.join(_WEIGHTS)}; found {found}",
         "Give the directory of a checkpoint, or its file",
@@ -220,7 +197,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
     else:
         tensors = _read_file(path)
     if not tensors:
-        raise CheckpointFormatError(path, "holds no arrays")
+        raise fileio.FileFormatError(path, "holds no arrays")
     return {
         name: tensor.astype(np.float32) if tensor.dtype in _HALF else tensor
         for name, tensor in tensors.items()
@@ -229,7 +206,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
     if path.suffix not in _SUFFIXES:
-        raise CheckpointFormatError(
+        raise fileio.FileFormatError(
             path, f"files {path.suffix!r} are not read", f"Give one of {', '.join(_SUFFIXES)}"
         )
     _check_digest(path)
@@ -239,17 +216,17 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    weight_map = (read_json(index) or {}).get("weight_map")
+    weight_map = (fileio.read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointFormatError(index, "has no weight_map")
+        raise fileio.FileFormatError(index, "has no weight_map")
     tensors = {}
     for name in sorted(set(map(str, weight_map.values()))):
         shard = index.parent / name
         if shard.parent != index.parent or not shard.exists():
-            raise CheckpointFormatError(index, f"names the shard {name!r}, which is not beside it")
+            raise fileio.FileFormatError(index, f"names the shard {name!r}, which is not beside it")
         tensors.update(_read_file(shard))
     if missing := sorted(weight_map.keys() - tensors.keys()):
-        raise CheckpointFormatError(index, f"names arrays that no shard has: {', '.join(missing)}")
+        raise fileio.FileFormatError(index, f"names arrays that no shard has: {', '.join(missing)}")
     return tensors
 
 
@@ -259,14 +236,14 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         flat = traverse_util.flatten_dict(tree, sep=".")
         return {name: _from_flax(leaf) for name, leaf in flat.items()}
     except Exception as error:  # of msgpack, flax and numpy
-        raise CheckpointFormatError(path, f"damaged msgpack: {_first_line(error)}") from error
+        raise fileio.FileFormatError(path, f"damaged msgpack: {_first_line(error)}") from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise CheckpointFormatError(
+        raise fileio.FileFormatError(
             path,
             "torch's own format, and torch is not installed",
             "Take a checkpoint with model.safetensors, convert this one at "
@@ -278,7 +255,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             tree = torch.load(path, map_location="cpu", weights_only=True)
         return {name: _from_torch(tensor) for name, tensor in _state_dict(tree).items()}
     except Exception as error:  # of torch, pickle and zipfile; their advice is to run the file
-        raise CheckpointFormatError(
+        raise fileio.FileFormatError(
             path,
             f"damaged, or holds more than arrays ({type(error).__name__})",
             "Nothing but arrays is ever read from such a file. Download it again, or save its "
@@ -314,27 +291,22 @@ def _state_dict(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_digest(path: Path) -> None:
     digests = _digests(path.parent)
     if path.name in digests and digests[path.name] != _sha256(path):
-        raise CheckpointFormatError(
+        raise fileio.FileFormatError(
             path, f"is not what was exported: its SHA-256 is not that in {MANIFEST}", "Export again"
         )
 
 
 def _digests(directory: Path) -> dict[str, str]:
     """File -> SHA-256, as an export wrote them down; empty where there was none."""
-    digests = (read_json(directory / MANIFEST) or {}).get("sha256", {})
+    digests = (fileio.read_json(directory / MANIFEST) or {}).get("sha256", {})
     if not isinstance(digests, dict):
-        raise CheckpointFormatError(directory / MANIFEST, "names no files", "Export again")
+        raise fileio.FileFormatError(directory / MANIFEST, "names no files", "Export again")
     return digests
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ names in memory, which transformers 5 has changed: both kinds are read, and eith
 D hidden, R rank, O width of a layer's output.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
+from beit_jax import fileio
 from beit_jax.convert import files
 
 _LAYERS = {  # major version of transformers: (prefix of layer i, {our layer: its name})
@@ -125,8 +125,7 @@ def save(
         "task_type": None,
     }
     save_file(tensors, os.path.join(dst, _WEIGHTS), metadata={"format": "pt"})
-    with open(os.path.join(dst, _CONFIG), "w") as file:
-        json.dump(config, file, indent=2)
+    fileio.write_json(os.path.join(dst, _CONFIG), config)
 
 
 def read(src: str | os.PathLike) -> Adapters:
@@ -137,7 +136,7 @@ def read(src: str | os.PathLike) -> Adapters:
       ValueError: a file is damaged, the adapters are of a kind that is not plain LoRA or of layers
         that BEiT does not have, or they are not what adapter_config.json says.
     """
-    config = files.read_json(_file(src, _CONFIG))
+    config = fileio.read_json(_file(src, _CONFIG))
     extra = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
         what = ", ".join(extra) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"

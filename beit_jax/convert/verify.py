@@ -1,6 +1,5 @@
 """Does HuggingFace compute what we compute? Needs torch and transformers."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import modules
+from beit_jax import fileio, modules
 from beit_jax.convert import MODEL_TYPES, files
 
 
@@ -43,7 +42,7 @@ def max_difference(
     import torch
     import transformers
 
-    written = json.loads((Path(directory) / files.CONFIG).read_text(encoding="utf-8"))
+    written = fileio.read_json(Path(directory) / files.CONFIG)
     model_type = written["model_type"]
     model = modules.load("models", MODEL_TYPES[model_type]).Model(**architecture)
     config = model.config

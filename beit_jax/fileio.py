@@ -1,0 +1,86 @@
+"""Files that are written whole or not at all, and the JSON in them."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+
+class FileFormatError(ValueError):
+    """A file is damaged, or of a kind that cannot be read here."""
+
+    def __init__(self, path: os.PathLike | str, reason: Any, fix: str = "Download it again"):
+        super().__init__(f"{path}: {reason}. {fix}.")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[TextIO]:
+    """Yields a file that takes the place of `path` when the block ends without an error.
+
+    Names of files that are not UTF-8 keep their bytes.
+    """
+    part = f"{path}.part"
+    try:
+        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def check_out(parser, out: str) -> None:
+    """Ends the program of an argparse `parser`, with status 2, where the file `out` cannot be
+    written."""
+    if not os.path.isdir(os.path.dirname(out) or "."):
+        parser.error(f"--out {out}: there is no folder {os.path.dirname(out)}")
+    if os.path.exists(out) and not os.path.isfile(out):
+        parser.error(f"--out {out}: expected a file, found a folder or device of that name")
+    try:
+        with open(f"{out}.part", "w"):
+            os.remove(f"{out}.part")
+    except OSError as error:
+        parser.error(f"--out {out}: it cannot be written: {error.strerror}")
+
+
+def read_json(path: str | os.PathLike, fix: str = "Download it again") -> dict[str, Any] | None:
+    """Reads an object of JSON; None where there is no such file.
+
+    Raises:
+      FileFormatError: it is damaged, or holds anything but an object; `fix` says what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileFormatError(path, f"damaged JSON: {error}", fix) from error
+    if not isinstance(content, dict):
+        raise FileFormatError(path, "is no JSON object", fix)
+    return content
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes JSON whole or not at all; arrays become lists, numbers that are not finite null."""
+    text = json.dumps(jsonable(content), indent=2, allow_nan=False)
+    with writing(path) as file:
+        file.write(f"{text}\n")
+
+
+def jsonable(x: Any) -> Any:
+    """What JSON can hold of nested mappings, sequences, arrays and numbers."""
+    if isinstance(x, Mapping):
+        return {str(key): jsonable(value) for key, value in x.items()}
+    if isinstance(x, np.ndarray | np.generic | jax.Array):
+        x = np.asarray(x).tolist()
+    if isinstance(x, list | tuple):
+        return [jsonable(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
