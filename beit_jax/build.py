@@ -60,8 +60,20 @@ def make_task(config, splits, workdir, mesh, step: int | None):
     return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
 
 
-def check_numbers(config) -> None:
-    """Raises ValueError where a number of the config makes no run."""
+def check(config) -> None:
+    """Raises ValueError where settings make no run, or are none of the task's."""
+    if config.task_name != "classify":
+        for key, value, off in (
+            ("class_weights", config.class_weights, "none"),
+            ("label_smoothing", config.label_smoothing, 0),
+            ("augment.mixup", config.augment.mixup, 0),
+            ("augment.cutmix", config.augment.cutmix, 0),
+        ):
+            if value != off:
+                raise ValueError(
+                    f"config.{key} is {value!r}, and the task {config.task_name!r} has no use for "
+                    f"it, only 'classify' has: leave it at {off!r}."
+                )
     for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
         if config[key] is not None and not 0 < config[key] < np.inf:
             raise ValueError(f"config.{key} is {config[key]}; expected a finite number above 0.")

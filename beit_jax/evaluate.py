@@ -48,11 +48,7 @@ def make_evaluator(task, config, mesh):
         index = np.concatenate(jax.device_get(index))
         real = outputs.pop("weight") > 0
         if not real.any():
-            source = split.source
-            raise ValueError(
-                f"None of the {len(source)} pictures of {source.name} ({source.split}) can be "
-                "decoded, so that there is nothing to evaluate."
-            )
+            raise split.source.none_left()
         outputs = {key: value[real] for key, value in outputs.items()}
         outputs["index"] = index[real] if split.ids is None else split.ids[index[real]]
         return task.summarize(jax.device_get(total)), outputs

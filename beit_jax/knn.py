@@ -58,9 +58,7 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
             labels[batch["index"][real]] = batch["label"][real]
     known = labels >= 0  # a picture that was skipped has none
     if not known.any():
-        raise ValueError(
-            f"None of the {len(source)} pictures of {source.split} of {source.name} can be decoded."
-        )
+        raise source.none_left()
     return [x[known] for x in result], labels[known]
 
 

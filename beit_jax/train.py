@@ -47,8 +47,9 @@ def run(config, workdir: str) -> dict | None:
       FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
     workdir = os.path.abspath(workdir)
+    workdirs.check_place(workdir, config.data.name, config.data.data_dir)
     mesh = sharding.make_mesh()
-    build.check_numbers(config)
+    build.check(config)
     views.check(config)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)

@@ -14,6 +14,21 @@ from beit_jax import fileio
 _FIX = "Use another workdir"
 
 
+def check_place(workdir: str | os.PathLike, data: str, data_dir: str = "") -> None:
+    """Raises ValueError where the workdir lies among the pictures of the data set "folder:PATH",
+    PATH from `data_dir` on: the figures that a run leaves would be pictures of the next."""
+    kind, _, path = data.partition(":")
+    path = os.path.expanduser(os.path.join(data_dir, path))
+    if kind != "folder" or not os.path.isdir(path):
+        return
+    path = os.path.realpath(path)
+    if os.path.commonpath([path, os.path.realpath(workdir)]) == path:
+        raise ValueError(
+            f"The workdir {workdir} lies in {path}, whose pictures would be joined by those that a "
+            "run leaves: name a workdir elsewhere."
+        )
+
+
 @contextlib.contextmanager
 def open_workdir(
     workdir: str | os.PathLike, config: Mapping[str, Any], *, allow_change: Sequence[str] = ()

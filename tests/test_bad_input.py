@@ -82,7 +82,7 @@ def test_a_bug_keeps_its_traceback(start, tmp_path, flags):
     config = tmp_path / "broken.py"
     config.write_text(
         "import numpy as np\nfrom beit_jax import build\nfrom configs import quickstart\n"
-        "build.check_numbers = lambda config: np.zeros(3).reshape(2, 2)\n"
+        "build.check = lambda config: np.zeros(3).reshape(2, 2)\n"
         "get_config = quickstart.get_config\n"
     )
     status, output = start("main.py", *flags(tmp_path / "run", config=config)).wait()
@@ -133,6 +133,14 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"num_epochs": float("inf")}, ["config.num_epochs is inf"]),
         ({"optim.warmup": "1000ep"}, ["config.optim.warmup", "make the run longer"]),
         ({"label_smoothing": 1.5}, ["config.label_smoothing is 1.5"]),
+        (
+            {"task_name": "linear_probe", "class_weights": "balanced"},
+            ["config.class_weights is 'balanced'", "'linear_probe'", "leave it at 'none'"],
+        ),
+        (
+            {"task_name": "pretrain", "augment.mixup": 0.8},
+            ["config.augment.mixup is 0.8", "'pretrain'", "leave it at 0"],
+        ),
         ({"model.attention": "cudnn"}, ["config.model.attention is 'cudnn'", "auto, xla or plain"]),
         ({"keep_last": 0}, ["config.keep_last is 0", "at least 1"]),
         ({"data.threads": -1}, ["config.data.threads is -1"]),

@@ -274,7 +274,7 @@ def test_nothing_but_bad_pictures_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
     source = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
-    with pytest.raises(ValueError, match="none of the 3 pictures"):
+    with pytest.raises(ValueError, match="None of the 3 pictures"):
         take(pipeline.train_batches(source, Order(3, 2, 0), renderings=SEEN, seed=0), 1)
 
 

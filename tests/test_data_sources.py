@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_jax import sharding
 from beit_jax.data import __main__ as command
-from beit_jax.data import images, sources
+from beit_jax.data import images, inputs, sources
 from configs import common
 
 
@@ -332,6 +333,22 @@ def test_data_dir_is_where_a_folder_is(tmp_path):
     expected = ids(sources.get_source(f"folder:{tmp_path / 'pets'}"))
     assert ids(sources.get_source("folder:pets", data_dir=tmp_path)) == expected
     assert ids(sources.get_source("folder", data_dir=tmp_path / "pets")) == expected
+
+
+def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
+    class_folders(tmp_path, {"cat": 2, "dog": 1}, prefix="train")
+    class_folders(tmp_path, {"cat": 1, "dog": 1, "eel": 1}, prefix="val")
+    class_folders(tmp_path, {"cat": 1}, prefix="test")
+    config = common.get_config().data
+    config.update(name=f"folder:{tmp_path}", train="train", val="val", test="test")
+    inputs.open_splits(config, sharding.make_mesh())
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "The training split 'train' has no picture of eel, which 'val' has: they cannot be learnt."
+    )
+    config.val = "train"
+    inputs.open_splits(config, sharding.make_mesh())
+    assert len(caplog.records) == 1
 
 
 def test_folds_cover_every_example_once_and_evenly():

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from beit_jax import checkpoint, convert, predict, report, train
+from beit_jax import checkpoint, convert, fileio, predict, report, train
 from configs import image_folder
 
 torch = pytest.importorskip("torch")
@@ -318,7 +318,7 @@ def test_writing_that_fails(tmp_path, picture_folder, classifier_directory, monk
     def replace(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(predict.os, "replace", replace)
+    monkeypatch.setattr(fileio.os, "replace", replace)
     arguments = ["--checkpoint", str(classifier_directory), "--images", str(picture_folder / "red")]
     assert predict.main([*arguments, "--out", str(tmp_path / "out.csv")]) == 2
     assert "no space left" in capsys.readouterr().err

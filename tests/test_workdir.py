@@ -12,7 +12,7 @@ import time
 import pytest
 
 from beit_jax import checkpoint
-from beit_jax.workdir import check_data, open_workdir
+from beit_jax.workdir import check_data, check_place, open_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = {"seed": 0, "optim": {"name": "adamw", "betas": (0.9, 0.999)}, "pretrained": None}
@@ -87,6 +87,39 @@ def test_free_after_an_error(tmp_path):
         pass
     with open_workdir(tmp_path, {"seed": 0}):
         pass
+
+
+# ---------------------------------------------------------------------------- its place
+
+
+@pytest.mark.parametrize("name", ["", "runs", "a/../runs/1", "link/runs"])
+def test_among_the_pictures(tmp_path, name):
+    images = tmp_path / "images"
+    (images / "cat").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(images)
+    workdir = tmp_path / name if name.startswith("link") else images / name
+    for data in (
+        (f"folder:{images}",),
+        (f"folder:{tmp_path / 'link'}",),
+        ("folder:images", tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"lies in {images}, .* elsewhere"):
+            check_place(workdir, *data)
+
+
+def test_beside_the_pictures(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "list.csv").write_text("image,label\n")
+    monkeypatch.chdir(tmp_path)
+    for data in (
+        f"folder:{tmp_path}/images",
+        "folder:list.csv",
+        "folder:nothing",
+        "folder:",
+        "cifar10",
+    ):
+        for workdir in (tmp_path / "images2", tmp_path / "run", "run"):
+            check_place(workdir, data)
 
 
 # ---------------------------------------------------------------------------- the config

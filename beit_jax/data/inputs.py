@@ -1,5 +1,6 @@
 """The splits of a config as input to the step: kept on the device whole, or batch by batch."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ def open_splits(config, mesh: Mesh, names=("train", "val", "test")) -> dict[str,
       FileNotFoundError, ValueError: there is no such data set, split, fold or picture.
     """
     found = _open(config, names)
+    _tell_of_unseen(found)
     if not all(pipeline.fits(source, config.resident_bytes) for source in found.values()):
         return {name: Split(source, None, len(source), None) for name, source in found.items()}
     return {name: _resident(source, config, mesh) for name, source in found.items()}
@@ -60,6 +62,24 @@ def _open(config, names):
         found = dict(zip(("train", "val"), fold, strict=True))
     found |= {name: source(config[name]) for name in names if config[name] and name not in found}
     return {name: found[name] for name in names if name in found}
+
+
+def _tell_of_unseen(found):
+    """Warns of classes that are evaluated and never learnt, where labels are known at once."""
+    train = found.get("train")
+    if not isinstance(train, sources.FileSource) or train.class_names is None:
+        return
+    seen = set(train.labels())
+    for source in found.values():
+        if source.class_names != train.class_names:
+            continue  # an error, told by who takes the splits
+        if unseen := sorted(set(source.labels()) - seen):
+            logging.warning(
+                "The training split %r has no picture of %s, which %r has: they cannot be learnt.",
+                train.split,
+                ", ".join(source.class_names[i] for i in unseen),
+                source.split,
+            )
 
 
 def _resident(source, config, mesh):

@@ -240,7 +240,7 @@ def load_all(
 
     sources.in_chunks(load, len(source), threads=threads, progress=progress)
     if not good.any():
-        raise ValueError(f"none of the {len(source)} pictures of {source.name} can be decoded")
+        raise source.none_left()
     batch = {"image": image, "label": label, "index": np.arange(len(source), dtype=np.int32)}
     if source.class_names is None:
         del batch["label"]
@@ -292,7 +292,7 @@ def _first_good(source, index, record, transform, bad_images) -> dict:
             return _example(*decoded, index)
         index = (index + 1) % len(source)
         (record,) = source.fetch([index])
-    raise ValueError(f"none of the {len(source)} pictures of {source.name} can be decoded")
+    raise source.none_left()
 
 
 def _example(pictures: images.Pictures, label: int | None, index: int) -> dict:

@@ -117,6 +117,12 @@ class Source:
             )
             raise error
 
+    def none_left(self) -> ValueError:
+        """The error to raise where not one picture can be decoded."""
+        return ValueError(
+            f"None of the {len(self)} pictures of {self.name} ({self.split}) can be decoded."
+        )
+
     @functools.cached_property
     def info(self) -> SourceInfo:
         """For a folder this looks at every file's size, and at headers until two sizes differ."""
