@@ -77,8 +77,9 @@ def check(config) -> None:
     for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
         if config[key] is not None and not 0 < config[key] < np.inf:
             raise ValueError(f"config.{key} is {config[key]}; expected a finite number above 0.")
-    for key in ("learning_rate", "end_value", "warmup_init", "weight_decay", "clip_norm"):
-        if not 0 <= (value := config.optim[key]) < np.inf:
+    rates = ("learning_rate", "end_value", "warmup_init", "weight_decay", "weight_decay_end")
+    for key in (*rates, "clip_norm"):
+        if (value := config.optim[key]) is not None and not 0 <= value < np.inf:
             raise ValueError(f"config.optim.{key} is {value}; expected a finite number from 0 up.")
     for key, value, least in (
         ("keep_last", config.keep_last, 1),
@@ -154,7 +155,14 @@ def make_plan(config, num_examples: int) -> Plan:
 
 def make_optimizer(config, task, plan):
     """The optimizer of the config and its learning-rate schedule."""
-    c = config.optim
+    c, weight_decay = config.optim, config.optim.weight_decay
+    if c.weight_decay_end is not None:
+        weight_decay = optim.make_schedule(
+            "cosine",
+            learning_rate=weight_decay,
+            end_value=c.weight_decay_end,
+            total_steps=plan.total_steps,
+        )
     schedule = optim.make_schedule(
         c.schedule,
         learning_rate=c.learning_rate,
@@ -173,7 +181,7 @@ def make_optimizer(config, task, plan):
         eps=c.eps,
         momentum=c.momentum,
         nesterov=c.nesterov,
-        weight_decay=c.weight_decay,
+        weight_decay=weight_decay,
         no_decay=c.no_decay,
         decay_position_bias=c.decay_position_bias,
         layer_decay=c.layer_decay,

@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     model.vocab_size = config_dict.placeholder(int)
     model.num_labels = config_dict.placeholder(int)  # the data decides; set it to have it checked
     model.initializer_range = config_dict.placeholder(float)
+    model.initializer_bound = config_dict.placeholder(float)
     model.head_init_scale = config_dict.placeholder(float)
     model.rescale_init = config_dict.placeholder(bool)
     model.use_post_norm = config_dict.placeholder(bool)  # of vit: norms after the sums
@@ -195,6 +196,7 @@ def get_config() -> ConfigDict:
     optim.momentum = 0.9  # of sgd
     optim.nesterov = False  # of sgd
     optim.weight_decay = 0.0
+    optim.weight_decay_end = config_dict.placeholder(float)  # where half a cosine takes it
     optim.no_decay = ()  # more parameters (regexes) without decay than biases, norms, scales
     optim.decay_position_bias = True  # as unilm; timm and Swin do not
     optim.layer_decay = 1.0  # learning rate of each layer against the one above

@@ -47,6 +47,7 @@ def get_config(arg=None):
     if arg.startswith("v2"):
         config.image.mean, config.image.std = _IMAGENET_MEAN, _IMAGENET_STD
     config.image.crop, config.image.crop_pct = "center", 0.875
+    config.image.interpolation = "bicubic"  # whatever preprocessor_config.json says
 
     config.batch_size = batch
     config.num_epochs = float(epochs)

@@ -29,6 +29,9 @@ def get_config(arg=None):
     config.data.name = {"folder": f"folder:{path}", "imagenet2012": f"tfds:{arg}"}.get(kind, arg)
     splits = _SPLITS[arg] if arg in _SPLITS else common.folder_splits(path)
     config.data.train, config.data.val, config.data.test = splits
+    if arg == "imagenet2012":
+        config.image.crop, config.image.crop_pct = "center", 0.875
+        config.image.interpolation = "bicubic"
 
     config.augment.crop = "rrc"
     config.augment.flip = 0.0 if arg == "digits" else 0.5

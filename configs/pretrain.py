@@ -10,9 +10,14 @@ and then fine-tunes: python main.py --config=configs/quickstart.py
 Of these, digits runs without a tokenizer (SimMIM); the others predict visual tokens and need
 --config.tokenizer, or another --config.objective: simmim, mae or data2vec. Pictures of a folder are
 found at any depth; the tenth that configs/image_folder.py tests on, if it is given the same folder,
-is left out. imagenet is the published recipe of BEiT (microsoft/unilm), 800 epochs of
-ImageNet-1k at batch size 2048; it was not run here. A size may follow: imagenet,large or
-folder=PATH,tiny; other sizes are flags: --config.model.image_size=192, --config.num_epochs=300.
+is left out. A size may follow: imagenet,large or folder=PATH,tiny; other sizes are flags:
+--config.model.image_size=192, --config.num_epochs=300.
+
+imagenet is the published recipe of BEiT (microsoft/unilm), 800 epochs of ImageNet-1k at batch size
+2048, but for masks, which all have 75 of 196 patches, as in BEiT v2; some have fewer with
+--config.mask.kind=beit_v1. BEiT v2's own recipe is that with a tokenizer that had a teacher and
+--config.model.early_layers=9 (21 of large) --config.augment.scale="(0.2, 1.0)"
+--config.num_epochs=1600. None was run here.
 """
 
 from configs import common
@@ -77,7 +82,7 @@ def _imagenet(config):
     config.image.mean, config.image.std = _IMAGENET_MEAN, _IMAGENET_STD
     config.image.crop, config.image.crop_pct = "center", 0.875
     config.preset = "base"
-    config.mask.num_mask_patches = 75
+    config.mask.ratio = 75 / 196
     config.augment.color_jitter = 0.4
     config.batch_size = 2048
     config.num_epochs = 800.0
@@ -87,7 +92,7 @@ def _imagenet(config):
 def _folder(config):
     config.data.train, config.data.val, config.data.test = "train[:80%]", "train[80%:90%]", ""
     config.preset = "small"
-    config.mask.num_mask_patches = 75
+    config.mask.ratio = 75 / 196
     config.augment.scale = (0.2, 1.0)
     config.augment.color_jitter = 0.4
     config.batch_size = 256

@@ -9,7 +9,8 @@ directory or hub id, or a workdir) it learns to tell that network's features, as
 --config.image.* stays, and the grids must agree: --config.model.image_size, patch_size.
 --config.tokenizer_name=dvae trains DALL-E's discrete VAE. A size may follow: imagenet,large.
 imagenet is the recipe of BEiT v2 (microsoft/unilm beit2/TOKENIZER.md), 100 epochs at batch size
-512; it was not run here.
+512 with a decoder of one layer (--config.model.num_decoder_layers=3 is its other); its networks
+have a class token too, ours patches only. It was not run here.
 """
 
 from configs import common
@@ -57,7 +58,7 @@ def _imagenet(config):
     config.data.train, config.data.val, config.data.test = "train", "validation[:5000]", ""
     config.image.crop, config.image.crop_pct = "center", 0.875
     config.tokenizer_interpolation = "bicubic"
-    config.augment.scale = (0.2, 1.0)
+    config.codebook.revive = 0.0
     config.batch_size = 512
     config.num_epochs = 100.0
     config.optim.learning_rate = 2e-4  # 5e-5 for each 128 pictures

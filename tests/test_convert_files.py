@@ -121,7 +121,7 @@ def test_processor_of_transformers(tmp_path, params, image):
 
 
 def test_what_only_a_run_knows_is_not_exported(tmp_path, params):
-    run = {**ARCHITECTURE, "image_size": 16, "head_init_scale": 0.1, "rescale_init": True}
+    run = {**ARCHITECTURE, "image_size": 16, "head_init_scale": 0.1, "initializer_bound": 1.0}
     convert.save_hf(tmp_path, params, run, NAMES)
     assert convert.load(tmp_path).architecture == ARCHITECTURE
 

@@ -191,39 +191,52 @@ def test_switches_and_their_parameters():
     assert "layer_0/attention/key/bias" not in shapes(beit.Model(**TINY))
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-def test_fresh_parameters(rescale):
+@pytest.mark.parametrize("bound", [None, 1.0])
+def test_fresh_parameters(bound):
+    """Without a bound as timm and unilm's fine-tuning start, with it as unilm's pre-training."""
     widths = dict.fromkeys(("hidden_size", "intermediate_size", "num_labels"), 96)
-    scales = {"initializer_range": 0.1, "rescale_init": rescale, "head_init_scale": 0.01}
+    scales = {"initializer_range": 0.1, "initializer_bound": bound, "head_init_scale": 0.01}
     model = beit.Model(**TINY | widths | scales)
     params = jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     flat = traverse_util.flatten_dict(params, sep="/")
     assert all(value.dtype == jnp.float32 for value in flat.values())
+    patches = "embeddings/patch_embeddings"
     for path, value in flat.items():
         if path.endswith(("/bias", "bias_table")):
-            assert not value.any(), path
+            assert not value.any() or (path == f"{patches}/bias" and bound is None), path
         elif path.endswith("/scale"):
             assert (value == 1).all(), path
         elif "lambda" in path:
             assert (value == jnp.float32(0.1)).all(), path
-    # unilm's pre-training cuts at one standard deviation; timm and transformers, at 2.0
-    bound, distribution = (1, stats.truncnorm(-1, 1)) if rescale else (20, stats.norm())
+    normal = stats.norm() if bound is None else stats.truncnorm(-bound, bound)
     for path, scale in {
-        "embeddings/patch_embeddings": 1,
         "layer_0/attention/query": 1,
         "layer_1/mlp/fc1": 1,
-        "layer_0/attention/output": 2**-0.5 if rescale else 1,
-        "layer_0/mlp/fc2": 2**-0.5 if rescale else 1,
-        "layer_1/attention/output": 4**-0.5 if rescale else 1,
-        "layer_1/mlp/fc2": 4**-0.5 if rescale else 1,
+        "layer_0/attention/output": 2**-0.5,
+        "layer_0/mlp/fc2": 2**-0.5,
+        "layer_1/attention/output": 4**-0.5,
+        "layer_1/mlp/fc2": 4**-0.5,
         "classifier": 0.01,
     }.items():
-        kernel = flat[f"{path}/kernel"].ravel() / (0.1 * scale)
-        assert kernel.std() == pytest.approx(distribution.std(), rel=0.1), path
-        assert abs(kernel).max() <= bound, path
-        probabilities = distribution.cdf(np.sort(kernel))
-        uniform = (np.arange(len(kernel)) + 0.5) / len(kernel)
-        assert abs(probabilities - uniform).max() < 2 / len(kernel) ** 0.5, path
+        assert_drawn(flat[f"{path}/kernel"] / (0.1 * scale), normal)
+    if bound is None:
+        for name in ("kernel", "bias"):  # torch: uniform, up to the root of 1 / fan in
+            assert_drawn(flat[f"{patches}/{name}"] * (4 * 4 * 3) ** 0.5, stats.uniform(-1, 2))
+    else:
+        assert_drawn(flat[f"{patches}/kernel"] / 0.1, normal)
+
+
+def assert_drawn(values, distribution):
+    """Every value is as likely as it should be (Kolmogorov and Smirnov, a chance of 1 in 1,000)."""
+    assert stats.kstest(values.ravel(), distribution.cdf).pvalue > 1e-3
+
+
+def test_output_projections_start_alike_without_rescale_init():
+    model = beit.Model(
+        **TINY | {"hidden_size": 96, "num_attention_heads": 4, "rescale_init": False}
+    )
+    params = jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    assert_drawn(params["layer_1"]["attention"]["output"]["kernel"] / 0.02, stats.norm())
 
 
 # Logits and gradients
@@ -714,7 +727,8 @@ def test_for_finetuning():
     assert not tuned["use_mask_token"] and not tuned["use_shared_relative_position_bias"]
     assert tuned["use_relative_position_bias"] and tuned["head"] == "mim"
     absolute = {"use_relative_position_bias": False, "use_absolute_position_embeddings": True}
-    assert beit.for_finetuning(absolute) == absolute | {"use_mask_token": False}
+    expected = absolute | {"use_mask_token": False, "initializer_bound": None}
+    assert beit.for_finetuning(absolute) == expected
 
 
 @pytest.mark.parametrize(

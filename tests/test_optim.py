@@ -1,6 +1,7 @@
 """Optimizers and schedules against torch, parameter groups against unilm's rule."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from beit_jax import optim
+from beit_jax import build, optim
+from configs import common
 
 NUM_LAYERS = 2
 SHAPES = {
@@ -453,3 +455,22 @@ def test_accumulation_errors():
     with pytest.raises(ValueError, match="leaf 0/1/correct .* is int32"):
         value_and_grad = jax.value_and_grad(counting, has_aux=True)
         optim.accumulate_gradients(value_and_grad, params, batch, rng, 2)
+
+
+def test_weight_decay_on_its_own_schedule():
+    """unilm's --weight_decay_end: half a cosine over all steps, without the warm-up."""
+    config = common.get_config()
+    config.optim.update(
+        name="adamw", learning_rate=0.5, schedule="constant", weight_decay=0.2, weight_decay_end=0.1
+    )
+    config.total_steps = 8
+    params = {"kernel": jnp.ones((2, 2))}
+    task = types.SimpleNamespace(
+        init=lambda rng: (params, {}), layer_id=lambda name: 0, num_layers=0
+    )
+    plan = build.make_plan(config, num_examples=64)
+    tx, _ = build.make_optimizer(config, task, plan)
+    state = tx.init(params)
+    for expected in unilm_schedule(0.2, 0.1, total=8, warmup=0, start=0.0):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        np.testing.assert_allclose(updates["kernel"], -0.5 * expected, rtol=1e-6)

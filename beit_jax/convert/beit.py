@@ -289,7 +289,7 @@ def architecture_to_hf(
 ) -> dict[str, Any]:
     """Writes a config.json of HuggingFace; the inverse of `architecture_from_hf`.
 
-    How our model starts (head_init_scale, rescale_init) has no place there.
+    How our model starts (initializer_bound, head_init_scale, rescale_init) has no place there.
 
     Raises:
       ValueError: a classifier has another number of classes than there are names, or the head is

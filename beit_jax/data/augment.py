@@ -59,6 +59,9 @@ def train_view(
     Returns:
       float32 [B, H, W, C], normalised.
 
+    Colours are jittered after the crop, as in timm's fine-tuning; unilm's pre-training does so
+    before, so that its contrast turns about the mean of the whole picture.
+
     Raises:
       ValueError: an argument is unknown or out of range.
     """

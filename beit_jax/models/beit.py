@@ -84,8 +84,7 @@ class BeitConfig(layers.TransformerConfig):
       early_layers, head_layers, shared_lm_head: patch aggregation of BEiT v2 (arXiv:2208.06366) for
       head "mim": class token and patches of layer `early_layers` pass `head_layers` more layers and
       the head, or a second one; 0 early layers is off.
-      rescale_init: weights start as in unilm's pre-training: normal, but cut at one standard
-      deviation (which leaves 0.54 of it), and output projections of layer l sqrt(2 l) smaller.
+      rescale_init: output projections of layer l start sqrt(2 l) smaller, as in unilm and timm.
     """
 
     FAMILY: ClassVar[str] = "BEiT"
@@ -100,15 +99,10 @@ class BeitConfig(layers.TransformerConfig):
     use_shared_relative_position_bias: bool = False
     layer_scale_init_value: float = 0.1
     vocab_size: int = 8192
-    rescale_init: bool = False
+    rescale_init: bool = True
     early_layers: int = 0
     head_layers: int = 2
     shared_lm_head: bool = True
-
-    @property
-    def initializer_bound(self) -> float | None:
-        """Standard deviations where the distribution of initial weights is cut."""
-        return 1.0 if self.rescale_init else None
 
     def __post_init__(self):
         super().__post_init__()
@@ -291,7 +285,7 @@ def Model(**architecture: Any) -> Beit:
 
 def for_finetuning(architecture: dict) -> dict:
     """The architecture that fine-tunes a pretrained one: a position table for every layer."""
-    architecture = dict(architecture, use_mask_token=False)
+    architecture = dict(architecture, use_mask_token=False, initializer_bound=None)
     if architecture.get("early_layers"):
         architecture["early_layers"] = 0
     if architecture.get("use_shared_relative_position_bias"):

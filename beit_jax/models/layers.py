@@ -347,7 +347,12 @@ class TransformerConfig:
     Attributes:
       image_size: pixels, one number or (height, width).
       patch_size: pixels; the patch is square.
+      layer_norm_eps: transformers' default is 1e-12, which its checkpoints bring along.
       head: what the network gives, see the family's `HEADS`.
+      initializer_range: standard deviation of fresh kernels, tokens and positions.
+      initializer_bound: the distribution is cut at so many standard deviations, as unilm's
+        pre-training does at 1.0, which leaves 0.54 of them. None does not cut it, as good as timm
+        and transformers, and lets the patch embeddings start as convolutions of torch do.
       head_init_scale: the classifier starts this much smaller than other layers.
       dtype: computation type; parameters are float32, logits too.
       attention: "auto", "plain", "xla" or "cudnn", see `models/attention.py`.
@@ -358,7 +363,6 @@ class TransformerConfig:
     """
 
     FAMILY: ClassVar[str] = "The model"
-    initializer_bound: ClassVar[float | None] = None  # in standard deviations
     HEADS: ClassVar[tuple[str, ...]] = ("classifier", "none")
 
     hidden_size: int = 768
@@ -368,7 +372,7 @@ class TransformerConfig:
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: float = 1e-6
     image_size: int | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -377,6 +381,7 @@ class TransformerConfig:
     num_labels: int = 1000
     head: str = "classifier"
     initializer_range: float = 0.02
+    initializer_bound: float | None = None
     head_init_scale: float = 1.0
     dtype: str = "float32"
     attention: str = "auto"
@@ -435,8 +440,7 @@ def make_config(config_class, architecture: dict[str, Any]):
 
 
 def normal(config: TransformerConfig, scale: float = 1.0):
-    """The initializer of kernels, tokens and positions: a normal distribution, as in timm and
-    transformers (their cut at 2.0 is far out), or cut where `initializer_bound` says."""
+    """The initializer of kernels, tokens and positions: a normal distribution, perhaps cut."""
     deviation, bound = config.initializer_range * scale, config.initializer_bound
     if bound is None:
         return nn.initializers.normal(deviation)
@@ -561,11 +565,22 @@ class PatchEmbeddings(nn.Module):
         config, size = self.config, self.config.patch_size
         width = self.width or config.hidden_size
         check_image(config, image)
-        kernel = self.param("kernel", normal(config), (size, size, image.shape[-1], width))
-        bias = self.param("bias", nn.initializers.zeros, (width,))
+        shape = (size, size, image.shape[-1], width)
+        initial = normal(config), nn.initializers.zeros
+        if config.initializer_bound is None:
+            initial = [_uniform(math.prod(shape[:-1]) ** -0.5)] * 2
+        kernel = self.param("kernel", initial[0], shape)
+        bias = self.param("bias", initial[1], (width,))
         dtype = jnp.dtype(config.dtype)
         x = matmul(patchify(image, size).astype(dtype), kernel.reshape(-1, width))
         return (x + spread(bias, x.shape, x.dtype)).astype(dtype)
+
+
+def _uniform(bound: float):
+    def draw(rng, shape, dtype=jnp.float32):
+        return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+    return draw
 
 
 def check_image(config, image):

@@ -48,6 +48,7 @@ def make(config, model) -> Objective:
             use_relative_position_bias=False,
             layer_scale_init_value=0.0,
             drop_path_rate=0.0,
+            rescale_init=False,
             dtype=c.dtype,
             attention=c.attention,
             fold=c.fold,

@@ -235,7 +235,7 @@ def _model_info(config, objective, start: ModelInfo | None) -> ModelInfo:
         if config.preset not in family.PRESETS:
             available = ", ".join(family.PRESETS)
             raise ValueError(f"Unknown preset {config.preset!r}; available: {available}.")
-        architecture = {**family.PRESETS[config.preset], **_POSITIONS, "rescale_init": True}
+        architecture = {**family.PRESETS[config.preset], **_POSITIONS, "initializer_bound": 1.0}
     elif start.model_name != config.model_name:
         raise ValueError(f"{config.pretrained} is a {start.model_name}; expected beit.")
     else:
