@@ -5,7 +5,8 @@
 # make coverage lint format lock bench bench-gpu
 #
 # CPU=1 installs without CUDA, CUDA=cuda13 with CUDA 13; the default looks for an NVIDIA GPU.
-# PEERS=1 also installs torch, which parity tests compare with and otherwise skip.
+# PEERS=1 also installs what parity tests and benchmarks compare with, and tests otherwise skip:
+# torch and PEFT, and beside a GPU timm.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +15,7 @@ CUDA ?= cuda12
 GPU := $(if $(CPU),,$(shell command -v nvidia-smi))
 # huge pages, and memory that is not given back between steps
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
+PEER_NAMES := torch peft $(if $(GPU),timm torchvision)
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 
 .PHONY: setup quickstart test test-slow coverage lint format lock bench bench-gpu story
@@ -50,7 +52,7 @@ story: setup
 	$(BIN)/python -m benchmarks.story
 
 setup: $(VENV)/.done
-	$(if $(PEERS),$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q torch==2.13.0 peft)
+	$(if $(PEERS),$(foreach name,$(PEER_NAMES),$(BIN)/python -c "import $(name)" 2>/dev/null || $(BIN)/python -m pip install -q $(name:torch=torch==2.13.0);))
 
 $(VENV)/.done: requirements.txt requirements-cpu.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; use make PYTHON=python3.12')"

@@ -97,7 +97,7 @@ def _train(config, workdir, mesh, stack):
         train,
         config,
         mesh,
-        start_step=start_step,
+        steps=range(start_step, plan.total_steps),
         renderings=task.renderings,
     )
     train_step, facts = None, report.read_facts(workdir)

@@ -8,11 +8,12 @@ of threads. Each peer that `benchmarks/peers.py` lists is timed in turns with ou
 in blocks of steps that end with one wait for the device, while no other peer holds memory; its
 ratio is the median over pairs of blocks, and its speed, as ours, the median over all of its blocks;
 the table shows the peer of the lowest ratio, and ours in the blocks beside it. Those of
-transformers start from our weights, and their first losses or logits must be ours.
+transformers start from our weights, and their first losses or logits must be ours. A peer that has
+no memory beside ours has the device before ours does ("apart" in the JSON).
 
-A contender that fails, for want of memory perhaps, leaves a gap. Rows are written to the JSON as
-they come, in place of earlier ones of the same kind; `--resume` keeps those of the same code and
-device that have all peers asked for.
+A contender that fails leaves a gap. The JSON is written after each peer: rows are added to what the
+same code measured on the same device, and take the place of others. `--resume` leaves out what was
+measured or tried by the same code and device.
 """
 
 import argparse
@@ -20,10 +21,12 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,89 +52,117 @@ PEERS = {  # timm wants torchvision, which may be missing
 }
 KINDS = {"cpu": peers.KINDS, "gpu": (*peers.KINDS, "mim, tokenizer")}
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative
+_OF_MEMORY = re.compile(r"memory|died|RESOURCE_EXHAUSTED|alloc", re.IGNORECASE)
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 
 
-def check(name: str, theirs: list[float], own: list[float], dtype: str) -> None:
-    """Compares the numbers of the first steps of a peer that has our weights.
+def check(name: str, theirs: list[float], own: list[float] | None, dtype: str) -> None:
+    """Compares the numbers of a peer's first steps with ours, None where it has other weights.
 
     Raises:
-      ContenderError: they differ by more than roundings do.
+      ContenderError: they are not finite, or differ by more than roundings do.
     """
-    if not np.allclose(theirs, own, rtol=TOLERANCE[dtype], atol=0):
+    if not np.isfinite(theirs).all():
+        raise ContenderError(name, f"its first numbers are {theirs}")
+    if own and not np.allclose(theirs, own, rtol=TOLERANCE[dtype], atol=0):
         raise ContenderError(name, f"not the same work: its first numbers are {theirs}, ours {own}")
 
 
-def row(size: str, kind: str, dtype: str, batch: int, args) -> dict:
-    """Measures one line of the table."""
+def measure_row(key: tuple, theirs: Sequence[str], args) -> Iterator[dict]:
+    """Measures a line of the table, its model, kind, dtype and batch given; yields what is known of
+    it after each peer, or of ours alone without any.
+
+    Where there is no memory for both, each has the device for all of its blocks.
+    """
+    size, kind, dtype, batch = key
     architecture = SIZES[args.device][size].architecture
     side, rng = architecture["image_size"], np.random.default_rng(SEED)
     image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
     target = peers.make_target(kind, architecture, batch)
-    facts, failed, times, ratios = {}, {}, {"ours": []}, {}
-    theirs = [name for name in args.peers if peers.has(name, kind)]
     runtime = {"attention": args.attention, "remat": args.remat}
+    row = dict(zip(("model", "kind", "dtype", "batch"), key, strict=True)) | runtime
+    row["flops"] = flops(architecture, kind)
+    own = None
     with contextlib.ExitStack() as stack:
-        try:
-            directory = stack.enter_context(tempfile.TemporaryDirectory())
-            peers.transformers_model(architecture, kind).save_pretrained(directory)
-            mine = ("ours", ours.make_step, kind, directory, dtype, image, target, runtime)
-            own = stack.enter_context(contextlib.closing(Contender(*mine)))
-            facts["ours"] = own.facts
-            if not theirs:
-                times = measure({"ours": own}, args.rounds, args.seconds)
-        except ContenderError as error:
-            failed["ours"], theirs = str(error), []
-        for name in theirs:
+        directory = stack.enter_context(tempfile.TemporaryDirectory())
+        peers.transformers_model(architecture, kind).save_pretrained(directory)
+        mine = ("ours", ours.make_step, kind, directory, dtype, image, target, runtime)
+        for name in theirs or [""]:
             made = (name, peers.make_step, name, kind, architecture, dtype, image, target)
+            found = {"facts": {}, "seconds": {}, "failed": {}, "apart": []}
             try:
-                found, facts[name] = _in_turns(own, made, dtype, args)
+                own = own or stack.enter_context(contextlib.closing(Contender(*mine)))
+                found["facts"]["ours"] = own.facts
+                if not name:
+                    found["seconds"][""] = measure({"ours": own}, args.rounds, args.seconds)
+                else:
+                    blocks, found["facts"][name] = _in_turns(own, made, dtype, args)
+                    found["seconds"][name] = blocks
             except ContenderError as error:
-                failed[error.name] = str(error)
-                if error.name == "ours":
-                    break
-                continue
-            times["ours"] += found["ours"]
-            times[name] = found[name]
-            pairs = [b / a for a, b in zip(found["ours"], found[name], strict=True)]
-            ratios[name] = [statistics.median(pairs), min(pairs), max(pairs)]
-    median = {name: statistics.median(t) for name, t in times.items() if t}
-    best = min(ratios, key=lambda name: ratios[name][0], default=None)
-    return {
-        "model": size,
-        "kind": kind,
-        "dtype": dtype,
-        "batch": batch,
-        **runtime,
-        "facts": facts,
-        "seconds": times,
-        "ratios": ratios,
-        "images_per_second": {name: batch / t for name, t in median.items()},
-        "flops_per_second": {
-            name: flops(architecture, kind) * batch / t for name, t in median.items()
-        },
-        "clocks": clocks(),
-        "failed": failed,
-        "best_peer": best,
-        "speed_ratio": ratios[best][0] if best else None,
-    }
+                found["failed"][error.name] = str(error)
+            if name and any(map(_OF_MEMORY.search, found["failed"].values())) and own:
+                own.close()
+                own, found["failed"] = None, {}
+                try:
+                    found["seconds"][name], found["facts"] = _apart(mine, made, dtype, args)
+                    found["apart"] = [name]
+                except ContenderError as error:
+                    found["failed"][error.name] = str(error)
+            yield complete({**row, **found, "clocks": clocks()})
+            if "ours" in found["failed"]:
+                return
 
 
 def _in_turns(own, made, dtype, args):
     """Seconds of each block of ours and of a peer that is there just for this; what it tells."""
-    name = made[0]
     with contextlib.closing(Contender(*made)) as peer:
-        if name.startswith("transformers"):
-            check(name, peer.facts["losses"], own.facts["losses"], dtype)
-        return measure({"ours": own, name: peer}, args.rounds, args.seconds), peer.facts
+        _check(made[0], peer, own, dtype)
+        return measure({"ours": own, "theirs": peer}, args.rounds, args.seconds), peer.facts
+
+
+def _apart(mine, made, dtype, args):
+    """As `_in_turns`, the peer alone and then ours; what both tell."""
+    with contextlib.closing(Contender(*made)) as peer:
+        blocks = measure({"theirs": peer}, args.rounds, args.seconds)
+    with contextlib.closing(Contender(*mine)) as own:
+        _check(made[0], peer, own, dtype)
+        blocks |= measure({"ours": own}, args.rounds, args.seconds)
+    return blocks, {"ours": own.facts, made[0]: peer.facts}
+
+
+def _check(name, peer, own, dtype):
+    has_our_weights = name.startswith("transformers")
+    check(name, peer.facts["losses"], own.facts["losses"] if has_our_weights else None, dtype)
+
+
+def complete(row: dict) -> dict:
+    """The row with what follows from its "seconds", of blocks: {peer: {"ours": [], "theirs": []}},
+    where the peer "" is none."""
+    blocks = row["seconds"]
+    times = {"ours": [t for found in blocks.values() for t in found["ours"]]} if blocks else {}
+    times |= {name: found["theirs"] for name, found in blocks.items() if name}
+    ratios = {}
+    for name in filter(None, blocks):
+        pairs = zip(blocks[name]["ours"], blocks[name]["theirs"], strict=True)
+        pairs = [theirs / own for own, theirs in pairs]
+        ratios[name] = [statistics.median(pairs), min(pairs), max(pairs)]
+    best = min(ratios, key=lambda name: ratios[name][0], default=None)
+    speed = {name: row["batch"] / statistics.median(t) for name, t in times.items()}
+    return {
+        **row,
+        "images_per_second": speed,
+        "ratios": ratios,
+        "best_peer": best,
+        "speed_ratio": ratios[best][0] if best else None,
+    }
 
 
 def describe(row: dict, rate: float | None) -> str:
     """One line for the reader."""
     speeds = "  ".join(f"{name} {v:,.1f}" for name, v in row["images_per_second"].items())
     ratio = f"  ratio {row['speed_ratio']:.2f}" if row["speed_ratio"] else ""
-    own = row["flops_per_second"].get("ours")
-    share = f"  {own / rate:.0%} of matmul" if rate and own else ""
+    own = row["images_per_second"].get("ours")
+    share = f"  {own * row['flops'] / rate:.0%} of matmul" if rate and own else ""
     if row["batch"] == 1:
         waits = ((name, fact["latency_seconds"]) for name, fact in row["facts"].items())
         share += "  latency: " + "  ".join(f"{name} {1e3 * t:.2f} ms" for name, t in waits)
@@ -139,34 +170,25 @@ def describe(row: dict, rate: float | None) -> str:
     return f"{what}  images/s: {speeds}{ratio}{share}"
 
 
-def beside(row: dict) -> float:
-    """Our images per second in the blocks in turns with the best peer, or in all without one."""
-    blocks, place = row["seconds"]["ours"], 0
-    for name in row["ratios"]:
-        count = len(row["seconds"][name])
-        if name == row["best_peer"]:
-            blocks = blocks[place : place + count]
-            break
-        place += count
-    return row["batch"] / statistics.median(blocks)
-
-
 def table(content: dict) -> str:
     """The table of the README, in Markdown; with our share of the rate of a matrix product, where
-    that was measured."""
+    that was measured. Ours are the blocks beside the best peer."""
     rates = {name: run["matmul_flops_per_second"] for name, run in content["runs"].items()}
     head = "| | batch | precision | ours, images/s | PyTorch, images/s | ratio |"
     ruler = "|---|---:|---|---:|---:|---:|"
     lines = [head + " of matmul |", ruler + "---:|"] if any(rates.values()) else [head, ruler]
     for r in content["rows"]:
-        own, peer = f"{beside(r):,.1f}" if "ours" in r["images_per_second"] else "–", "–"
-        if name := r["best_peer"]:
+        name, own, peer = r["best_peer"], None, "–"
+        if r["seconds"]:
+            own = r["batch"] / statistics.median(r["seconds"][name or ""]["ours"])
+        if name:
             peer = f"{r['images_per_second'][name]:,.1f} ({name})"
         ratio = f"{r['speed_ratio']:.2f}" if r["speed_ratio"] else "–"
-        line = f"| {title(r)} | {r['batch']} | {r['dtype']} | {own} | {peer} | {ratio} |"
+        speed = f"{own:,.1f}" if own else "–"
+        line = f"| {title(r)} | {r['batch']} | {r['dtype']} | {speed} | {peer} | {ratio} |"
         if any(rates.values()):
-            rate, flops_per_second = rates[r["run"]], r["flops_per_second"].get("ours")
-            line += f" {flops_per_second / rate:.0%} |" if rate and flops_per_second else " – |"
+            rate = rates[r["runs"][-1]]
+            line += f" {own * r['flops'] / rate:.0%} |" if rate and own else " – |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -212,7 +234,6 @@ def main():
         "environment": environment(),
         "matmul_flops_per_second": rate,
     }
-    done = {_key(there) for there in content["rows"] if _is_done(there, content, run, args.peers)}
     wanted = [
         (size, kind, dtype, batch)
         for size in args.sizes or sizes
@@ -222,36 +243,51 @@ def main():
         if not args.batches or batch in args.batches
     ]
     for key in wanted:
-        if args.resume and (*key, args.attention, args.remat) in done:
-            continue
-        new = row(*key, args)
-        print(describe(new, rate), new["failed"] or "", flush=True)
-        merge(content, new, run)
-        write_json(out, content)
+        theirs = [name for name in args.peers if peers.has(name, key[1])]
+        if args.resume and (there := find(content, (*key, args.attention, args.remat), run)):
+            theirs = [name for name in theirs if name not in {*there["ratios"], *there["failed"]}]
+            if not theirs or "ours" in there["failed"]:
+                continue
+        for new in measure_row(key, theirs, args):
+            print(describe(new, rate), new["failed"] or "", flush=True)
+            merge(content, new, run)
+            write_json(out, content)
     print(table(content))
 
 
-def _is_done(row, content, run, wanted) -> bool:
-    """Whether a row is of the same code and device, and all peers that are wanted were tried."""
-    then, now = content["runs"][row["run"]]["machine"], run["machine"]
-    if any(then.get(name) != now[name] for name in ("source", "device")):
-        return False
-    tried = {*row["ratios"], *row["failed"]}
-    return "ours" in tried or tried >= {x for x in wanted if peers.has(x, row["kind"])}
+def find(content: dict, key: tuple, run: dict) -> dict | None:
+    """The row of the key (see `_key`), if it is of the same code and device as `run`."""
+    for row in content["rows"]:
+        machines = [content["runs"][time]["machine"] for time in row["runs"]]
+        if _key(row) == key and all(
+            machine.get(name) == run["machine"][name]
+            for machine in machines
+            for name in ("source", "device")
+        ):
+            return row
+    return None
 
 
 def merge(content: dict, row: dict, run: dict) -> None:
-    """Puts a row in the place of an earlier one of its kind, and `run`, which it is of, among the
-    runs; those that no row is of any more are forgotten."""
-    row["run"] = run["time"]
+    """Adds a row, and `run`, which it is of: to what was measured of it with other peers by the
+    same code on the same device, or else in the place of an earlier one. Runs that no row is of any
+    more are forgotten."""
+    row["runs"] = [run["time"]]
+    if there := find(content, _key(row), run):
+        tried = {"ours", *row["seconds"], *row["failed"]}
+        row["runs"] = list(dict.fromkeys([*there["runs"], run["time"]]))
+        row["apart"] = [*(name for name in there["apart"] if name not in tried), *row["apart"]]
+        for part in ("facts", "seconds", "failed"):
+            row[part] = {k: v for k, v in there[part].items() if k not in tried} | row[part]
+        row = complete(row)
     content["runs"][run["time"]] = run
-    for place, there in enumerate(content["rows"]):
-        if _key(there) == _key(row):
+    for place, old in enumerate(content["rows"]):
+        if _key(old) == _key(row):
             content["rows"][place] = row
             break
     else:
         content["rows"].append(row)
-    used = {row["run"] for row in content["rows"]}
+    used = {time for row in content["rows"] for time in row["runs"]}
     content["runs"] = {time: run for time, run in content["runs"].items() if time in used}
 
 

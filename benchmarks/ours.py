@@ -17,7 +17,7 @@ from beit_jax.pretrained import Pretrained
 from beit_jax.tasks import classify, pretrain
 from beit_jax.tasks.task import Data
 from beit_jax.tokenizers import dvae
-from benchmarks.timing import SEED
+from benchmarks.timing import SEED, Step
 from configs import common
 
 
@@ -72,21 +72,25 @@ def make_program(
     return _train(task, {"image": image, **batch})
 
 
-def make_step(*args, **kwargs) -> tuple[Callable[[int], float], Callable[[], dict]]:
-    """Compiles `make_program` of the same arguments; returns run(n), as `peers.make_step`, and a
-    function that tells what bytes the compiled step needs on the device, the most that JAX had
-    allocated there, and how many of its kernels are cuDNN's attention."""
+def make_step(*args, **kwargs) -> Step:
+    """Compiles `make_program` of the same arguments. Tells what bytes the compiled step needs on
+    the device, the most that JAX had allocated there, and how many of its kernels are cuDNN's
+    attention."""
     function, args, trains = make_program(*args, **kwargs)
     compiled = function.lower(*args).compile()
     first, *rest = jax.device_put(args)
     del args
+    out = None
 
     def run(n):
-        nonlocal first
+        nonlocal first, out
         for _ in range(n):
             out = compiled(first, *rest)
             if trains:
                 first, out = out
+        jax.block_until_ready(out)
+
+    def number():
         return float(out["loss"] if trains else jnp.abs(out).mean())
 
     def tell():
@@ -96,7 +100,7 @@ def make_step(*args, **kwargs) -> tuple[Callable[[int], float], Callable[[], dic
             "cudnn_attention": build.cudnn_kernels_of(compiled),
         }
 
-    return run, tell
+    return Step(run, number, tell)
 
 
 def _classify(kind, config, start, target):
@@ -143,7 +147,7 @@ def _random_tokenizer(directory, info):
     architecture |= {"num_groups": 4}
     with checkpoint.Checkpointer(directory) as saver:
         saver.save(0, {"params": params, "step": jnp.zeros(())})
-    described = ModelInfo("dvae", "train_tokenizer", architecture, None, None, None)
+    described = ModelInfo("dvae", "train_tokenizer", architecture, None, DEFAULT, None)
     checkpoint.write_model_info(directory, described)
     return directory
 

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,22 +10,24 @@ import transformers
 from torch._inductor import config as inductor
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
-from benchmarks.timing import SEED
+from benchmarks.timing import SEED, Step
 
 KINDS = ("training", "inference", "mim", "lora")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# library, attention, mode of torch.compile
+# library, whether attention is one kernel (or left to the compiler), mode of torch.compile
 CONTENDERS = {
-    "transformers eager": ("transformers", None),
-    "transformers compiled": ("transformers", "default"),
-    "transformers graphs": ("transformers", "reduce-overhead"),
-    "transformers max-autotune": ("transformers", "max-autotune"),
-    "timm eager": ("timm", None),
-    "timm compiled": ("timm", "default"),
-    "timm graphs": ("timm", "reduce-overhead"),
-    "timm max-autotune": ("timm", "max-autotune"),
+    "transformers eager": ("transformers", True, None),
+    "transformers compiled": ("transformers", True, "default"),
+    "transformers graphs": ("transformers", True, "reduce-overhead"),
+    "transformers max-autotune": ("transformers", True, "max-autotune"),
+    "transformers unfused": ("transformers", False, "max-autotune"),
+    "timm eager": ("timm", True, None),
+    "timm compiled": ("timm", True, "default"),
+    "timm graphs": ("timm", True, "reduce-overhead"),
+    "timm max-autotune": ("timm", True, "max-autotune"),
+    "timm unfused": ("timm", False, "max-autotune"),
 }
-CPU_CONTENDERS = [name for name, (_, mode) in CONTENDERS.items() if mode in (None, "default")]
+CPU_CONTENDERS = [name for name, (*_, mode) in CONTENDERS.items() if mode in (None, "default")]
 
 
 def is_installed(contender: str) -> bool:
@@ -41,8 +42,8 @@ def has(contender: str, kind: str) -> bool:
     )
 
 
-def transformers_model(architecture: dict, kind: str = "training"):
-    """BEiT with SDPA attention; drop path off, so that all do the same."""
+def transformers_model(architecture: dict, kind: str = "training", *, fused: bool = True):
+    """BEiT with SDPA attention, or not `fused`; drop path off, so that all do the same."""
     torch.manual_seed(SEED)
     is_mim = kind.startswith("mim")
     switches = dict(
@@ -53,7 +54,8 @@ def transformers_model(architecture: dict, kind: str = "training"):
         drop_path_rate=0.0,
         initializer_range=0.02,
     )
-    config = transformers.BeitConfig(**architecture, **switches, attn_implementation="sdpa")
+    attention = "sdpa" if fused else "eager"
+    config = transformers.BeitConfig(**architecture, **switches, attn_implementation=attention)
     if is_mim:
         return transformers.BeitForMaskedImageModeling(config)
     return transformers.BeitForImageClassification(config)
@@ -86,10 +88,12 @@ def _with_adapters(model, dtype):
     return model
 
 
-def timm_model(architecture: dict):
+def timm_model(architecture: dict, *, fused: bool = True):
     """timm's `Beit` of the same architecture, with weights of its own."""
+    from timm.layers import set_fused_attn
     from timm.models.beit import Beit
 
+    set_fused_attn(fused)
     torch.manual_seed(SEED)
     return Beit(
         img_size=architecture["image_size"],
@@ -112,9 +116,8 @@ def make_step(
     dtype: str,
     image: np.ndarray,
     target: dict[str, np.ndarray],
-) -> tuple[Callable[[int], float], Callable]:
-    """Returns run(n): n training steps or forward passes in a row, and the last loss or the mean
-    size of the logits; and a function that tells the memory of a step on a GPU.
+) -> Step:
+    """Makes training steps or forward passes of a peer, which tell their memory on a GPU.
 
     Args:
       contender: one of `CONTENDERS`.
@@ -127,11 +130,12 @@ def make_step(
     """
     torch.set_num_threads(os.cpu_count())
     torch.set_float32_matmul_precision("high")
-    library, mode = CONTENDERS[contender]
+    torch.backends.cudnn.benchmark = True
+    library, fused, mode = CONTENDERS[contender]
     if library == "timm":
-        model = timm_model(architecture)
+        model = timm_model(architecture, fused=fused)
     else:
-        model = transformers_model(architecture, kind)
+        model = transformers_model(architecture, kind, fused=fused)
         _keep_index(architecture["image_size"] // architecture["patch_size"])
     if kind == "lora":
         model = _with_adapters(model, dtype)
@@ -157,35 +161,36 @@ def make_step(
         out = network(pixels)
         return out.logits if library == "transformers" else out
 
+    out = None
     if kind == "inference":
         # transformers caches tensors that inference mode would spoil for a training step
         no_grad = torch.inference_mode if DEVICE == "cuda" and not mode else torch.no_grad
 
         def infer(n):
+            nonlocal out
             with no_grad():
                 for _ in range(n):
                     out = logits()
             _wait()
-            return float(out.float().abs().mean())
 
-        return infer, lambda: _memory(infer)
+        return Step(infer, lambda: float(out.float().abs().mean()), lambda: _memory(infer))
 
-    fused = {"fused": True} if DEVICE == "cuda" else {}
     learning = [x for x in model.parameters() if x.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-4, weight_decay=0.05, **fused)
+    fused = True if DEVICE == "cuda" else None
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, weight_decay=0.05, fused=fused)
 
     def train(n):
+        nonlocal out
         for _ in range(n):
             with autocast:
-                loss = torch.nn.functional.cross_entropy(logits().float(), wanted.long())
-            loss.backward()
+                out = torch.nn.functional.cross_entropy(logits().float(), wanted.long())
+            out.backward()
             torch.nn.utils.clip_grad_norm_(learning, 3.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         _wait()
-        return loss.item()
 
-    return train, lambda: _memory(train)
+    return Step(train, lambda: out.item(), lambda: _memory(train))
 
 
 def _keep_index(side):
@@ -245,4 +250,7 @@ def matmul_rate(dtype, size: int, calls: int) -> float:
             a @ a
         _wait()
         times.append(time.perf_counter() - start)
+    del a
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
     return 2 * size**3 * calls / min(times)

@@ -12,6 +12,8 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -52,6 +54,20 @@ def measure(contenders: dict, rounds: int, seconds: float) -> dict[str, list[flo
     return times
 
 
+class Step(NamedTuple):
+    """What is timed.
+
+    Attributes:
+      run: does n steps and waits for the last.
+      number: what the last step came to, its loss or the mean size of its logits.
+      tell: facts, such as the memory that a step needs.
+    """
+
+    run: Callable[[int], None]
+    number: Callable[[], float]
+    tell: Callable[[], dict]
+
+
 class ContenderError(RuntimeError):
     """The process of the contender `name` failed."""
 
@@ -61,11 +77,13 @@ class ContenderError(RuntimeError):
 
 
 class Contender:
-    """A step in a process of its own, so that no allocator and no thread is shared; run(n).
+    """A step in a process of its own, so that no allocator and no thread is shared.
 
-    `make(*args)` is called there, and returns run(n), which gives a number, and tell(), which
-    gives facts; `facts` are these, the numbers of the first three steps, the time of the first, and
+    `make(*args)` is called there, and returns a `Step`; `facts` are what that tells, "losses", the
+    numbers that the first three steps came to, the time of the first, and
     "latency_seconds", the median time of single steps that are each waited for.
+
+    Called as a function, it does so many steps and waits for the last.
 
     Raises:
       ContenderError: by a call, too: the process failed, or took longer than `limit` seconds.
@@ -118,13 +136,17 @@ def _serve(pipe, make, args):
     """The process: makes a step, tells of it, and does as many as it is told."""
     try:
         start = time.perf_counter()
-        run, tell = make(*args)
-        losses, first = [run(1)], time.perf_counter() - start
-        losses += [run(1), run(1)]
-        facts = {"first_step_seconds": first, "latency_seconds": _latency(run)}
-        pipe.send({"losses": losses, **facts, **tell()})
+        step = make(*args)
+        step.run(1)
+        first = time.perf_counter() - start
+        losses = [step.number()]
+        for _ in range(2):
+            step.run(1)
+            losses.append(step.number())
+        facts = {"first_step_seconds": first, "latency_seconds": _latency(step.run)}
+        pipe.send({"losses": losses, **facts, **step.tell()})
         while True:
-            pipe.send(run(pipe.recv()))
+            pipe.send(step.run(pipe.recv()))
     except EOFError:
         return
     except Exception as error:  # no memory, no compiler, no library: the table has a gap

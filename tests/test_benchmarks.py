@@ -7,13 +7,14 @@ import os
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 from benchmarks import __main__ as steps
-from benchmarks import compiled, epoch, parts, runs, sizes, timing
+from benchmarks import compiled, epoch, ours, parts, peers, runs, sizes, timing
 from benchmarks.timing import RESULTS
 
 ROOT = pathlib.Path(RESULTS).parents[1]
@@ -65,25 +66,23 @@ def test_operations_of_a_picture(size, training, inference):
     assert 0.6 < lora / sizes.flops(architecture, "training") < 0.7
 
 
-def make_row(size, kind, dtype, batch, args):
+def make_row(key, args, **changes):
     """As of a step that nobody had the memory for."""
-    return {
-        **{"model": size, "kind": kind, "dtype": dtype, "batch": batch, "failed": {"ours": "no"}},
-        **{"attention": args.attention, "remat": args.remat, "ratios": {}},
-        **{"images_per_second": {}, "flops_per_second": {}, "best_peer": None, "speed_ratio": None},
-    }
+    row = dict(zip(("model", "kind", "dtype", "batch"), key, strict=True), flops=10.0)
+    row |= {"attention": args.attention, "remat": args.remat, "apart": [], "facts": {}}
+    return steps.complete(row | {"seconds": {}, "failed": {"ours": "no"}} | changes)
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     measured = []
 
-    def row(*key):
+    def measure_row(key, theirs, args):
         if measured[1:2] and not resumed:
             raise KeyboardInterrupt
-        measured.append(key[:4])
-        return make_row(*key)
+        measured.append(key)
+        yield make_row(key, args)
 
-    monkeypatch.setattr(steps, "row", row)
+    monkeypatch.setattr(steps, "measure_row", measure_row)
     monkeypatch.setattr(steps, "use", lambda device: None)
     out, resumed = tmp_path / "cpu.json", False
     monkeypatch.setattr("sys.argv", ["benchmarks", f"--out={out}", "--kinds", "training"])
@@ -98,65 +97,141 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path, monkeypatch):
     assert json.loads(out.read_text())["rows"][:2] == first["rows"]
 
 
-@pytest.mark.parametrize(
-    "changes, done",
-    [
-        ({}, True),
-        ({"failed": {"timm eager": "no memory"}, "ratios": {"timm compiled": [1.0]}}, True),
-        ({"ratios": {"timm compiled": [1.0]}}, False),
-        ({"ratios": {}, "failed": {"ours": "no memory"}}, True),
-        ({"kind": "lora", "ratios": {}}, True),
-        ({"run": "on another card"}, False),
-        ({"run": "of other code"}, False),
-    ],
+ARGS = argparse.Namespace(
+    attention="auto", remat="none", device="cpu", rounds=1, seconds=0.0, peers=[]
 )
-def test_what_need_not_be_measured_again(changes, done):
-    runs = {
-        "monday": {"machine": {"source": "a", "device": "H200"}},
-        "on another card": {"machine": {"source": "a", "device": "H100"}},
-        "of other code": {"machine": {"source": "b", "device": "H200"}},
-    }
-    row = {"run": "monday", "kind": "training", "failed": {}}
-    row |= {"ratios": {"timm eager": [1.0], "timm compiled": [1.0]}} | changes
-    wanted = ["timm eager", "timm compiled"]
-    assert steps._is_done(row, {"runs": runs}, runs["monday"], wanted) == done
+KEY = ("ViT-tiny/4 @32", "training", "float32", 4)
 
 
-def test_a_row_takes_the_place_of_an_earlier_one():
-    args = argparse.Namespace(attention="auto", remat="none")
-    old = [make_row("A", "training", "float32", batch, args) for batch in (2, 4)]
+def make_run(time, source="a", device="H200"):
+    machine = {"source": source, "device": device}
+    return {"time": time, "machine": machine, "matmul_flops_per_second": None}
+
+
+def blocks(own, theirs):
+    return {"ours": own, "theirs": theirs}
+
+
+def test_peers_are_added_to_a_row_of_the_same_code_and_device():
     content = {"runs": {}, "rows": []}
-    for row in old:
-        steps.merge(content, row, {"time": "monday"})
-    steps.merge(content, make_row("A", "training", "float32", 2, args), {"time": "tuesday"})
-    assert [(row["batch"], row["run"]) for row in content["rows"]] == [
-        (2, "tuesday"),
-        (4, "monday"),
-    ]
-    steps.merge(content, make_row("A", "training", "float32", 4, args), {"time": "tuesday"})
+    first = {"a": blocks([1.0, 1.0], [2.0, 2.0])}
+    row = make_row(KEY, ARGS, seconds=first, failed={"b": "no memory"}, facts={"ours": 1, "a": 2})
+    steps.merge(content, row, make_run("monday"))
+    second = {"b": blocks([2.0, 2.0], [1.0, 1.0])}
+    row = make_row(KEY, ARGS, seconds=second, failed={}, apart=["b"], facts={"ours": 3, "b": 4})
+    steps.merge(content, row, make_run("tuesday"))
+    (row,) = content["rows"]
+    assert row["runs"] == list(content["runs"]) == ["monday", "tuesday"]
+    assert row["seconds"] == first | second and row["failed"] == {} and row["apart"] == ["b"]
+    assert row["facts"] == {"ours": 3, "a": 2, "b": 4}
+    assert row["ratios"] == {"a": [2.0, 2.0, 2.0], "b": [0.5, 0.5, 0.5]}
+    assert (row["best_peer"], row["speed_ratio"]) == ("b", 0.5)
+    assert row["images_per_second"] == {"ours": 4 / 1.5, "a": 2.0, "b": 4.0}
+    steps.merge(content, make_row(KEY, ARGS, seconds=first, failed={}), make_run("wednesday"))
+    (row,) = content["rows"]
+    assert set(row["seconds"]) == {"a", "b"} and row["apart"] == ["b"]
+
+
+@pytest.mark.parametrize("other", [{"source": "b"}, {"device": "H100"}])
+def test_a_row_of_other_code_or_on_another_device_takes_the_place(other):
+    content = {"runs": {}, "rows": []}
+    for batch in (2, 4):
+        row = make_row((*KEY[:3], batch), ARGS, seconds={"a": blocks([1.0], [2.0])}, failed={})
+        steps.merge(content, row, make_run("monday"))
+    row = make_row((*KEY[:3], 2), ARGS, seconds={"b": blocks([1.0], [3.0])}, failed={})
+    steps.merge(content, row, make_run("tuesday", **other))
+    assert [list(row["seconds"]) for row in content["rows"]] == [["b"], ["a"]]
+    assert [row["runs"] for row in content["rows"]] == [["tuesday"], ["monday"]]
+    row = make_row(KEY, ARGS, seconds={"b": blocks([1.0], [3.0])}, failed={})
+    steps.merge(content, row, make_run("tuesday", **other))
     assert list(content["runs"]) == ["tuesday"]
 
 
+def test_only_peers_that_were_not_tried_are_measured_again(tmp_path, monkeypatch):
+    asked = []
+
+    def measure_row(key, theirs, args):
+        asked.append((key, list(theirs)))
+        for name in theirs:
+            yield make_row(key, args, seconds={name: blocks([1.0], [2.0])}, failed={})
+
+    monkeypatch.setattr(steps, "measure_row", measure_row)
+    monkeypatch.setattr(steps, "use", lambda device: None)
+    flags = [f"--out={tmp_path / 'cpu.json'}", "--kinds", "lora", "--resume", "--peers"]
+    eager, compiled_ = "transformers eager", "transformers compiled"
+    for given in ([eager], [eager, compiled_, "timm compiled"], [compiled_]):
+        monkeypatch.setattr("sys.argv", ["benchmarks", *flags, *given])
+        steps.main()
+    assert [theirs for _, theirs in asked] == [[eager], [eager], [compiled_], [compiled_]]
+
+
+class FakeContender:
+    """Has the device for itself, or has no memory."""
+
+    here = []
+
+    def __init__(self, name, *_):
+        self.name = name
+        if type(self).here:
+            raise timing.ContenderError(name, "OutOfMemoryError: CUDA out of memory")
+        self.here.append(name)
+        self.facts = {"losses": [0.5, 0.4, 0.3], "latency_seconds": 0.1}
+
+    def __call__(self, n):
+        assert self.here == [self.name]
+
+    def close(self):
+        if self.name in self.here:
+            self.here.remove(self.name)
+
+
+def test_a_peer_without_memory_beside_ours_has_the_device_by_turns(monkeypatch):
+    monkeypatch.setattr(steps, "Contender", FakeContender)
+    names = ["transformers eager", "timm compiled"]
+    rows = list(steps.measure_row(KEY, names, ARGS))
+    assert FakeContender.here == []
+    assert [list(row["seconds"]) for row in rows] == [[name] for name in names]
+    for name, row in zip(names, rows, strict=True):
+        assert row["apart"] == [name] and row["failed"] == {}
+        assert set(row["facts"]) == {"ours", name}
+        assert [len(times) for times in row["seconds"][name].values()] == [2, 2]
+
+
+def test_ours_alone():
+    (row,) = steps.measure_row(KEY, [], ARGS)
+    assert len(row["seconds"][""]["ours"]) == 2 and not row["failed"] and not row["ratios"]
+    assert row["best_peer"] is None and row["images_per_second"]["ours"] > 0
+    row["runs"] = ["monday"]
+    content = {"runs": {"monday": make_run("monday")}, "rows": [row]}
+    assert steps.table(content).endswith("| – | – |")
+
+
 def test_the_table_shows_ours_in_the_blocks_beside_the_peer_that_it_names():
-    row = {
-        **{"model": "A", "kind": "training", "dtype": "float32", "batch": 8, "best_peer": "b"},
-        **{"ratios": {"a": [2.0], "b": [0.5]}, "speed_ratio": 0.5},
-        "seconds": {"ours": [1.0, 1.0, 4.0, 4.0], "a": [2.0, 2.0], "b": [2.0, 2.0]},
-        "images_per_second": {"ours": 3.2, "a": 4.0, "b": 4.0},
-        **{"flops_per_second": {"ours": 50.0}, "run": "monday"},
-    }
-    content = {"runs": {"monday": {"matmul_flops_per_second": None}}, "rows": [row]}
+    seconds = {"a": blocks([1.0, 1.0], [2.0, 2.0]), "b": blocks([4.0, 4.0], [2.0, 2.0])}
+    row = make_row(("A", "training", "float32", 8), ARGS, seconds=seconds, failed={})
+    row["runs"] = ["monday"]
+    content = {"runs": {"monday": make_run("monday")}, "rows": [row]}
     line = "| A, training | 8 | float32 | 2.0 | 4.0 (b) | 0.50 |"
     assert steps.table(content).endswith(line)
-    content["runs"]["monday"]["matmul_flops_per_second"] = 200.0
+    content["runs"]["monday"]["matmul_flops_per_second"] = 80.0
     assert steps.table(content).endswith(line + " 25% |")
+
+
+def test_the_step_with_a_tokenizer_inside_can_be_made(tmp_path):
+    architecture = dict(sizes.SIZES["cpu"]["ViT-tiny/4 @32"].architecture, num_hidden_layers=1)
+    peers.transformers_model(architecture, "mim").save_pretrained(tmp_path)
+    image = np.zeros((2, 32, 32, 3), np.uint8)
+    target = peers.make_target("mim", architecture, 2)
+    program = ours.make_program("mim, tokenizer", tmp_path, "float32", image, target, {})
+    _, scalars = jax.eval_shape(program.function, *program.args)
+    assert scalars["loss"].shape == ()
 
 
 @pytest.mark.parametrize("theirs", [[0.7, 0.5, 0.4], [0.7, np.nan, 0.3], [0.0, 0.0, 0.0]])
 def test_a_peer_that_does_other_work_is_told(theirs):
     own = [0.7, 0.5, 0.3]
     steps.check("transformers eager", [x * 1.0005 for x in own], own, "float32")
-    with pytest.raises(timing.ContenderError, match="not the same work"):
+    with pytest.raises(timing.ContenderError, match="first numbers are"):
         steps.check("transformers eager", theirs, own, "float32")
 
 
@@ -165,7 +240,7 @@ def _fails(when):
         raise MemoryError
     if when == "death":
         os._exit(1)
-    return lambda n: 1.0 if n == 1 else 1 / 0, dict
+    return timing.Step(lambda n: None if n == 1 else 1 / 0, lambda: 1.0, dict)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +249,7 @@ def _fails(when):
 def test_what_became_of_a_contender(when, message):
     with pytest.raises(timing.ContenderError, match=message) as told:
         with contextlib.closing(timing.Contender("a peer", _fails, when)) as contender:
-            assert contender(1) == 1.0
+            assert contender.facts["losses"] == [1.0] * 3 and contender(1) is None
             contender(2)
     assert told.value.name == "a peer"
 

@@ -7,13 +7,16 @@ import pickle
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax.data import images, pipeline, sources
+from beit_jax import sharding
+from beit_jax.data import images, inputs, pipeline, sources
 from beit_jax.data.images import Rendering
 from beit_jax.data.pipeline import Order
+from configs import common
 
 SIZE = 16
 SEEN = {"image": Rendering((SIZE, SIZE))}
@@ -340,3 +343,47 @@ def test_threads_end_with_the_batches(source):
         next(batches)
         raise KeyError
     assert wait_for_no_threads()
+
+
+def test_a_batch_is_on_its_way_before_the_one_before_it_is_used():
+    """So that no copy waits for a step; and none is made that no step will use."""
+    made = []
+
+    def batches():
+        try:
+            for i in range(4):
+                made.append(i)
+                yield i
+        finally:
+            made.append("closed")
+
+    ahead = inputs._one_ahead(batches())
+    assert [(batch, made[-1]) for batch in ahead] == [(0, 1), (1, 2), (2, 3), (3, "closed")]
+    ahead = inputs._one_ahead(batches())
+    assert next(ahead) == 0
+    ahead.close()
+    assert made[-2:] == [1, "closed"]
+    assert list(inputs._one_ahead(iter_of([]))) == []
+
+
+def iter_of(values):
+    yield from values
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_training_takes_the_batches_of_its_steps_and_no_more(resident):
+    config = common.get_config()
+    config.data.update(name="digits", resident_bytes=(4 << 30) * resident)
+    config.batch_size = 8
+    mesh = sharding.make_mesh()
+    split = inputs.open_splits(config.data, mesh, names=("train",))["train"]
+    renderings = {"image": images.Rendering((8, 8))}
+
+    def stream(*steps):
+        given = {"steps": range(*steps), "renderings": renderings}
+        return [jax.device_get(x) for x in inputs.train_stream(split, config, mesh, **given)]
+
+    everything = stream(5)
+    assert len(everything) == 5
+    jax.tree.map(np.testing.assert_array_equal, stream(2, 5), everything[2:])
+    assert stream(5, 5) == []

@@ -360,7 +360,7 @@ def streamed(config, photos):
     splits = inputs.open_splits(config.data, mesh)
     task = build.make_task(config, splits, "", mesh, None)
     stream = inputs.train_stream(
-        splits["train"], config, mesh, start_step=0, renderings=task.renderings
+        splits["train"], config, mesh, steps=range(1), renderings=task.renderings
     )
     batch = next(stream)
     stream.close()

@@ -1,5 +1,6 @@
 """The splits of a config as input to the step: kept on the device whole, or batch by batch."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import closing
@@ -90,23 +91,37 @@ def _resident(source, config, mesh):
 
 
 def train_stream(
-    split: Split, config, mesh: Mesh, *, start_step: int, renderings: images.Renderings
+    split: Split, config, mesh: Mesh, *, steps: range, renderings: images.Renderings
 ) -> Iterator[dict[str, Any]]:
-    """Batches on the devices from `start_step` on, without end; close it when done.
+    """Batches on the devices, for these steps; close it when done.
 
     A batch is a pure function of (config.seed, step). It holds only "index" for a resident split.
     """
+    return _one_ahead(_train_batches(split, config, mesh, steps, renderings))
+
+
+def _one_ahead(batches: Iterator) -> Iterator:
+    """The same batches, each when the one after it is already on its way to the devices.
+
+    A copy that is asked for after a step waits on a GPU until that step is done, and the next step
+    for the copy: so it is asked for before.
+    """
+    with closing(batches):
+        for batch, _ in itertools.pairwise(itertools.chain(batches, [None])):
+            yield batch
+
+
+def _train_batches(split, config, mesh, steps, renderings):
     order = pipeline.Order(split.num_examples, config.batch_size, config.seed)
     place = sharding.split(mesh)
     if split.resident is not None:
-        step = start_step
-        while True:
+        for step in steps:
             yield sharding.put({"index": order.indices(step).astype(np.int32)}, place)
-            step += 1
+        return
     batches = pipeline.train_batches(
         split.source,
         order,
-        start_step,
+        steps.start,
         renderings=renderings,
         seed=config.seed,
         crop="squash" if config.augment.crop == "none" else config.augment.crop,
@@ -117,7 +132,7 @@ def train_stream(
         prefetch=config.data.prefetch,
     )
     with closing(batches):
-        for batch in batches:
+        for _, batch in zip(steps, batches, strict=False):
             del batch["index"]
             yield sharding.put(batch, place)
 
@@ -129,6 +144,10 @@ def eval_stream(
 
     `image` says how a picture is cropped: the `image` of model.json.
     """
+    return _one_ahead(_eval_batches(split, config, mesh, renderings, image))
+
+
+def _eval_batches(split, config, mesh, renderings, image):
     place = sharding.split(mesh)
     if split.resident is None:
         batches = pipeline.eval_batches(
