@@ -52,7 +52,7 @@ story: setup
 	$(BIN)/python -m benchmarks.story
 
 setup: $(VENV)/.done
-	$(if $(PEERS),$(foreach name,$(PEER_NAMES),$(BIN)/python -c "import $(name)" 2>/dev/null || $(BIN)/python -m pip install -q $(name:torch=torch==2.13.0);))
+	$(if $(PEERS),$(BIN)/python -c "$(foreach name,$(PEER_NAMES),import $(name);)" 2>/dev/null || $(BIN)/python -m pip install -q $(PEER_NAMES:torch=torch==2.13.0))
 
 $(VENV)/.done: requirements.txt requirements-cpu.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; use make PYTHON=python3.12')"

@@ -39,7 +39,9 @@ def make_task(config, splits, workdir, mesh, step: int | None):
                 f"expected {class_names}."
             )
     info, start = None, None
-    if step is not None:
+    if step is None:
+        check_use(config)
+    else:
         info = checkpoint.read_model_info(workdir)
     if config.pretrained and (step is None or config.lora.rank):
         start = pretrained.load(config.pretrained, config.pretrained_revision)
@@ -60,8 +62,8 @@ def make_task(config, splits, workdir, mesh, step: int | None):
     return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
 
 
-def check(config) -> None:
-    """Raises ValueError where settings make no run, or are none of the task's."""
+def check_use(config) -> None:
+    """Raises ValueError where settings are none of the task's."""
     if config.task_name != "classify":
         for key, value, off in (
             ("class_weights", config.class_weights, "none"),
@@ -74,6 +76,10 @@ def check(config) -> None:
                     f"config.{key} is {value!r}, and the task {config.task_name!r} has no use for "
                     f"it, only 'classify' has: leave it at {off!r}."
                 )
+
+
+def check(config) -> None:
+    """Raises ValueError where settings make no run."""
     for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
         if config[key] is not None and not 0 < config[key] < np.inf:
             raise ValueError(f"config.{key} is {config[key]}; expected a finite number above 0.")

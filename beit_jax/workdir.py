@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,11 +22,13 @@ def check_place(workdir: str | os.PathLike, data: str, data_dir: str = "") -> No
     path = os.path.expanduser(os.path.join(data_dir, path))
     if kind != "folder" or not os.path.isdir(path):
         return
-    path = os.path.realpath(path)
-    if os.path.commonpath([path, os.path.realpath(workdir)]) == path:
+    path, place = os.path.realpath(path), os.path.realpath(workdir)
+    if os.path.commonpath([path, place]) != path:
+        return
+    if not any(name.startswith(".") for name in pathlib.PurePath(place).relative_to(path).parts):
         raise ValueError(
             f"The workdir {workdir} lies in {path}, whose pictures would be joined by those that a "
-            "run leaves: name a workdir elsewhere."
+            "run leaves: name a workdir elsewhere, or move this one there."
         )
 
 
@@ -49,9 +52,14 @@ def open_workdir(
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
         raise ValueError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
+    config = json.loads(json.dumps(fileio.jsonable(config)))
+    path = os.path.join(workdir, "config.json")
     with _lock(workdir):
-        _check_config(workdir, json.loads(json.dumps(config)), allow_change)
+        _check_config(workdir, config, allow_change)
+        if not _has_begun(workdir):
+            fileio.write_json(path, config)
         yield
+        fileio.write_json(path, config)  # a start that failed has changed nothing
 
 
 def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> None:
@@ -114,7 +122,6 @@ def _check_config(workdir, config, allow_change):
                 f"{workdir} holds {', '.join(sorted(others)[:4])} but no config.json: it was not "
                 "made by a run. Use another workdir; --config.pretrained takes one as a start."
             )
-    fileio.write_json(path, config)
 
 
 def _has_begun(workdir):

@@ -12,8 +12,8 @@ transformers start from our weights, and their first losses or logits must be ou
 no memory beside ours has the device before ours does ("apart" in the JSON).
 
 A contender that fails leaves a gap. The JSON is written after each peer: rows are added to what the
-same code measured on the same device, and take the place of others. `--resume` leaves out what was
-measured or tried by the same code and device.
+same code measured on the same machine, and take the place of others. `--resume` leaves out what was
+measured or tried by the same code on the same machine.
 """
 
 import argparse
@@ -53,6 +53,10 @@ PEERS = {  # timm wants torchvision, which may be missing
 KINDS = {"cpu": peers.KINDS, "gpu": (*peers.KINDS, "mim, tokenizer")}
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative
 _OF_MEMORY = re.compile(r"memory|died|RESOURCE_EXHAUSTED|alloc", re.IGNORECASE)
+_SAME = (
+    *("source", "device", "cpu", "cores", "driver_version", "jax", "jaxlib"),
+    *("torch", "transformers", "timm", "peft"),
+)
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 
 
@@ -256,16 +260,17 @@ def main():
 
 
 def find(content: dict, key: tuple, run: dict) -> dict | None:
-    """The row of the key (see `_key`), if it is of the same code and device as `run`."""
+    """The row of the key (see `_key`), if it is of the same code, machine and settings as `run`."""
     for row in content["rows"]:
-        machines = [content["runs"][time]["machine"] for time in row["runs"]]
-        if _key(row) == key and all(
-            machine.get(name) == run["machine"][name]
-            for machine in machines
-            for name in ("source", "device")
-        ):
+        runs = [content["runs"][time] for time in row["runs"]]
+        if _key(row) == key and all(_alike(there, run) for there in runs):
             return row
     return None
+
+
+def _alike(a, b):
+    machines = ({name: run["machine"].get(name) for name in _SAME} for run in (a, b))
+    return len({json.dumps(x) for x in machines}) == 1 and a["environment"] == b["environment"]
 
 
 def merge(content: dict, row: dict, run: dict) -> None:

@@ -130,6 +130,7 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"batch_size": 4096}, ["config.batch_size is 4096", "400 pictures"]),
         ({"optim.learning_rate": -1.0}, ["config.optim.learning_rate is -1.0"]),
         ({"optim.learning_rate": float("nan")}, ["config.optim.learning_rate is nan"]),
+        ({"model.initializer_bound": 0.0}, ["initializer_bound must be above 0", "got 0.0"]),
         ({"optim.weight_decay_end": -0.1}, ["config.optim.weight_decay_end is -0.1"]),
         ({"num_epochs": float("inf")}, ["config.num_epochs is inf"]),
         ({"optim.warmup": "1000ep"}, ["config.optim.warmup", "make the run longer"]),

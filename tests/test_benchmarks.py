@@ -105,7 +105,7 @@ KEY = ("ViT-tiny/4 @32", "training", "float32", 4)
 
 def make_run(time, source="a", device="H200"):
     machine = {"source": source, "device": device}
-    return {"time": time, "machine": machine, "matmul_flops_per_second": None}
+    return {"time": time, "machine": machine, "matmul_flops_per_second": None, "environment": {}}
 
 
 def blocks(own, theirs):

@@ -363,11 +363,20 @@ def test_a_batch_is_on_its_way_before_the_one_before_it_is_used():
     assert next(ahead) == 0
     ahead.close()
     assert made[-2:] == [1, "closed"]
-    assert list(inputs._one_ahead(iter_of([]))) == []
+    assert list(inputs._one_ahead(x for x in ())) == []
 
 
-def iter_of(values):
-    yield from values
+def test_a_bad_batch_costs_none_of_those_before_it():
+    def batches():
+        yield 0
+        yield 1
+        raise ValueError("bad picture")
+
+    ahead, used = inputs._one_ahead(batches()), []
+    with pytest.raises(ValueError, match="bad picture"):
+        for batch in ahead:
+            used.append(batch)
+    assert used == [0, 1]
 
 
 @pytest.mark.parametrize("resident", [True, False])

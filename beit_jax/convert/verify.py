@@ -42,7 +42,9 @@ def max_difference(
     import torch
     import transformers
 
-    written = fileio.read_json(Path(directory) / files.CONFIG)
+    written = fileio.read_json(Path(directory) / files.CONFIG, "Export again")
+    if written is None:
+        raise FileNotFoundError(f"{directory} has no {files.CONFIG}: it is no export.")
     model_type = written["model_type"]
     model = modules.load("models", MODEL_TYPES[model_type]).Model(**architecture)
     config = model.config

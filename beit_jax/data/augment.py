@@ -38,6 +38,9 @@ def train_view(
 
     In timm's order, but flips come first, where pictures are small.
 
+    Colours are jittered after the crop, as in timm's fine-tuning; unilm's pre-training does so
+    before, so that its contrast turns about the mean of the whole picture.
+
     Args:
       rng: decides everything; each kind of change draws its own numbers from it.
       image: uint8 [B, h, w, C].
@@ -58,9 +61,6 @@ def train_view(
 
     Returns:
       float32 [B, H, W, C], normalised.
-
-    Colours are jittered after the crop, as in timm's fine-tuning; unilm's pre-training does so
-    before, so that its contrast turns about the mean of the whole picture.
 
     Raises:
       ValueError: an argument is unknown or out of range.

@@ -1,6 +1,5 @@
 """The splits of a config as input to the step: kept on the device whole, or batch by batch."""
 
-import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import closing
@@ -78,7 +77,7 @@ def _tell_of_unseen(found):
             logging.warning(
                 "The training split %r has no picture of %s, which %r has: they cannot be learnt.",
                 train.split,
-                ", ".join(source.class_names[i] for i in unseen),
+                ", ".join(source.class_names[i] for i in unseen[:8]) + ", ..." * (len(unseen) > 8),
                 source.split,
             )
 
@@ -106,9 +105,17 @@ def _one_ahead(batches: Iterator) -> Iterator:
     A copy that is asked for after a step waits on a GPU until that step is done, and the next step
     for the copy: so it is asked for before.
     """
+    end = object()
     with closing(batches):
-        for batch, _ in itertools.pairwise(itertools.chain(batches, [None])):
+        batch = next(batches, end)
+        while batch is not end:
+            try:
+                following = next(batches, end)
+            except Exception as error:  # of a batch that nobody has asked for yet
+                yield batch
+                raise error
             yield batch
+            batch = following
 
 
 def _train_batches(split, config, mesh, steps, renderings):

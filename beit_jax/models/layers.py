@@ -405,6 +405,12 @@ class TransformerConfig:
             len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
+        bound = self.initializer_bound
+        expect(
+            self,
+            bound is None or bound > 0,
+            f"initializer_bound must be above 0, or None; got {bound}",
+        )
         expect_one_of(self, dtype=DTYPES, drop_path_mode=DROP_PATH_MODES, attention=ATTENTIONS)
         expect_rate(self, drop_path_rate=self.drop_path_rate)
 
