@@ -128,7 +128,8 @@ def make_plan(config, num_examples: int) -> Plan:
     if config.batch_size > num_examples:
         raise ValueError(
             f"config.batch_size is {config.batch_size}, and {config.data.train!r} of "
-            f"{config.data.name} has {num_examples} pictures; expected at most as many."
+            f"{config.data.name} has {num_examples} pictures; expected at most as many: set a "
+            "smaller config.batch_size, and config.optim.learning_rate in proportion."
         )
     steps_per_epoch = num_examples / config.batch_size
     total_steps = config.total_steps

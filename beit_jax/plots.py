@@ -245,14 +245,13 @@ def comparison(rows: Sequence, path: str) -> Figure:
 
 
 @matplotlib.rc_context(_STYLE)
-def layers(accuracy: Sequence[float], path: str, *, title: str) -> Figure:
-    """Draws the accuracy of each layer, counted from 0, and marks the best."""
+def layers(accuracy: Sequence[float], chosen: int, path: str, *, title: str) -> Figure:
+    """Draws the accuracy of each layer, counted from 0, and marks the chosen one."""
     accuracy = np.asarray(accuracy)
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(accuracy, "o-", color=_BLUE, ms=5)
-    best = int(accuracy.argmax())
-    axes.plot(best, accuracy[best], "o", color=_ORANGE, ms=8, label=f"layer {best}")
+    axes.plot(chosen, accuracy[chosen], "o", color=_ORANGE, ms=8, label=f"layer {chosen}")
     axes.set(title=title, xlabel="layer", ylabel="accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

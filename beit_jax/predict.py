@@ -31,10 +31,11 @@ def predict(
     dtype: str = "auto",
     progress: bool = False,
 ) -> list[dict]:
-    """Returns {"path", "label", "top": [(class name, probability)], "error"} for each picture.
+    """Returns a dict for each picture: "path", "label", "probability", "top", "error".
 
-    Probabilities are the mean of the models'. A picture that cannot be read has label None, an
-    empty top and the reason as "error".
+    "top" is [(class name, probability)], the most probable first.
+    Probabilities are the mean of the models'. A picture that cannot be read has label and
+    probability None, an empty top and the reason as "error".
 
     Raises:
       ValueError: the models tell different classes.
@@ -53,8 +54,9 @@ def predict(
         mean = total[index] / len(models)
         best = np.argsort(-mean, kind="stable")[:top_k] if error is None else []
         top = [(names[k], float(mean[k])) for k in best]
-        label = top[0][0] if top else None
-        rows.append({"path": str(path), "label": label, "top": top, "error": error})
+        label, probability = top[0] if top else (None, None)
+        row = {"path": str(path), "label": label, "probability": probability}
+        rows.append(row | {"top": top, "error": error})
     return rows
 
 
@@ -133,7 +135,7 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
     """Writes predictions as .csv or .json, whole or not at all."""
     with fileio.writing(path) as file:
         if path.endswith(".json"):
-            json.dump(rows, file, indent=1)
+            json.dump(rows, file, indent=1, ensure_ascii=False)
         else:
             ranks = range(1, top_k + 1)
             header = ["path", "label", "probability"]

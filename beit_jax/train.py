@@ -111,7 +111,7 @@ def _train(config, workdir, mesh, stack):
             done, scalars = queue.popleft()
             scalars = {key: float(value) for key, value in jax.device_get(scalars).items()}
             if not scalars.pop("finite"):
-                raise FloatingPointError(not_finite(done, scalars, saver))
+                raise FloatingPointError(not_finite(done, scalars, saver, config))
             write = (
                 is_time(done, every, plan.total_steps)
                 for every in (plan.log_every, plan.save_every)
@@ -170,17 +170,17 @@ def _train(config, workdir, mesh, stack):
     )
 
 
-def not_finite(step, scalars, saver) -> str:
+def not_finite(step, scalars, saver, config) -> str:
     """What to say when a step's loss or gradient is not finite."""
     last = saver.latest_step()
     kept = "There is no checkpoint yet"
     if last is not None:
         kept = f"The last good checkpoint is of step {last}"
+    clip = "" if config.optim.clip_norm else ", or set config.optim.clip_norm=1.0"
     return (
         f"Loss {scalars['loss']} and gradient norm {scalars['gradient_norm']} at step {step}, with "
         f"learning rate {scalars['learning_rate']:.3g}: the run stops without this update. "
-        f"{kept}; lower config.optim.learning_rate, or set config.optim.clip_norm=1.0, in a new "
-        "workdir."
+        f"{kept}; lower config.optim.learning_rate{clip}, in a new workdir."
     )
 
 

@@ -97,4 +97,4 @@ def _folder(config):
     config.augment.color_jitter = 0.4
     config.batch_size = 256
     config.num_epochs = 300.0
-    config.optim.warmup = "10ep"
+    config.optim.warmup = "5%"

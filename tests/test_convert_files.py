@@ -515,3 +515,10 @@ def test_command_usage(argv):
     with pytest.raises(SystemExit) as exit:
         main(argv)
     assert exit.value.code == 2
+
+
+def test_an_export_can_be_read_by_others_as_other_files_can(exported, tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    modes = {path.stat().st_mode for path in (plain, *exported.iterdir())}
+    assert len(modes) == 1

@@ -351,6 +351,16 @@ def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_listed_picture_that_is_not_there_is_told_at_once(tmp_path):
+    save(tmp_path / "1.png")
+    path = tmp_path / "list.csv"
+    path.write_text("image,label\n1.png,cat\n2.png,dog\n")
+    with pytest.raises(FileNotFoundError, match="lists .*2.png, which is not there"):
+        _ = sources.get_source(f"folder:{path}").info
+    skipping = sources.get_source(f"folder:{path}", on_bad_image="skip")
+    assert skipping.info.num_examples == 2
+
+
 def test_folds_cover_every_example_once_and_evenly():
     whole = sources.get_source("digits", "train")
     pairs = [sources.stratified_fold(whole, fold, 5) for fold in range(5)]

@@ -246,6 +246,7 @@ def test_predictions_agree_with_transformers(
     for row, expected in zip(rows, probability, strict=True):
         best = np.argsort(-expected)[:2]
         assert row["label"] == names[best[0]]
+        assert float(row["probability"]) == row["top"][0][1]
         assert [name for name, _ in row["top"]] == [names[k] for k in best]
         assert [p for _, p in row["top"]] == pytest.approx(expected[best], abs=1e-3)
 

@@ -93,6 +93,7 @@ def write(
         safetensors.numpy.save_file(
             dict(tensors), directory / _SAFETENSORS, metadata={"format": "pt"}
         )
+        shutil.copymode(directory / CONFIG, directory / _SAFETENSORS)  # not for the owner alone
         digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
         fileio.write_json(directory / MANIFEST, {"sha256": digests})
 

@@ -8,6 +8,7 @@ D hidden, R rank, O width of a layer's output.
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +127,7 @@ def save(
     }
     save_file(tensors, os.path.join(dst, _WEIGHTS), metadata={"format": "pt"})
     fileio.write_json(os.path.join(dst, _CONFIG), config)
+    shutil.copymode(os.path.join(dst, _CONFIG), os.path.join(dst, _WEIGHTS))
 
 
 def read(src: str | os.PathLike) -> Adapters:

@@ -213,7 +213,13 @@ class FileSource(Source):
     def _identity(self):
         for index, id in enumerate(self._ids):
             label = _label(self._labels, index)
-            yield unicodedata.normalize("NFC", id), label, _file_size(self._root / id)
+            size = _file_size(self._root / id)
+            if size is None and self.on_bad_image == "error":
+                raise FileNotFoundError(
+                    f"{self.name} lists {self.id(index)}, which is not there; "
+                    "--config.data.on_bad_image=skip goes on without such pictures."
+                )
+            yield unicodedata.normalize("NFC", id), label, size
 
 
 class TfdsSource(Source):

@@ -143,6 +143,7 @@ def choose(validation: dict, test: dict) -> dict:
 
 
 def draw(workdir, metrics, outputs, split, params, model_state) -> None:
-    """The accuracy over the layers."""
+    """The accuracy over the layers, with the one that `choose` took."""
     accuracy = [value for key, value in metrics.items() if key.startswith("accuracy_layer_")]
-    plots.layers(accuracy, f"{workdir}/layers.png", title="Linear probe of each layer")
+    title = f"Linear probe of each layer, {split.source.split}"
+    plots.layers(accuracy, metrics["best_layer"], f"{workdir}/layers.png", title=title)
