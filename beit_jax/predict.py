@@ -135,7 +135,7 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
     """Writes predictions as .csv or .json, whole or not at all."""
     with fileio.writing(path) as file:
         if path.endswith(".json"):
-            json.dump(rows, file, indent=1, ensure_ascii=False)
+            json.dump(rows, file, indent=1)
         else:
             ranks = range(1, top_k + 1)
             header = ["path", "label", "probability"]
