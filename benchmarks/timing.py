@@ -36,7 +36,8 @@ def use(device: str) -> None:
 def measure(contenders: dict, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds per step of each contender in each block, in turns, forth and back.
 
-    A block has as many steps as fill about `seconds`, at least one.
+    A block has as many steps as fill about `seconds`, at least one, and one before them that does
+    not count: while others had their turn, memory and clocks may have been taken away.
     """
     steps = {}
     for name, run in contenders.items():
@@ -48,6 +49,7 @@ def measure(contenders: dict, rounds: int, seconds: float) -> dict[str, list[flo
     times = {name: [] for name in contenders}
     for _ in range(rounds):
         for name in (*contenders, *reversed(contenders)):
+            contenders[name](1)
             start = time.perf_counter()
             contenders[name](steps[name])
             times[name].append((time.perf_counter() - start) / steps[name])
