@@ -35,7 +35,7 @@ def make_evaluator(task, config, mesh):
         stream = inputs.eval_stream(
             split, config, mesh, renderings=task.renderings, image=task.info.image
         )
-        for batch in stream:
+        for batch in inputs.one_ahead(stream):
             arguments = params, model_state, task.frozen, split.resident, batch
             if total is None:
                 shapes = jax.eval_shape(sums_only, *arguments)

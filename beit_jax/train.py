@@ -93,12 +93,9 @@ def _train(config, workdir, mesh, stack):
     if "val" in splits:
         evaluate.check_best_metric(task, config, mesh, splits["val"], state)
     stopped = stack.enter_context(catch_signals())
-    stream = inputs.train_stream(
-        train,
-        config,
-        mesh,
-        steps=range(start_step, plan.total_steps),
-        renderings=task.renderings,
+    steps = range(start_step, plan.total_steps)
+    stream = inputs.one_ahead(
+        inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)
     )
     train_step, facts = None, report.read_facts(workdir)
     facts["num_trainable_parameters"] = build.num_trainable(config, task, state.params)

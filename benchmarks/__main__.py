@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from beit_jax.fileio import write_json
+from beit_jax.fileio import read_json, write_json
 from benchmarks import ours, peers
 from benchmarks.sizes import SIZES, flops, title
 from benchmarks.timing import (
@@ -225,10 +225,7 @@ def main():
     use(args.device)
     Contender.limit = args.limit
     out = args.out or os.path.join(RESULTS, f"{args.device}.json")
-    content = {"runs": {}, "rows": []}
-    if os.path.exists(out):
-        with open(out) as file:
-            content = json.load(file)
+    content = read_json(out, "Name another file for --out") or {"runs": {}, "rows": []}
     rate = peers.matmul_rate(torch.bfloat16, 8192, 20) if args.device == "gpu" else None
     run = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -357,13 +357,13 @@ def test_a_batch_is_on_its_way_before_the_one_before_it_is_used():
         finally:
             made.append("closed")
 
-    ahead = inputs._one_ahead(batches())
+    ahead = inputs.one_ahead(batches())
     assert [(batch, made[-1]) for batch in ahead] == [(0, 1), (1, 2), (2, 3), (3, "closed")]
-    ahead = inputs._one_ahead(batches())
+    ahead = inputs.one_ahead(batches())
     assert next(ahead) == 0
     ahead.close()
     assert made[-2:] == [1, "closed"]
-    assert list(inputs._one_ahead(x for x in ())) == []
+    assert list(inputs.one_ahead(x for x in ())) == []
 
 
 def test_a_bad_batch_costs_none_of_those_before_it():
@@ -372,7 +372,7 @@ def test_a_bad_batch_costs_none_of_those_before_it():
         yield 1
         raise ValueError("bad picture")
 
-    ahead, used = inputs._one_ahead(batches()), []
+    ahead, used = inputs.one_ahead(batches()), []
     with pytest.raises(ValueError, match="bad picture"):
         for batch in ahead:
             used.append(batch)

@@ -89,17 +89,7 @@ def _resident(source, config, mesh):
     return Split(source, resident, len(ids), ids)
 
 
-def train_stream(
-    split: Split, config, mesh: Mesh, *, steps: range, renderings: images.Renderings
-) -> Iterator[dict[str, Any]]:
-    """Batches on the devices, for these steps; close it when done.
-
-    A batch is a pure function of (config.seed, step). It holds only "index" for a resident split.
-    """
-    return _one_ahead(_train_batches(split, config, mesh, steps, renderings))
-
-
-def _one_ahead(batches: Iterator) -> Iterator:
+def one_ahead(batches: Iterator) -> Iterator:
     """The same batches, each when the one after it is already on its way to the devices.
 
     A copy that is asked for after a step waits on a GPU until that step is done, and the next step
@@ -118,7 +108,13 @@ def _one_ahead(batches: Iterator) -> Iterator:
             batch = following
 
 
-def _train_batches(split, config, mesh, steps, renderings):
+def train_stream(
+    split: Split, config, mesh: Mesh, *, steps: range, renderings: images.Renderings
+) -> Iterator[dict[str, Any]]:
+    """Batches on the devices, for these steps; close it when done.
+
+    A batch is a pure function of (config.seed, step). It holds only "index" for a resident split.
+    """
     order = pipeline.Order(split.num_examples, config.batch_size, config.seed)
     place = sharding.split(mesh)
     if split.resident is not None:
@@ -151,10 +147,6 @@ def eval_stream(
 
     `image` says how a picture is cropped: the `image` of model.json.
     """
-    return _one_ahead(_eval_batches(split, config, mesh, renderings, image))
-
-
-def _eval_batches(split, config, mesh, renderings, image):
     place = sharding.split(mesh)
     if split.resident is None:
         batches = pipeline.eval_batches(
