@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from PIL import Image
 
 from beit_jax.metrics import wilson_interval
 
@@ -154,10 +155,15 @@ def _curve(axes, kind, title, metrics):
 
 @matplotlib.rc_context(_STYLE)
 def contact_sheet(
-    images: Sequence[np.ndarray], captions: Sequence[str], path: str, *, title: str = ""
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    path: str,
+    *,
+    title: str = "",
+    columns: int = 6,
 ) -> Figure:
-    """Draws pictures uint8 [H, W, 3] in rows, each over its caption."""
-    columns = min(6, len(images))
+    """Draws pictures uint8 [H, W, 3] in rows of `columns`, each over its caption."""
+    columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     captions = [_wrap(caption) for caption in captions]
     lines = max(caption.count("\n") + 1 for caption in captions)
@@ -172,6 +178,17 @@ def contact_sheet(
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return _save(figure, path)
+
+
+def heat(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, 3] under the colours of weights [h, w] of its parts, from the smallest
+    to the largest of them."""
+    height, width, _ = image.shape
+    weights = (weights - weights.min()) / max(np.ptp(weights), 1e-12)
+    weights = Image.fromarray(weights.astype(np.float32)).resize((width, height), Image.BILINEAR)
+    colors = matplotlib.colormaps["inferno"](np.asarray(weights), bytes=True)[..., :3]
+    grey = image.mean(-1, keepdims=True)
+    return np.uint8(0.4 * grey + 0.6 * colors)
 
 
 @matplotlib.rc_context(_STYLE)

@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from beit_jax import fileio, pretrained
-from beit_jax.data import folder, pipeline, sources, views
+from beit_jax.data import pictures, pipeline, sources, views
 from beit_jax.models import layers
 from beit_jax.tasks import classify
 
@@ -112,25 +112,6 @@ def probabilities(
     return result, errors
 
 
-def find_pictures(paths: list[str]) -> list[pathlib.Path]:
-    """The files among `paths`, and all pictures below the folders among them.
-
-    Raises:
-      FileNotFoundError: a path is not there, or a folder has no pictures.
-    """
-    found = []
-    for path in map(pathlib.Path, paths):
-        if path.is_dir():
-            listing = folder.list_folder(path, labelled=False)
-            files = (id for split in listing.splits.values() for id in split.ids)
-            found += sorted(listing.root / id for id in files)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"There is no picture or folder {path}.")
-    return found
-
-
 def write(path: str, rows: list[dict], top_k: int) -> None:
     """Writes predictions as .csv or .json, whole or not at all."""
     with fileio.writing(path) as file:
@@ -175,7 +156,7 @@ def main(argv=None) -> int:
     fileio.check_out(parser, args.out)
     try:
         models = [pretrained.load_classifier(checkpoint) for checkpoint in args.checkpoint]
-        paths = find_pictures(args.images)
+        paths = pictures.find(args.images)
         top_k = min(args.top_k, len(pretrained.class_names(models[0])))
         rows = predict(
             models,

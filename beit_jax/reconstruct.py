@@ -6,16 +6,14 @@ pixels, or as visual tokens that the tokenizer decodes. Pictures that cannot be 
 stderr, left out, and make the exit status 3; bad arguments make it 2.
 """
 
-import argparse
 import pathlib
 import sys
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, fileio, pretrained
-from beit_jax.data import images, views
-from beit_jax.predict import find_pictures
+from beit_jax import checkpoint, fileio, pretrained, sheet
+from beit_jax.data import images, pictures, views
 from beit_jax.tasks import pretrain
 
 
@@ -43,30 +41,12 @@ def reconstruct(
         raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
     size = model.config.image_size
     crop = views.host_crop(info.image, pretrain.make_renderings(info, objective, size))
-    pictures, bad = _read(paths, crop)
-    if not pictures:
-        raise ValueError("; ".join(map(str, bad)))
-    batch = views.as_batch(pictures)
+    found, bad = pictures.read(paths, crop)
+    batch = views.as_batch(found)
     draw = pretrain.make_reconstruction(info, objective, size, True)
     params = pretrained.load_workdir(workdir, step).params
     frozen = {**objective.frozen, "masks": bank}
-    return draw(params, frozen, batch, np.arange(len(pictures))), bad
-
-
-def _read(paths, crop):
-    """What can be read, cropped, and an error for each of the others."""
-    pictures, bad = [], []
-    for path in paths:
-        try:
-            pictures.append(_read_one(path, crop))
-        except images.BadImageError as error:
-            bad.append(error)
-    return pictures, bad
-
-
-def _read_one(path, crop):
-    with images.naming(lambda: str(path)):
-        return crop(images.open_image(path))
+    return draw(params, frozen, batch, np.arange(len(found))), bad
 
 
 def _config(workdir) -> ConfigDict:
@@ -82,32 +62,18 @@ def _config(workdir) -> ConfigDict:
     return ConfigDict(content)
 
 
+def draw(args, paths) -> list[images.BadImageError]:
+    """What `sheet.run` wants."""
+    found, bad = reconstruct(args.checkpoint, paths)
+    pretrain.draw_reconstructions(found, args.out)
+    return bad
+
+
 def main(argv=None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m beit_jax.reconstruct", description=__doc__.split("\n\n")[1]
-    )
+    parser = sheet.make_parser("reconstruct", __doc__)
     parser.add_argument("--checkpoint", required=True, help="workdir of a pre-training run")
-    parser.add_argument("--images", required=True, nargs="+", help="pictures and folders of them")
-    parser.add_argument("--out", required=True, help="the sheet, a .png")
-    parser.add_argument("--max-images", type=int, default=16)
-    args = parser.parse_args(argv)
-    if not args.out.endswith(".png"):
-        parser.error(f"--out {args.out}: expected a file ending in .png")
-    fileio.check_out(parser, args.out)
-    if args.max_images < 1:
-        parser.error("--max-images must be at least 1")
-    try:
-        paths = find_pictures(args.images)[: args.max_images]
-        pictures, bad = reconstruct(args.checkpoint, paths)
-        pretrain.draw_reconstructions(pictures, args.out)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    for error in bad:
-        print(f"not read: {error.name}: {error.reason}", file=sys.stderr)
-    print(f"{len(paths) - len(bad)} pictures, {len(bad)} not read: {args.out}")
-    return 3 if bad else 0
+    return sheet.run(parser, argv, draw)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,8 @@ def test_a_network_pads_its_tokens_once(kernel_on_cpu, changes, training):
     expected_gradients, expected = run(model["plain"])
     assert_same(found, expected)
     assert_same(gradients, expected_gradients, 2e-4)
+    maps = features.attention_maps(model["cudnn"], params, image)
+    assert_same(maps, features.attention_maps(model["plain"], params, image))
     layers = features.layer_outputs(model["cudnn"], params, image)
     assert_same(layers, features.layer_outputs(model["plain"], params, image))
 

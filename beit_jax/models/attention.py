@@ -26,21 +26,27 @@ def precision(dtype: jnp.dtype) -> lax.Precision | None:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+_exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
 def plain(query, key, value, bias, *, dropout=None):
     """The definition: softmax(q k^T / sqrt(K) + bias) v, softmax in float32.
 
     `dropout` is a function applied to the attention probabilities.
     """
-    scale = query.shape[-1] ** -0.5
-    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    logits = product("...qhk,...thk->...hqt", query, key, preferred_element_type=jnp.float32)
-    logits *= scale
+    weights = probabilities(query, key, bias)
+    if dropout is not None:
+        weights = dropout(weights)
+    return _exact("...hqt,...thk->...qhk", weights.astype(value.dtype), value)
+
+
+def probabilities(query, key, bias):
+    """How each query weighs the keys: softmax(q k^T / sqrt(K) + bias), float32 [..., H, T, T]."""
+    logits = _exact("...qhk,...thk->...hqt", query, key, preferred_element_type=jnp.float32)
+    logits *= query.shape[-1] ** -0.5
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
-    probabilities = jax.nn.softmax(logits)
-    if dropout is not None:
-        probabilities = dropout(probabilities)
-    return product("...hqt,...thk->...qhk", probabilities.astype(value.dtype), value)
+    return jax.nn.softmax(logits)
 
 
 def xla(query, key, value, bias):

@@ -1,8 +1,9 @@
 """What every layer of a network says of a picture, without a change to the network.
 
-B batch, T tokens, D width.
+B batch, T tokens, N patches, D width, L layers, H heads.
 """
 
+import functools
 import math
 import re
 
@@ -40,8 +41,51 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
     }
     if not found or any(x.ndim != 3 for x in found.values()):
         raise ValueError(f"{type(model).__name__} has no layers of tokens to look into.")
-    tokens = model.config.num_prefix + math.prod(model.config.grid)  # without padding
-    return [found[index][:, :tokens] for index in sorted(found)]
+    return [found[index][:, : _num_tokens(model)] for index in sorted(found)]
+
+
+def attention_maps(model, params, image) -> jax.Array:
+    """How each token weighs all tokens in the attention of every layer, float32 [L, B, H, T, T].
+
+    Rows sum to 1. They are computed in the plain way, whatever the network computes its own by.
+
+    Raises:
+      ValueError: the network has no attention from all tokens to all.
+    """
+    _, state = model.apply({"params": params}, image, mutable=["attention_maps"])
+    found = state.get("attention_maps", {})
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention from all patches to all.")
+    tokens = _num_tokens(model)  # without padding
+    layers = (found[f"layer_{index}"] for index in range(model.config.num_hidden_layers))
+    maps = (layer["attention"]["probabilities"][0] for layer in layers)
+    return jnp.stack([x[..., :tokens, :tokens] for x in maps])
+
+
+def rollout(maps: jax.Array) -> jax.Array:
+    """What the tokens of the last layer are made of, [B, T, T], of attention maps [L, B, H, T, T].
+
+    The mean over the heads of each layer and, as much again, the token itself, which the residual
+    branch is added to; multiplied through the layers. Rows sum to 1. Attention rollout of Abnar and
+    Zuidema (arXiv:2005.00928).
+    """
+    mixed = (maps.mean(2) + jnp.eye(maps.shape[-1])) / 2  # [L, B, T, T]
+    return functools.reduce(lambda below, layer: layer @ below, mixed)
+
+
+def seen_patches(config, weights: jax.Array) -> jax.Array:
+    """The share of each patch in what a network's head reads, [..., h, w], of weights [..., T, T].
+
+    It reads the class token, and DeiT's distillation token, or the mean of all patches.
+    """
+    prefix = config.num_prefix
+    rows = slice(prefix, None) if config.use_mean_pooling else slice(prefix)
+    seen = weights[..., rows, prefix:].mean(-2)
+    return seen.reshape(*seen.shape[:-1], *config.grid)
+
+
+def _num_tokens(model) -> int:
+    return model.config.num_prefix + math.prod(model.config.grid)
 
 
 def pool(tokens: jax.Array, num_prefix: int) -> jax.Array:

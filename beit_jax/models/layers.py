@@ -471,6 +471,9 @@ class Attention(nn.Module):
       output_init: of the kernel of the output projection.
       biased: which of query, key and value have a bias.
       has_bias_table: adds a relative position bias of its own to the logits.
+
+    Sows its probabilities [B, H, T, T] as attention_maps/probabilities where that is asked for, see
+    `models/features.py`.
     """
 
     config: TransformerConfig
@@ -505,18 +508,22 @@ class Attention(nn.Module):
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
             kernel = functools.partial(attention.plain, dropout=dropout)
 
-        def attend(query, key, value, bias, table):
+        def whole_bias(bias, table):
             if table is not None:
                 own_bias = relative_position_bias(table, config.grid)
                 bias = own_bias if bias is None else bias + own_bias
-            if bias is not None:
-                bias = attention.mask_padding(bias, tokens)
-            return kernel(query, key, value, bias)
+            return None if bias is None else attention.mask_padding(bias, tokens)
+
+        def attend(query, key, value, bias, table):
+            return kernel(query, key, value, whole_bias(bias, table))
 
         if kernel is attention.cudnn and self.has_bias_table:  # which would keep every layer's bias
             attend = jax.checkpoint(attend, policy=attention.saves_kernel)
-        split = (z.reshape(batch, tokens, heads, -1) for z in (query, key, value))
-        x = attend(*split, bias, table).reshape(batch, tokens, width)
+        query, key, value = (z.reshape(batch, tokens, heads, -1) for z in (query, key, value))
+        if self.is_mutable_collection("attention_maps") and not self.is_initializing():
+            maps = attention.probabilities(query, key, whole_bias(bias, table))
+            self.sow("attention_maps", "probabilities", maps)
+        x = attend(query, key, value, bias, table).reshape(batch, tokens, width)
         x = x if shift is None else Folded(x, None, shift)
         return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
 

@@ -1,0 +1,104 @@
+"""Draws what a network looks at: python -m beit_jax.attention_maps --checkpoint WORKDIR --images
+PATH --out FILE.png
+
+Each picture as the network sees it, how the attention of one layer weighs its patches, and the
+attention rolled out through all layers (arXiv:2005.00928). The weights are those of what the head
+reads: of the class token, or of the mean of all patches. Pictures that cannot be read are named on
+stderr, left out, and make the exit status 3; bad arguments make it 2.
+"""
+
+import pathlib
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from beit_jax import plots, pretrained, sheet
+from beit_jax.data import images, pictures, views
+from beit_jax.models import features
+from beit_jax.tasks import classify
+
+
+class Maps(NamedTuple):
+    """Of B pictures that a network sees as h x w patches.
+
+    Attributes:
+      image: as it is seen, uint8 [B, H, W, 3].
+      layers: the weight of each patch in each layer and head, float32 [L, B, heads, h, w].
+      rollout: its weight through all layers, [B, h, w].
+      bad: an error for each picture that could not be read, and is not among the B.
+    """
+
+    image: np.ndarray
+    layers: np.ndarray
+    rollout: np.ndarray
+    bad: list[images.BadImageError]
+
+
+def look(
+    start: pretrained.Pretrained, paths: list[pathlib.Path], *, batch_size: int = 16, dtype="auto"
+) -> Maps:
+    """The attention maps of picture files.
+
+    Raises:
+      ValueError: no picture can be read, or the network has no attention from all patches to all.
+    """
+    info = start.info
+    model = classify.make_model(info, dtype=dtype)
+    rendering = views.rendering(info.image, model.config.image_size)
+    found, bad = pictures.read(paths, views.host_crop(info.image, {"image": rendering}))
+    image = views.as_batch(found)["image"]
+
+    @jax.jit
+    def describe(params, image):
+        view = views.eval_view(image, info.image, model.config.image_size, resized=True)
+        maps = features.attention_maps(model, params, view)
+        seen = (features.seen_patches(model.config, x) for x in (maps, features.rollout(maps)))
+        return tuple(seen)
+
+    parts = [
+        jax.device_get(describe(start.params, image[i : i + batch_size]))
+        for i in range(0, len(image), batch_size)
+    ]
+    layers, rolled_out = zip(*parts, strict=True)
+    return Maps(image, np.concatenate(layers, 1), np.concatenate(rolled_out), bad)
+
+
+def draw(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
+    """What `sheet.run` wants."""
+    maps = look(pretrained.load(args.checkpoint), paths)
+    count = len(maps.layers)
+    layer = count - 1 if args.layer is None else args.layer
+    if not 0 <= layer < count:
+        raise ValueError(f"--layer is {layer}; the network has layers 0 to {count - 1}.")
+    heads = maps.layers[layer].swapaxes(0, 1)  # [heads, B, h, w]
+    columns = {f"layer {layer}": heads.mean(0)}
+    if args.heads:
+        columns = {f"layer {layer}, head {i}": head for i, head in enumerate(heads)}
+    columns["rollout"] = maps.rollout
+    bad = {error.name for error in maps.bad}
+    names = [path.name for path in paths if str(path) not in bad]
+    cells, captions = [], []
+    for i, (name, image) in enumerate(zip(names, maps.image, strict=True)):
+        cells += [image, *(plots.heat(image, weights[i]) for weights in columns.values())]
+        captions += [name, *columns]
+    across = 1 + len(columns)
+    across *= max(1, 6 // across)
+    plots.contact_sheet(cells, captions, args.out, title="Attention maps", columns=across)
+    return maps.bad
+
+
+def main(argv=None) -> int:
+    """The command; returns the exit status."""
+    parser = sheet.make_parser("attention_maps", __doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a workdir, HuggingFace directory or id"
+    )
+    parser.add_argument("--layer", type=int, help="counted from 0 (default: the last)")
+    parser.add_argument("--heads", action="store_true", help="each head of that layer")
+    return sheet.run(parser, argv, draw)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

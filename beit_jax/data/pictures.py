@@ -1,0 +1,49 @@
+"""Files and folders of pictures that a command is given."""
+
+import pathlib
+from collections.abc import Sequence
+
+from beit_jax.data import folder, images
+
+
+def find(paths: Sequence[str]) -> list[pathlib.Path]:
+    """The files among `paths`, and all pictures below the folders among them.
+
+    Raises:
+      FileNotFoundError: a path is not there, or a folder has no pictures.
+    """
+    found = []
+    for path in map(pathlib.Path, paths):
+        if path.is_dir():
+            listing = folder.list_folder(path, labelled=False)
+            files = (id for split in listing.splits.values() for id in split.ids)
+            found += sorted(listing.root / id for id in files)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"There is no picture or folder {path}.")
+    return found
+
+
+def read(
+    paths: Sequence[pathlib.Path], crop
+) -> tuple[list[images.Pictures], list[images.BadImageError]]:
+    """What `crop` makes of each file, and an error for each that cannot be read.
+
+    Raises:
+      ValueError: none can be read.
+    """
+    found, bad = [], []
+    for path in paths:
+        try:
+            found.append(_read(path, crop))
+        except images.BadImageError as error:
+            bad.append(error)
+    if not found:
+        raise ValueError("; ".join(map(str, bad)))
+    return found, bad
+
+
+def _read(path, crop):
+    with images.naming(lambda: str(path)):
+        return crop(images.open_image(path))
