@@ -8,6 +8,8 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
+from configs import common
+
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything.")
 flags.mark_flags_as_required(["config", "workdir"])
@@ -19,6 +21,9 @@ def parse_flags(argv):
         arguments = flags.FLAGS(argv)
         CONFIG.value.keys()  # a file that is not there is an error only now
         return arguments
+    except flags.UnrecognizedFlagError as error:
+        message = str(error).strip().splitlines()[-1]
+        sys.exit(f"{message}; settings are --config.KEY=VALUE, see configs/common.py")
     except flags.Error as error:
         sys.exit(str(error).strip().splitlines()[-1])
     except OSError as error:
@@ -28,7 +33,19 @@ def parse_flags(argv):
         unknown = error if isinstance(error, KeyError) else error.__context__
         if not isinstance(unknown, KeyError) or "ml_collections" not in raised_in(unknown).parts:
             raise
-        sys.exit("Unknown config key: " + str(unknown.args[0]).replace("\n", ". "))
+        message = "Unknown config key: " + str(unknown.args[0]).replace("\n", ". ")
+        sys.exit(message if "Did you mean" in message else message + siblings(argv))
+
+
+def siblings(argv) -> str:
+    """The keys beside which the first unknown one of the arguments would stand."""
+    for argument in argv:
+        group, keys = common.get_config(), argument.partition("=")[0].split(".")
+        for key in keys[1:] if keys[0] in ("--config", "-config") else ():
+            if key not in group:
+                return f"; available: {', '.join(sorted(group))}"
+            group = group[key]
+    return ""
 
 
 def main(argv):

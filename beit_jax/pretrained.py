@@ -34,6 +34,10 @@ def load(source: str, revision: str = "") -> Pretrained:
         if revision:
             raise ValueError(f"{source} is a workdir, which has no revision {revision!r}.")
         return load_workdir(source)
+    if os.path.isdir(os.path.join(source, "checkpoints")):
+        raise FileNotFoundError(
+            f"{source} is a workdir whose run has not come to a model yet: let it train first."
+        )
     loaded = convert.load(source, revision=revision or None)
     if loaded.image is None:
         logging.warning(

@@ -43,9 +43,27 @@ def test_unknown_config_key(refuses):
     assert """Unknown config key: 'learning_rte'. Did you mean "learning_rate\"""" in message
 
 
+def test_unknown_config_key_that_resembles_none(refuses):
+    message = refuses({"optim.lr": 0.1})
+    assert message.startswith("Unknown config key: 'lr'; available: b1, b2, clip_norm,")
+    assert "learning_rate" in message and "batch_size" not in message
+
+
+def test_unknown_flag_tells_how_settings_are_given(fails):
+    message = fails("--config=configs/quickstart.py", "--workdir=w", "--epochs=3")
+    assert message.startswith("Unknown command line flag 'epochs'; settings are --config.KEY=VALUE")
+
+
 def test_unknown_group_of_config_keys(refuses):
     message = refuses({"optm.learning_rate": 0.1})
     assert message.startswith("Unknown config key: 'optm'") and '"optim"' in message
+
+
+def test_a_workdir_without_a_model(start, tmp_path):
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    arguments = ["--images", str(tmp_path), "--out", str(tmp_path / "out.csv")]
+    done = start("beit_jax.predict", "--checkpoint", tmp_path / "begun", *arguments).wait()
+    assert done.status == 2 and "whose run has not come to a model yet" in done.output
 
 
 def test_wrong_type_of_config_value(refuses):

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, and that a kill, a signal or another device changes nothing."""
 
+import collections
 import csv
 import json
 import os
@@ -74,6 +75,7 @@ def test_files_of_a_run(finished):
         "mistakes.png",
         "model.json",
         "parameters.txt",
+        "predictions.csv",
         "results.json",
         "tensorboard",
     }
@@ -97,6 +99,22 @@ def test_confusion_matrix_counts_every_picture(finished):
     assert counts.sum() == results["test"]["count"] == 100
     assert counts.trace() / 100 == results["test"]["accuracy"]
     assert counts.sum(1).tolist() == [x["support"] for x in results["test"]["per_class"]]
+
+
+def test_predictions_are_those_of_the_confusion_matrix(finished):
+    workdir, results = finished
+    with open(workdir / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    with open(workdir / "confusion_matrix.csv") as file:
+        (_, *names), *counts = csv.reader(file)
+    pairs = collections.Counter((row["label"], row["predicted"]) for row in rows)
+    assert len(rows) == len({row["path"] for row in rows}) == 100
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+    for label, *row in counts:
+        assert [pairs[label, name] for name in names] == list(map(int, row))
+    confidence = sum(float(row["probability"]) for row in rows)
+    bins = results["test"]["calibration"]
+    assert confidence == pytest.approx(sum(x["confidence"] * x["count"] for x in bins), rel=1e-4)
 
 
 def test_metrics_of_a_run(finished):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import losses, metrics, modules, plots
+from beit_jax import fileio, losses, metrics, modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import augment, images, views
@@ -165,8 +165,10 @@ def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Arr
 
 
 def draw(workdir, results, outputs, split, params, model_state, *, num_mistakes: int) -> None:
-    """Pictures of a classifier's test: confusion matrix, calibration, most confident mistakes."""
+    """What a classifier's test leaves: each prediction, confusion matrix, calibration, and the most
+    confident mistakes."""
     names = split.source.class_names
+    write_predictions(outputs, split.source, os.path.join(workdir, "predictions.csv"))
     if results["confusion"] is not None:
         write_confusion_matrix(results["confusion"], names, workdir)
     plots.reliability_diagram(results["calibration"], os.path.join(workdir, "calibration.png"))
@@ -181,15 +183,28 @@ def draw(workdir, results, outputs, split, params, model_state, *, num_mistakes:
             (record,) = split.source.fetch([index])
             pictures.append(split.source.decode(index, record, thumbnail)[0]["image"])
             label, predicted = (names[int(outputs[key][i])] for key in ("label", "predicted"))
-            captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}")
+            file = os.path.basename(split.source.id(index))
+            captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}, {file}")
         title = "Most confident mistakes: true → predicted"
         plots.contact_sheet(pictures, captions, os.path.join(workdir, "mistakes.png"), title=title)
+
+
+def write_predictions(outputs, source, path: str) -> None:
+    """A row for each picture: its file or id, its class, the predicted one and its probability."""
+    names = source.class_names
+    columns = (outputs[key].tolist() for key in ("index", "label", "predicted", "probability"))
+    with fileio.writing(path) as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "predicted", "probability"])
+        for index, label, predicted, probability in zip(*columns, strict=True):
+            row = source.id(index), names[label], names[predicted], f"{probability:.6g}"
+            rows.writerow(row)
 
 
 def write_confusion_matrix(confusion, class_names, workdir) -> None:
     """The counts [K, K] (row: label, column: prediction) as a table and as a picture."""
     path = os.path.join(workdir, "confusion_matrix")
-    with open(f"{path}.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with fileio.writing(f"{path}.csv") as file:
         rows = csv.writer(file)
         rows.writerow(["label \\ predicted", *class_names])
         for name, counts in zip(class_names, confusion.astype(int).tolist(), strict=True):
