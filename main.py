@@ -31,10 +31,15 @@ def parse_flags(argv):
         sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {available}")
     except (AttributeError, KeyError) as error:  # of the last name of a key, or of one before it
         unknown = error if isinstance(error, KeyError) else error.__context__
-        if not isinstance(unknown, KeyError) or "ml_collections" not in raised_in(unknown).parts:
+        if not isinstance(unknown, KeyError) or "ml_collections" not in raised_in(unknown):
             raise
         message = "Unknown config key: " + str(unknown.args[0]).replace("\n", ". ")
         sys.exit(message if "Did you mean" in message else message + siblings(argv))
+
+
+def raised_in(error) -> str:
+    """The file whose code raised it."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def siblings(argv) -> str:
@@ -52,33 +57,15 @@ def main(argv):
     """Runs the config; bad input is one message and exit status 1."""
     if len(argv) > 1:
         sys.exit(f"Unexpected arguments: {' '.join(argv[1:])}. Flags start with --.")
-    from beit_jax import train
+    from beit_jax import errors, train
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
     for chatty in ("absl", "jax", "matplotlib"):  # failed saves are told by checkpoint.py
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     try:
         train.run(CONFIG.value, WORKDIR.value)
-    except (OSError, ValueError, FloatingPointError, RuntimeError) as error:
-        if not is_told(error):
-            raise
-        # Grain and JAX add notes on tracebacks, which are not shown
-        notes = "\n".join(x for x in getattr(error, "__notes__", ()) if not x.startswith("---"))
-        sys.exit(f"{type(error).__name__}: {error}\n{notes}".rstrip())
-
-
-def is_told(error) -> bool:
-    """Whether the message is for the user: of the system, or raised by our own code.
-
-    Errors that come from a library are bugs, whose traceback is wanted.
-    """
-    ours = pathlib.Path(__file__).resolve().parent / "beit_jax"
-    return isinstance(error, OSError) or ours in raised_in(error).parents
-
-
-def raised_in(error) -> pathlib.Path:
-    """The file whose code raised it."""
-    return pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    except errors.KINDS as error:
+        sys.exit(f"{type(error).__name__}: {errors.message(error)}")
 
 
 if __name__ == "__main__":

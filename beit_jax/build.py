@@ -13,15 +13,15 @@ from beit_jax.tasks.task import Data
 
 
 class Plan(NamedTuple):
-    """Durations of a run, in steps; 0 is never."""
+    """Durations of a run, in steps; 0 is never. Those that return are not rounded."""
 
     total_steps: int
     steps_per_epoch: float
     warmup: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep_every: int
+    log_every: float
+    eval_every: float
+    save_every: float
+    keep_every: float
 
 
 def make_task(config, splits, workdir, mesh, step: int | None):
@@ -146,7 +146,7 @@ def make_plan(config, num_examples: int) -> Plan:
         )
 
     names = ("log_every", "eval_every", "save_every", "keep_every")
-    warmup = steps(config.optim.warmup, "optim.warmup")
+    warmup = round(steps(config.optim.warmup, "optim.warmup"))
     if warmup > total_steps:
         raise ValueError(
             f"config.optim.warmup {config.optim.warmup!r} is {warmup} steps, and the run has only "
@@ -210,13 +210,13 @@ def _shapes(task, config):
     return jax.eval_shape(task.init, jax.random.key(config.seed))
 
 
-def make_checkpointer(config, workdir, keep_every: int = 0) -> checkpoint.Checkpointer:
+def make_checkpointer(config, workdir, keep_every: float = 0) -> checkpoint.Checkpointer:
     """The checkpoints of the workdir."""
     return checkpoint.Checkpointer(
         workdir,
         keep_last=config.keep_last,
         keep_best=config.keep_best,
-        keep_every=keep_every or None,
+        keep_every=keep_every,
         best_metric=config.best_metric,
         best_mode=config.best_mode,
     )

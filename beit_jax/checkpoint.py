@@ -6,6 +6,7 @@ array, and its own CRC32: orbax itself has no checksums. What cannot be read is 
 `checkpoints/_quarantine`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -23,11 +24,13 @@ from flax import serialization, traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from beit_jax import fileio
+from beit_jax.steps import is_time
 
 _OWN_ITEMS = ("params", "ema_params")
 _FORMAT = 1
 _FIX = "Restore it, or take another workdir"
 _TRASH = "_trash"
+_NOT_OF_DAMAGE = (MemoryError, PermissionError)  # another try may succeed
 _Path = tuple[str, ...]
 
 
@@ -98,6 +101,16 @@ class _BestN(preservation_policy.PreservationPolicy):
         return [x.step in best or x.step not in self._scores for x in checkpoints]
 
 
+class _Every(preservation_policy.PreservationPolicy):
+    """Keeps the steps at which it is time, see `steps.is_time`."""
+
+    def __init__(self, every: float):
+        self._every = every
+
+    def should_preserve(self, checkpoints, *, context):
+        return [is_time(x.step, self._every, None) for x in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores the state of a run in `workdir/checkpoints`; a context manager.
 
@@ -107,7 +120,7 @@ class Checkpointer:
       keep_best: best ones by `best_metric` to keep besides; NaN is never best.
       best_metric: key of the `metrics` given to `save`.
       best_mode: "max" or "min".
-      keep_every: checkpoints at multiples of this many steps are kept for good.
+      keep_every: checkpoints at multiples of this many steps, rounded, are kept for good; 0: none.
       max_failures: so many failed saves in a row are an error; one is a message.
     """
 
@@ -119,7 +132,7 @@ class Checkpointer:
         keep_best: int = 1,
         best_metric: str = "accuracy",
         best_mode: str = "max",
-        keep_every: int | None = None,
+        keep_every: float = 0,
         max_failures: int = 2,
     ):
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
@@ -131,7 +144,7 @@ class Checkpointer:
         if keep_best:
             policies.append(_BestN(keep_best, self._scores))
         if keep_every:
-            policies.append(preservation_policy.EveryNSteps(keep_every))
+            policies.append(_Every(keep_every))
         self._policy = preservation_policy.AnyPreservationPolicy(policies)
         self._open()
 
@@ -214,6 +227,8 @@ class Checkpointer:
             f"Saving to {self.directory} failed ({free:,.0f} MiB free): {_reason(error)}"
         )
         logging.error("%s", self._error)
+        with contextlib.suppress(Exception):  # of the save that has failed
+            self._manager.close()
         self._open()  # forgets the step, and removes what is left of it
         if self._failures >= self._max_failures:
             raise self._error from error
@@ -242,7 +257,7 @@ class Checkpointer:
         for candidate in steps:
             try:
                 arrays = _read(self._manager, candidate)
-            except (MemoryError, PermissionError):
+            except _NOT_OF_DAMAGE:
                 raise
             except Exception as error:  # orbax raises many kinds for damaged files
                 logging.warning("Checkpoint %s cannot be read: %s", candidate, _reason(error))
@@ -349,6 +364,8 @@ def _load(workdir, step, choose):
             try:
                 items = {name.split("/")[0] for name in _read_meta(manager, candidate)["arrays"]}
                 return _read(manager, candidate, items=choose(items))
+            except _NOT_OF_DAMAGE:
+                raise
             except Exception as error:  # as in `Checkpointer.restore`
                 problem = f"{directory}/{candidate} is damaged: {_reason(error)}"
                 if candidate == candidates[-1]:
@@ -402,6 +419,8 @@ def _read_scores(manager) -> dict[int, float | None]:
     for step in manager.all_steps():
         try:
             scores[step] = _read_meta(manager, step)["score"]
+        except _NOT_OF_DAMAGE:
+            raise
         except Exception as error:  # as in `Checkpointer.restore`
             logging.warning("Checkpoint %s cannot be read: %s", step, _reason(error))
     return scores

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from beit_jax import fileio, plots, report
+from beit_jax import errors, fileio, plots, report
 
 
 class Row(NamedTuple):
@@ -241,8 +241,8 @@ def main(argv=None) -> int:
             found = ", ".join(f"{row.name}: {row.split}" for row in rows)
             raise ValueError(f"The runs are not measured on the same split: {found}.")
         write(rows, args.out)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except errors.KINDS as error:
+        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
         return 2
     with open(os.path.join(args.out, "comparison.md"), encoding="utf-8") as file:
         print(file.read(), end="")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import build, fileio, plots, report, sharding
-from beit_jax.data import inputs, pipeline
+from beit_jax.data import inputs
 from beit_jax.state import take
 
 
@@ -141,7 +141,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
     if "test" in results:
         log.test(step, scalars_of(results["test"]))
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
-    results["num_skipped"] = len(pipeline.SKIPPED)
+    results["num_skipped"] = len({id for s in splits.values() for id in s.source.bad_images})
     results["seconds"] = facts.get("seconds") or log.times()
     fileio.write_json(os.path.join(workdir, "results.json"), results)
     return results

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from beit_jax import fileio, pretrained
+from beit_jax import errors, fileio, pretrained
 from beit_jax.convert import files
 from beit_jax.models import layers
 from beit_jax.tasks import classify
@@ -177,8 +177,8 @@ def main(argv=None) -> int:
         with files.new_directory(args.out) as directory:
             (directory / PROGRAM).write_bytes(program)
             fileio.write_json(directory / DESCRIPTION, description)
-    except (OSError, ValueError, RuntimeError) as problem:
-        print(f"{parser.prog}: {problem}", file=sys.stderr)
+    except errors.KINDS as problem:
+        print(f"{parser.prog}: {errors.message(problem)}", file=sys.stderr)
         return 2
     print(
         f"{args.out}: {len(program):,} bytes; on {here} the logits differ from the float32 "

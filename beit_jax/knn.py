@@ -6,6 +6,7 @@ each layer, and writes it to --out as JSON.
 """
 
 import argparse
+import functools
 import sys
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from beit_jax import fileio, pretrained
+from beit_jax import errors, fileio, pretrained
 from beit_jax.data import images, pipeline, sources, views
 from beit_jax.models import features, layers
 from beit_jax.tasks import classify
@@ -68,21 +69,24 @@ def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, 
     Rows have unit length. Of equal votes, the smallest label wins.
     """
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    k = min(k, len(train))
-
-    @jax.jit
-    def vote(train, train_labels, rows):
-        similarity, neighbour = jax.lax.top_k(jnp.matmul(rows, train.T, precision="highest"), k)
-        weight = jnp.exp(similarity / temperature)  # [chunk, k]
-        is_label = jax.nn.one_hot(train_labels[neighbour], num_classes)  # [chunk, k, K]
-        return jnp.einsum("bk,bkc->bc", weight, is_label)
-
+    k, chunk = min(k, len(train)), min(chunk, len(test))
+    padded = np.pad(test, [(0, -len(test) % chunk), (0, 0)])
     train, train_labels = jax.device_put((train, train_labels))
-    correct = 0
-    for i in range(0, len(test), chunk):
-        votes = vote(train, train_labels, test[i : i + chunk])
-        correct += int((np.asarray(votes).argmax(-1) == test_labels[i : i + chunk]).sum())
-    return correct / len(test)
+    votes = [
+        _vote(train, train_labels, padded[i : i + chunk], temperature, k, num_classes)
+        for i in range(0, len(padded), chunk)
+    ]
+    found = np.concatenate(jax.device_get(votes))[: len(test)]
+    return float((found == test_labels).mean())
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _vote(train, train_labels, rows, temperature, k, num_classes):
+    """The label [chunk] that the neighbours of each row vote for."""
+    similarity, neighbour = jax.lax.top_k(jnp.matmul(rows, train.T, precision="highest"), k)
+    weight = jnp.exp(similarity / temperature)  # [chunk, k]
+    is_label = jax.nn.one_hot(train_labels[neighbour], num_classes)  # [chunk, k, K]
+    return jnp.einsum("bk,bkc->bc", weight, is_label).argmax(-1)
 
 
 def main(argv=None) -> int:
@@ -96,7 +100,7 @@ def main(argv=None) -> int:
         "--checkpoint", required=True, help="a workdir, HuggingFace directory or id"
     )
     parser.add_argument("--data", required=True, help="digits, cifar10, tfds:NAME, folder:PATH")
-    parser.add_argument("--data-dir", help="of tfds")
+    parser.add_argument("--data-dir", help="of tfds; or where PATH starts")
     parser.add_argument("--train", default="train", help="split of the neighbours (default: train)")
     parser.add_argument("--test", default="test", help="split that is classified (default: test)")
     parser.add_argument("--on-bad-image", choices=["error", "skip"], default="error")
@@ -119,21 +123,21 @@ def main(argv=None) -> int:
         for source in splits:
             if source.class_names is None:
                 raise ValueError(f"{source.split} of {args.data} has no labels to vote for.")
+        if args.k > len(splits[0]):
+            raise ValueError(f"--k is {args.k}, and {args.train} has {len(splits[0])} pictures.")
         (train, train_labels), (test, test_labels) = (
             extract(start, source, batch_size=args.batch_size) for source in splits
         )
-        if args.k > len(train_labels):
-            raise ValueError(f"--k is {args.k}, and {args.train} has {len(train_labels)} pictures.")
-        layers = zip(train, test, strict=True)
-        found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in layers]
+        pairs = zip(train, test, strict=True)
+        found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in pairs]
         best = int(np.argmax(found))
         for i, value in enumerate(found):
             print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
         if args.out:
             fileio.write_json(args.out, {"k": args.k, "best_layer": best, "accuracy": found})
-    except (OSError, ValueError, RuntimeError) as error:
+    except errors.KINDS as error:
         hint = "; --on-bad-image=skip leaves it out" * isinstance(error, images.BadImageError)
-        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
+        print(f"{parser.prog}: {errors.message(error)}{hint}", file=sys.stderr)
         return 2
     return 0
 

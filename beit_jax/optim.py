@@ -223,6 +223,11 @@ def untrained(trainable: str, params, layer_id: Callable[[str], int], num_layers
         return [name for name in _names(params) if layer_id(name) < first]
     if trainable == "all":
         return []
+    if trainable in ("head", "bias") and not any(map(is_head, _names(params))):
+        raise ValueError(
+            f"config.trainable is {trainable!r}, and the network of this task has no classifier: "
+            "expected all or last-N."
+        )
     if trainable == "head":
         return [name for name in _names(params) if not is_head(name)]
     if trainable == "bias":

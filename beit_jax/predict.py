@@ -7,7 +7,6 @@ an error in their row, and make the exit status 3; bad arguments make it 2.
 
 import argparse
 import csv
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from beit_jax import fileio, pretrained
+from beit_jax import errors, fileio, pretrained
 from beit_jax.data import pictures, pipeline, sources, views
 from beit_jax.models import layers
 from beit_jax.tasks import classify
@@ -62,6 +61,8 @@ def predict(
 
 def _columns(names, wanted, info):
     """Where each of the `wanted` classes is among `names`."""
+    if list(names) == list(wanted):  # of which some may be equal
+        return list(range(len(names)))
     if sorted(names) != sorted(wanted) or len(set(names)) != len(names):
         differ = sorted(set(names) ^ set(wanted))[:4]
         raise ValueError(
@@ -104,29 +105,29 @@ def probabilities(
         for batch in track(batches, "Predicting", total=count, disable=not progress):
             real = batch["index"] >= 0
             result[batch["index"][real]] = softmax(params, batch["image"])[real]
-        errors = {
-            index: batches.bad_images[source.id(index)]
-            for index in range(len(paths))
-            if source.id(index) in batches.bad_images
-        }
+    errors = {
+        index: source.bad_images[source.id(index)]
+        for index in range(len(paths))
+        if source.id(index) in source.bad_images
+    }
     return result, errors
 
 
 def write(path: str, rows: list[dict], top_k: int) -> None:
     """Writes predictions as .csv or .json, whole or not at all."""
+    if path.endswith(".json"):
+        fileio.write_json(path, rows)
+        return
+    ranks = range(1, top_k + 1)
+    header = ["path", "label", "probability"]
+    header += [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
     with fileio.writing(path) as file:
-        if path.endswith(".json"):
-            json.dump(rows, file, indent=1)
-        else:
-            ranks = range(1, top_k + 1)
-            header = ["path", "label", "probability"]
-            header += [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")]
-            writer = csv.writer(file)
-            writer.writerow([*header, "error"])
-            for row in rows:
-                top = [value for pair in row["top"] for value in pair]
-                top += [""] * (2 * top_k - len(top))
-                writer.writerow([row["path"], row["label"], top[1], *top, row["error"]])
+        writer = csv.writer(file)
+        writer.writerow([*header, "error"])
+        for row in rows:
+            top = [value for pair in row["top"] for value in pair]
+            top += [""] * (2 * top_k - len(top))
+            writer.writerow([row["path"], row["label"], top[1], *top, row["error"]])
 
 
 def main(argv=None) -> int:
@@ -167,8 +168,8 @@ def main(argv=None) -> int:
             progress=sys.stderr.isatty(),
         )
         write(args.out, rows, top_k)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except errors.KINDS as error:
+        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
         return 2
     bad = [row for row in rows if row["error"]]
     for row in bad:

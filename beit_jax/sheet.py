@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from beit_jax import fileio
+from beit_jax import errors, fileio
 from beit_jax.data import images, pictures
 
 
@@ -31,8 +31,8 @@ def run(parser, argv, draw: Callable[..., list[images.BadImageError]]) -> int:
     try:
         paths = pictures.find(args.images)[: args.max_images]
         bad = draw(args, paths)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except errors.KINDS as error:
+        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
         return 2
     for error in bad:
         print(f"not read: {error.name}: {error.reason}", file=sys.stderr)

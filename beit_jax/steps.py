@@ -22,8 +22,8 @@ def to_steps(
     steps_per_epoch: float | None = None,
     batch_size: int | None = None,
     name: str = "duration",
-) -> int:
-    """Returns `duration` in steps, rounded to the nearest; 0 for None.
+) -> float:
+    """Returns `duration` in steps, not rounded; 0 for None.
 
     A duration above zero is at least one step.
 
@@ -53,12 +53,16 @@ def to_steps(
     }[unit]
     if not steps_per_unit:
         raise ValueError(f"{name}={duration!r} needs {needs}, which is not known here")
-    return max(round(number * steps_per_unit), 1) if number else 0
+    return max(number * steps_per_unit, 1.0) if number else 0.0
 
 
-def is_time(step: int, every: int | None, total_steps: int | None) -> bool:
-    """True after each `every` finished steps, and after the last one.
+def is_time(step: int, every: float | None, total_steps: int | None) -> bool:
+    """True after each `every` finished steps, rounded to a whole one, and after the last.
 
     `step` counts finished steps, so the first is 1. With `every` None or 0 only the last counts.
+    Multiples are rounded, not the period: epochs of 2.5 steps end after steps 2, 5, 8 and 10, and
+    every second of them is the end of two.
     """
-    return step == total_steps or bool(every and step and step % every == 0)
+    if step == total_steps or not (every and step):
+        return step == total_steps
+    return step == round(round(step / every) * every)

@@ -139,8 +139,9 @@ def _train(config, workdir, mesh, stack):
                 metrics, _ = evaluator(splits["val"], state.eval_params, state.model_state)
             scores = evaluate.scalars_of(metrics)
             log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
-        best = scores is not None and saver.is_best(scores)
-        if stopped or best or is_time(step, plan.save_every, plan.total_steps):
+        best = scores is not None and config.keep_best > 0 and saver.is_best(scores)
+        periods = plan.save_every, plan.keep_every
+        if stopped or best or any(is_time(step, every, plan.total_steps) for every in periods):
             read(keep=0)
             with log.timer("save"):
                 saver.save(step, state, metrics=scores)

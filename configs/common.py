@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, folder:PATH
-    data.data_dir = ""  # of tfds; "" is TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.data_dir = ""  # of tfds, "": TFDS_DATA_DIR or ~/tensorflow_datasets; or where PATH starts
     data.train = "train[:90%]"
     data.val = "train[90%:]"  # "" for no validation
     data.test = "test"  # "" for no final test

@@ -353,7 +353,7 @@ def test_train_view_hands_randaugment_levels_and_the_mean_colour(monkeypatch, me
         KEY,
         image,
         image_size=(8, 9),
-        crop="none",
+        crop="squash",
         flip=0.0,
         interpolation=method,
         randaugment="rand-m5",

@@ -502,7 +502,7 @@ def test_command_errors(exported, tmp_path, capsys):
     ):
         assert main(argv) == 2, argv
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
+        assert error.startswith("python -m beit_jax.convert: ") and error.count("\n") == 1
     (exported / "export_manifest.json").unlink()
     (exported / "model.safetensors").write_bytes(b"")
     assert main(["from-hf", str(exported), str(tmp_path / "out")]) == 2

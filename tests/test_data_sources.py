@@ -458,7 +458,7 @@ def test_command_lists_bad_pictures(tmp_path, capsys):
     assert command.main([f"folder:{tmp_path}", "--check"]) == 1
     assert f"cannot decode {tmp_path}/cat/001.png: not a picture" in capsys.readouterr().out
     assert command.main(["nothing"]) == 1
-    assert capsys.readouterr().err.startswith("error: no data set 'nothing'")
+    assert capsys.readouterr().err.startswith("python -m beit_jax.data: no data set 'nothing'")
 
 
 def test_command_without_labels(tmp_path, capsys):

@@ -217,7 +217,7 @@ def test_knn_with_no_picture_left(tmp_path, workdir, capsys):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"no picture")
     arguments = ["--checkpoint", str(workdir), "--data", f"folder:{tmp_path}", "--test", "train"]
-    assert knn.main([*arguments, "--on-bad-image=skip"]) == 2
+    assert knn.main([*arguments, "--on-bad-image=skip", "--k", "1"]) == 2
     assert "None of the 2 pictures of folder:" in capsys.readouterr().err
 
 

@@ -16,11 +16,11 @@ CONTEXT = {"total_steps": 2000, "steps_per_epoch": 390.625, "batch_size": 128}
         ("700", 700),
         ("1000st", 1000),
         ("1000 st", 1000),
-        ("10ep", 3906),
-        ("0.5ep", 195),
-        (".5ep", 195),
+        ("10ep", 3906.25),
+        ("0.5ep", 195.3125),
+        (".5ep", 195.3125),
         ("0ep", 0),
-        ("50000ex", 391),
+        ("50000ex", 390.625),
         ("5%", 100),
         ("0.1%", 2),
         ("100%", 2000),
@@ -29,9 +29,7 @@ CONTEXT = {"total_steps": 2000, "steps_per_epoch": 390.625, "batch_size": 128}
     ],
 )
 def test_to_steps(duration, steps):
-    result = to_steps(duration, **CONTEXT)
-    assert result == steps
-    assert type(result) is int
+    assert to_steps(duration, **CONTEXT) == steps
 
 
 @pytest.mark.parametrize(
@@ -61,6 +59,16 @@ def test_is_time_at_each_multiple_and_at_the_end():
     assert [step for step in range(11) if is_time(step, 4, 10)] == [4, 8, 10]
     assert [step for step in range(9) if is_time(step, 4, 8)] == [4, 8]
     assert [step for step in range(9) if is_time(step, 4, None)] == [4, 8]
+
+
+@pytest.mark.parametrize("epoch", [45000 / 32, 100 / 64, 1437 / 32, 100 / 3, 1.0, 1.01, 2.5])
+def test_periods_that_are_no_whole_steps_neither_drift_nor_miss_each_other(epoch):
+    total = round(40 * epoch)
+    ends = [step for step in range(1, total + 1) if is_time(step, epoch, total)]
+    assert len(ends) == 40 and ends[-1] == total
+    assert all(abs(end - i * epoch) <= 0.5 for i, end in enumerate(ends, start=1))
+    tenths = [step for step in range(1, total + 1) if is_time(step, 10 * epoch, None)]
+    assert tenths == ends[9::10]
 
 
 @pytest.mark.parametrize("every", [None, 0])

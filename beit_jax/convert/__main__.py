@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from beit_jax import checkpoint, convert, lora, pretrained
+from beit_jax import checkpoint, convert, errors, lora, pretrained
 from beit_jax.convert import files, peft, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
@@ -19,11 +19,12 @@ _TOLERANCE = 1e-4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 where `--verify` found a difference, 2 for bad input."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     try:
         return args.command(args)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except errors.KINDS as error:
+        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
         return 2
 
 

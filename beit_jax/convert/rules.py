@@ -171,7 +171,6 @@ def _report(problems: list[tuple[str, str]], label: str) -> str:
         [
             f"{label} does not fit the architecture in {len(problems)} place(s):",
             *lines,
-            "Take the matching checkpoint, or name what to leave out of it in `drop`, and what to "
-            + "initialise afresh in `reset`.",
+            "Take the checkpoint that matches; from Python, `convert.load` can `drop` and `reset`.",
         ]
     )

@@ -9,6 +9,7 @@ import sys
 
 import tqdm
 
+from beit_jax import errors
 from beit_jax.data import sources
 
 
@@ -37,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         describe(source)
         return report_bad_images(source) if args.check else 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except errors.KINDS as error:
+        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
         return 1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from beit_jax.data.randaugment import rand_augment, trivial_augment
 from beit_jax.data.resize import Size, center_crop, crop_and_resize, resize
 
-CROPS = ("rrc", "pad", "squash", "none")  # of training
+CROPS = ("rrc", "pad", "squash")  # of training
 EVAL_CROPS = ("squash", "center")
 
 
@@ -47,7 +47,7 @@ def train_view(
       image_size: H and W.
       flip: probability.
       crop: "rrc" random resized crop; "pad" a random shift by up to `pad` stored pixels, over
-        black; "squash" the whole picture; "none" for pictures that have the size.
+        black; "squash" the whole picture.
       pad: of crop "pad".
       scale, ratio: of the random resized crop: share of the area, width / height.
       interpolation: "bicubic", "bilinear" or "lanczos".
@@ -291,15 +291,9 @@ def mixup_cutmix(
 
 
 def _crop(rng, image, crop, size, pad, scale, ratio, interpolation):
-    old = image.shape[1:3]
     if crop == "rrc":
-        box = random_resized_crop_boxes(rng, image.shape[0], *old, scale, ratio)
+        box = random_resized_crop_boxes(rng, *image.shape[:3], scale, ratio)
         return crop_and_resize(image, box, size, interpolation)
-    if crop == "none" and tuple(old) != tuple(size):
-        raise ValueError(
-            f'The crop "none" needs pictures of {size[0]} x {size[1]}, got {old[0]} x {old[1]}; '
-            '"squash" resizes them.'
-        )
     if crop == "pad":
         image = pad_crop(rng, image, pad)
     return resize(image, size, interpolation)

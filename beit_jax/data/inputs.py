@@ -127,7 +127,7 @@ def train_stream(
         steps.start,
         renderings=renderings,
         seed=config.seed,
-        crop="squash" if config.augment.crop == "none" else config.augment.crop,
+        crop=config.augment.crop,
         scale=tuple(config.augment.scale),
         ratio=tuple(config.augment.ratio),
         pad=config.augment.pad,

@@ -9,11 +9,10 @@ is no iterator state to save. Flips, colours, mixup and normalisation belong to 
 
 import dataclasses
 import functools
-import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -21,7 +20,6 @@ import numpy as np
 
 from beit_jax.data import images, sources
 
-SKIPPED: set[str] = set()  # pictures that this process could not decode and left out
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
 _lock = threading.Lock()
@@ -69,14 +67,9 @@ def _philox(seed: int, step: int, stream: int = 0, row: int = 0) -> np.random.Ph
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """Host batches; `close()`, or leaving the `with`, ends the threads behind them.
+    """Host batches; `close()`, or leaving the `with`, ends the threads behind them."""
 
-    Attributes:
-      bad_images: id -> reason, for every picture skipped so far.
-    """
-
-    def __init__(self, dataset: grain.IterDataset, bad_images: Mapping[str, str]):
-        self.bad_images = bad_images
+    def __init__(self, dataset: grain.IterDataset):
         self._iterator = iter(dataset)
         self._close = weakref.finalize(self, self._iterator.close)
 
@@ -104,11 +97,8 @@ def train_batches(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     pad: int = 4,
-    crop_pct: float = 1.0,
     threads: int = sources.THREADS,
     prefetch: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Batches:
     """Batches for training, without end, from `start_step` on.
 
@@ -122,16 +112,12 @@ def train_batches(
       renderings: of each crop, by the name in the batch.
       seed: of the crops.
       crop: "rrc" for a random part, see `images.random_resized_crop`; "pad" for a random shift, see
-        `images.pad_crop`; "squash" for the whole picture at another aspect ratio; "center" for its
-        middle, see `images.center_crop`.
+        `images.pad_crop`; "squash" for the whole picture at another aspect ratio.
       scale: range of a random part's area as a fraction of the picture's.
       ratio: range of a random part's width / height.
       pad: of "pad", in pixels of the picture.
-      crop_pct: for "center", size / the shorter side before the crop.
       threads: that decode, one per core by default; 0 decodes in the caller's.
       prefetch: batches that are decoded ahead.
-      process_index: which part of each batch this process wants,
-      process_count: of so many equal ones.
 
     Raises:
       ValueError: the arguments do not fit each other.
@@ -146,8 +132,7 @@ def train_batches(
         "rrc": functools.partial(images.random_resized_crop, scale=scale, ratio=ratio),
         "pad": functools.partial(images.pad_crop, pad=pad),
     }
-    whole = None if crop in random_crops else images.whole_crop(crop, renderings, crop_pct)
-    bad_images = {}
+    whole = None if crop in random_crops else images.whole_crop(crop, renderings)
 
     def random_crop(step, row):
         rng = np.random.Generator(_philox(seed, step, _CROP_STREAM, row))
@@ -157,11 +142,10 @@ def train_batches(
         indices = order.indices(step)[rows.start : rows.stop].tolist()
         for row, index, record in zip(rows, indices, source.fetch(indices), strict=True):
             transform = whole or random_crop(step, row)
-            yield _first_good(source, index, record, transform, bad_images)
+            yield _first_good(source, index, record, transform)
 
-    rows = _rows(order.batch_size, process_index, process_count)
-    steps = range(start_step, _FOREVER)
-    return Batches(_dataset(examples, steps, rows, threads, prefetch), bad_images)
+    steps, rows = range(start_step, _FOREVER), range(order.batch_size)
+    return Batches(_dataset(examples, steps, rows, threads, prefetch))
 
 
 def eval_batches(
@@ -173,32 +157,30 @@ def eval_batches(
     crop_pct: float = 1.0,
     threads: int = sources.THREADS,
     prefetch: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Batches:
     """Every example once and in order, in batches of one size.
 
     "weight" is 1 for an example; it is 0, on a black picture with label 0, for the padding of the
     last batch ("index" -1) and for a picture that cannot be decoded ("index" its own), which
-    `source.on_bad_image` other than "error" lets pass. The arguments are those of `train_batches`.
+    `source.on_bad_image` other than "error" lets pass. The arguments are those of `train_batches`,
+    but that `crop` is "squash" or "center": the middle, where `crop_pct` is size / the shorter side
+    before the crop.
     """
     transform = images.whole_crop(crop, renderings, crop_pct)
     black = {name: np.zeros((*r.size, 3), np.uint8) for name, r in renderings.items()}
     blank = black, None if source.class_names is None else 0
-    bad_images = {}
 
     def examples(step, rows):
         start = step * batch_size
         indices = [start + row for row in rows if start + row < len(source)]
         for index, record in zip(indices, source.fetch(indices), strict=True):
-            decoded = _decode(source, index, record, transform, bad_images)
+            decoded = _decode(source, index, record, transform)
             yield _example(*(decoded or blank), index) | {"weight": np.float32(decoded is not None)}
         for _ in range(len(rows) - len(indices)):
             yield _example(*blank, -1) | {"weight": np.float32(0)}
 
-    rows = _rows(batch_size, process_index, process_count)
-    steps = range(math.ceil(len(source) / batch_size))
-    return Batches(_dataset(examples, steps, rows, threads, prefetch), bad_images)
+    steps, rows = range(math.ceil(len(source) / batch_size)), range(batch_size)
+    return Batches(_dataset(examples, steps, rows, threads, prefetch))
 
 
 def fits(source: sources.Source, limit_bytes: int) -> bool:
@@ -229,11 +211,10 @@ def load_all(
     image = np.zeros((len(source), *shape), np.uint8)
     label = np.zeros(len(source), np.int32)
     good = np.zeros(len(source), bool)
-    bad_images = {}
 
     def load(indices):
         for index, record in zip(indices, source.fetch(indices), strict=True):
-            decoded = _decode(source, index, record, images.decode, bad_images)
+            decoded = _decode(source, index, record, images.decode)
             if decoded is not None:
                 good[index] = True
                 image[index], label[index] = decoded[0], decoded[1] or 0
@@ -271,23 +252,19 @@ def _dataset(
     return dataset.batch(parts, batch_fn=_concatenate)
 
 
-def _decode(source, index, record, transform, bad_images) -> tuple[Any, int | None] | None:
+def _decode(source, index, record, transform) -> tuple[Any, int | None] | None:
     """Returns what `transform` gives, and the label; None for a bad picture, to be skipped."""
     try:
         return source.decode(index, record, transform)
     except images.BadImageError as error:
         source.refuse(error)
-        bad_images[error.name] = error.reason
-        if source.on_bad_image == "skip" and error.name not in SKIPPED:
-            SKIPPED.add(error.name)
-            logging.warning("skipped: %s", error)
         return None
 
 
-def _first_good(source, index, record, transform, bad_images) -> dict:
+def _first_good(source, index, record, transform) -> dict:
     """The example at `index`, or the next one whose picture can be decoded."""
     for _ in range(len(source)):
-        decoded = _decode(source, index, record, transform, bad_images)
+        decoded = _decode(source, index, record, transform)
         if decoded is not None:
             return _example(*decoded, index)
         index = (index + 1) % len(source)
@@ -306,10 +283,3 @@ def _stack(examples: Sequence[dict]) -> dict[str, np.ndarray]:
 
 def _concatenate(parts: Sequence[dict]) -> dict[str, np.ndarray]:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def _rows(batch_size: int, process_index: int, process_count: int) -> range:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} is no multiple of {process_count} processes")
-    count = batch_size // process_count
-    return range(process_index * count, (process_index + 1) * count)

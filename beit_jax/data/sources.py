@@ -12,6 +12,7 @@ Digits and folders are first put into a fixed order with the classes mixed evenl
 
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import unicodedata
@@ -51,12 +52,15 @@ class Record(NamedTuple):
 class Source:
     """Random access to examples: {"image": uint8 [H, W, 3], "label": int}.
 
-    Without labels (`class_names` is None) there is no "label". A source can be pickled, and read
-    in many threads at once.
+    Without labels (`class_names` is None) there is no "label". A source can be read in many threads
+    at once.
 
     Reading a picture that cannot be decoded raises. What the pipeline does about one is up to
-    `on_bad_image`: it raises for "error", and leaves the picture out and counts it for "skip", with
-    a line in the log, and for "record", where the caller tells of it.
+    `on_bad_image`: it raises for "error", and leaves the picture out for "skip", with a line in the
+    log, and for "record", where the caller tells of it.
+
+    Attributes:
+      bad_images: id -> reason, of every picture that was left out so far.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Source:
     ):
         self.name, self.split, self.class_names = name, split, class_names
         self.on_bad_image = on_bad_image
+        self.bad_images: dict[str, str] = {}
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -108,7 +113,8 @@ class Source:
             return transform(images.open_image(record.image)), label
 
     def refuse(self, error: images.BadImageError) -> None:
-        """Raises the error of a picture, with what to do about it, unless such are left out."""
+        """Notes the error of a picture; raises it, with what to do about it, unless such are left
+        out."""
         if self.on_bad_image == "error":
             flags = "--check" if self.class_names else "--unlabelled --check"
             error.add_note(
@@ -116,6 +122,9 @@ class Source:
                 f"`python -m beit_jax.data {self.name} {flags}` lists all of them."
             )
             raise error
+        if self.on_bad_image == "skip" and error.name not in self.bad_images:
+            logging.warning("skipped: %s", error)
+        self.bad_images[error.name] = error.reason
 
     def none_left(self) -> ValueError:
         """The error to raise where not one picture can be decoded."""
@@ -273,6 +282,7 @@ class Subset(Source):
     def __init__(self, source: Source, indices: np.ndarray, split: str):
         super().__init__(source.name, split, source.class_names, source.on_bad_image)
         self._source, self._indices = source, indices
+        self.bad_images = source.bad_images
 
     def __len__(self):
         return len(self._indices)

@@ -36,12 +36,11 @@ def tokenizer_train_view(
 ) -> jax.Array:
     """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and as a tokenizer
     is to see it; without noise and erasing, which are no part of the picture."""
-    crop = _crop(config, resized)
     view = _augmented(
         rng,
         image,
         config,
-        crop="squash" if crop == "none" else crop,
+        crop=_crop(config, resized),
         image_size=seen.size,
         interpolation=seen.interpolation,
         mean=(0.0,),
@@ -75,6 +74,7 @@ def check(config) -> None:
     crop that leave nothing."""
     for key, name, known in (
         ("augment.crop", config.augment.crop, augment.CROPS),
+        ("image.crop", config.image.crop, augment.EVAL_CROPS),
         ("image.interpolation", config.image.interpolation, FILTERS),
         ("tokenizer_interpolation", config.tokenizer_interpolation, FILTERS),
     ):

@@ -162,7 +162,7 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
             "config.cache_tokens needs pictures that stay on the device, see "
             "config.data.resident_bytes."
         )
-    if a.crop not in ("squash", "none") or a.flip or a.randaugment or a.color_jitter:
+    if a.crop != "squash" or a.flip or a.randaugment or a.color_jitter:
         raise ValueError(
             "config.cache_tokens needs training that does not change the picture: "
             "config.augment.crop=squash, flip=0, color_jitter=0 and no randaugment; got "

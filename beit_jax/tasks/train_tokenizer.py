@@ -36,9 +36,9 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
             "A tokenizer starts from nothing: leave config.pretrained empty. What it learns from "
             "is config.teacher."
         )
-    if config.accumulate_steps != 1:
+    if config.accumulate_steps != 1 and config.tokenizer_name == "vq":
         raise ValueError(
-            "A tokenizer's running averages need the whole batch: set config.accumulate_steps=1, "
+            "The running averages of codes need the whole batch: set config.accumulate_steps=1, "
             f"got {config.accumulate_steps}."
         )
     family = modules.load("tokenizers", info.model_name if info else config.tokenizer_name)

@@ -1,0 +1,37 @@
+"""Which errors are messages for the user, and which are bugs whose traceback is wanted."""
+
+import pathlib
+import traceback
+
+KINDS = (OSError, ValueError, RuntimeError, FloatingPointError)  # that may be messages
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+def message(error: BaseException) -> str:
+    """What to tell the user: the text of an error of the system, or of one raised on purpose, by a
+    `raise` of this package, with its notes.
+
+    Raises:
+      error: it is a bug, of ours or of a library.
+    """
+    text = str(error)
+    if _OUT_OF_MEMORY in text:
+        text = (
+            f"{text.splitlines()[0]}\nThe device has too little memory: take a smaller batch (in "
+            "training perhaps with config.accumulate_steps, which keeps the gradient the same), or "
+            "config.model.remat=dots or full."
+        )
+    elif not isinstance(error, OSError) and not _is_raised_here(error):
+        raise error
+    # Grain and JAX add notes on tracebacks, which are not shown
+    notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith("---")]
+    return "\n".join([text, *notes])
+
+
+def _is_raised_here(error) -> bool:
+    """Whether the frame that raised it is one of ours, at a `raise`: what C code raises has no
+    frame of its own."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = _PACKAGE in pathlib.Path(frame.filename).resolve().parents
+    return is_ours and (frame.line or "raise").startswith("raise")
