@@ -340,11 +340,14 @@ def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[st
     return traverse_util.unflatten_dict({path[1:]: x for path, x in arrays.items()})
 
 
-def load_model_state(workdir: str | os.PathLike, step: str | int = "best") -> dict[str, Any]:
-    """Reads what the task changed without a gradient; arguments and errors as of `load_params`."""
-    arrays = _load(workdir, step, lambda items: ("rest",))
-    state = traverse_util.unflatten_dict({k: v for k, v in arrays.items() if k[0] == "model_state"})
-    return state.get("model_state", {})
+def load_model(
+    workdir: str | os.PathLike, step: str | int = "best"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the parameters and what the task changed without a gradient, both of one step;
+    arguments and errors as of `load_params`."""
+    arrays = _load(workdir, step, lambda items: (*_averaged_or_not(items), "rest"))
+    state = traverse_util.unflatten_dict(arrays)
+    return state.get("ema_params", state.get("params")), state.get("model_state", {})
 
 
 def _averaged_or_not(items):

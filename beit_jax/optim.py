@@ -107,11 +107,10 @@ def make_optimizer(
     learning_rate: float | optax.Schedule,
     params,
     b1: float = 0.9,
-    b2: float = 0.999,
+    b2: float | None = None,
     eps: float = 1e-8,
     momentum: float = 0.9,
     nesterov: bool = False,
-    moment_dtype=None,
     weight_decay: float | optax.Schedule = 0.0,
     no_decay: Sequence[str] = (),
     decay_position_bias: bool = True,
@@ -134,9 +133,8 @@ def make_optimizer(
       name: one of the above.
       learning_rate: a schedule (`make_schedule`) or a constant.
       params: the parameters or their shapes (`jax.eval_shape`).
-      b1, b2, eps: of adam and adamw; b1, b2 also of lion.
+      b1, b2, eps: of adam and adamw; b1, b2 also of lion. b2 None is 0.999, of lion 0.99.
       momentum, nesterov: of sgd.
-      moment_dtype: dtype of the first moment; None for the parameters' dtype.
       weight_decay: applied where `decay_mask` says so.
       no_decay: patterns of further parameters without weight decay.
       decay_position_bias: whether relative position bias tables are decayed, as unilm does.
@@ -157,12 +155,14 @@ def make_optimizer(
 
     _check_patterns("no_decay", no_decay, params)
     decay = optax.add_decayed_weights(weight_decay, mask=decayed)
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)
+    if b2 is None:
+        b2 = 0.99 if name == "lion" else 0.999
+    adam = optax.scale_by_adam(b1, b2, eps)
     rules = {
         "adam": (decay, adam),
         "adamw": (adam, decay),
-        "sgd": (decay, optax.trace(momentum, nesterov, accumulator_dtype=moment_dtype)),
-        "lion": (optax.scale_by_lion(b1, b2, mu_dtype=moment_dtype), decay),
+        "sgd": (decay, optax.trace(momentum, nesterov)),
+        "lion": (optax.scale_by_lion(b1, b2), decay),
     }
     if name not in rules:
         raise ValueError(f"unknown optimizer {name!r}; available: {', '.join(rules)}")

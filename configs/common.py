@@ -97,15 +97,17 @@ def get_config() -> ConfigDict:
     lora.dropout = 0.0
     lora.targets = ("query", "value")  # also key, output, fc1, fc2
     lora.trainable = ("(distillation_)?classifier/.*",)  # parameters (regexes) trained beside them
-    lora.base_dtype = "float32"  # of what is frozen; bfloat16 halves its memory
+    lora.base_dtype = "float32"  # of frozen kernels; bfloat16 halves their memory
     # Pre-training.
     config.objective = "tokens"  # a file in beit_jax/objectives: tokens, simmim, mae, data2vec
     config.tokenizer = ""  # a workdir, or a directory with OpenAI's encoder.pkl and decoder.pkl
     config.tokenizer_interpolation = config_dict.placeholder(str)  # lanczos, or what it learnt by
     config.cache_tokens = False  # of training pictures, once for all; needs them unmoved
     config.mask = mask = ConfigDict()
-    mask.kind = "blockwise"  # of exact count; beit_v1: perhaps fewer; random; simmim
-    mask.ratio = 0.4  # of the patches
+    # None: as the objective's paper, blockwise 75/196 of tokens, 120/196 of data2vec; simmim 0.6;
+    # random 0.75 of mae.
+    mask.kind = config_dict.placeholder(str)  # blockwise; beit_v1: perhaps fewer; random; simmim
+    mask.ratio = config_dict.placeholder(float)  # of the patches
     mask.num_mask_patches = config_dict.placeholder(int)  # overrides ratio
     mask.min_mask_patches_per_block = 16
     mask.max_mask_patches_per_block = config_dict.placeholder(int)
@@ -191,7 +193,7 @@ def get_config() -> ConfigDict:
     optim.warmup = "0"  # duration
     optim.warmup_init = 0.0  # learning rate at the start of the warm-up
     optim.b1 = 0.9
-    optim.b2 = 0.999
+    optim.b2 = config_dict.placeholder(float)  # None: 0.999; of lion 0.99
     optim.eps = 1e-8
     optim.momentum = 0.9  # of sgd
     optim.nesterov = False  # of sgd

@@ -2,31 +2,39 @@
 
     python main.py --config=configs/pretrain.py:digits --workdir=workdirs/mim
     python main.py --config=configs/pretrain.py:cifar10 --config.tokenizer=workdirs/tokenizer ...
-    python main.py --config=configs/pretrain.py:folder=PATH --config.objective=mae ...
+    python main.py --config=configs/pretrain.py:folder=PATH,mae ...
 
 and then fine-tunes: python main.py --config=configs/quickstart.py
 --config.pretrained=workdirs/mim ...
 
-Of these, digits runs without a tokenizer (SimMIM); the others predict visual tokens and need
---config.tokenizer, or another --config.objective: simmim, mae or data2vec. Pictures of a folder are
-found at any depth; the tenth that configs/image_folder.py tests on, if it is given the same folder,
-is left out. A size may follow: imagenet,large or folder=PATH,tiny; other sizes are flags:
---config.model.image_size=192, --config.num_epochs=300.
+Of these, digits predicts pixels (SimMIM); the others predict visual tokens and need
+--config.tokenizer, or another objective as a further argument: simmim, mae or data2vec. Pictures of
+a folder are found at any depth; the tenth that configs/image_folder.py tests on, if it is given the
+same folder, is left out. A size may follow the data: imagenet,large or folder=PATH,tiny,simmim;
+other sizes are flags: --config.model.image_size=192, --config.num_epochs=300.
 
 imagenet is the published recipe of BEiT (microsoft/unilm), 800 epochs of ImageNet-1k at batch size
 2048, but for masks, which all have 75 of 196 patches, as in BEiT v2; some have fewer with
---config.mask.kind=beit_v1. BEiT v2's own recipe is that with a tokenizer that had a teacher and
---config.model.early_layers=9 (21 of large) --config.augment.scale="(0.2, 1.0)"
---config.num_epochs=1600. None was run here.
+--config.mask.kind=beit_v1. imagenet,v2 is that of BEiT v2, 1600 epochs with patch aggregation, for
+a tokenizer that had a teacher. imagenet,mae is MAE's (800 epochs at batch size 4096), and
+imagenet,data2vec data2vec's (base). imagenet,simmim is SimMIM's, but that its learning rate falls
+along a cosine and not by a tenth after epoch 700. With other data these arguments change what an
+objective wants (masks, regularisation, augmentation) and leave durations as they are. None of those
+of ImageNet was run here.
 """
 
 from configs import common
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_OBJECTIVES = ("tokens", "v2", "simmim", "mae", "data2vec")
 
 
 def get_config(arg=None):
-    """`arg`: digits, cifar10 (default), imagenet or folder=PATH, and perhaps a size."""
+    """`arg`: digits, cifar10 (default), imagenet or folder=PATH, and perhaps a size, and perhaps
+    tokens, v2, simmim, mae or data2vec."""
+    arg, _, objective = (arg or "").rpartition(",")
+    if objective not in _OBJECTIVES:
+        arg, objective = f"{arg},{objective}".strip(","), ""
     config, kind, size = common.unlabelled(arg, "pretrain")
     config.optim.name = "adamw"
     config.optim.learning_rate = 1.5e-3
@@ -35,7 +43,54 @@ def get_config(arg=None):
     config.optim.clip_norm = 3.0
     {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet, "folder": _folder}[kind](config)
     common.set_size(config, kind, size)
+    if objective:
+        _set_objective(config, objective, large=size == "large")
+        if kind == "imagenet":
+            _as_published(config, objective)
     return config
+
+
+def _set_objective(config, objective, large):
+    """What the papers of the objectives change beside the loss."""
+    config.objective = "tokens" if objective == "v2" else objective
+    config.mask.kind = config.mask.ratio = config.mask.num_mask_patches = None
+    if objective == "v2":
+        config.model.early_layers = 21 if large else 9
+        config.augment.scale = (0.2, 1.0)
+    if objective == "simmim":
+        config.augment.scale = (0.67, 1.0)
+        config.augment.color_jitter = 0.0
+    if objective == "mae":
+        config.model.drop_path_rate = 0.0
+        config.model.layer_scale_init_value = 0.0
+        config.model.rescale_init = False
+        config.augment.scale = (0.2, 1.0)
+        config.augment.color_jitter = 0.0
+        config.optim.b2 = 0.95
+        config.optim.clip_norm = 0.0
+    if objective == "data2vec":
+        config.model.drop_path_rate = 0.2 if large else 0.25
+        config.model.layer_scale_init_value = 1e-5 if large else 1e-4
+        config.model.attention_probs_dropout_prob = 0.15 if large else 0.05
+
+
+def _as_published(config, objective):
+    """Durations and learning rates of ImageNet."""
+    if objective == "v2":
+        config.num_epochs = 1600.0
+    if objective == "simmim":
+        config.mask.unit = 2  # squares of 32 pixels
+        config.optim.learning_rate = 4e-4  # 1e-4 for each 512 pictures
+        config.optim.end_value = 4e-5
+        config.optim.warmup_init = 2e-6
+        config.optim.clip_norm = 5.0
+    if objective == "mae":
+        config.batch_size = 4096
+        config.optim.learning_rate = 2.4e-3  # 1.5e-4 for each 256 pictures
+        config.optim.end_value = 0.0
+        config.optim.warmup = "40ep"
+    if objective == "data2vec":
+        config.optim.learning_rate = 2e-3
 
 
 def _digits(config):
@@ -82,7 +137,6 @@ def _imagenet(config):
     config.image.mean, config.image.std = _IMAGENET_MEAN, _IMAGENET_STD
     config.image.crop, config.image.crop_pct = "center", 0.875
     config.preset = "base"
-    config.mask.ratio = 75 / 196
     config.augment.color_jitter = 0.4
     config.batch_size = 2048
     config.num_epochs = 800.0
@@ -92,7 +146,6 @@ def _imagenet(config):
 def _folder(config):
     config.data.train, config.data.val, config.data.test = "train[:80%]", "train[80%:90%]", ""
     config.preset = "small"
-    config.mask.ratio = 75 / 196
     config.augment.scale = (0.2, 1.0)
     config.augment.color_jitter = 0.4
     config.batch_size = 256

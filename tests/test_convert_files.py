@@ -5,6 +5,7 @@ import pickle
 import struct
 import sys
 import time
+import warnings
 
 import huggingface_hub
 import ml_dtypes
@@ -367,6 +368,15 @@ def test_the_shorter_side_comes_back(shorter_side):
     config = {"do_center_crop": True, "size": {"shortest_edge": shorter_side}, "crop_size": 224}
     written = preprocessor.to_hf(preprocessor.from_hf(config), 224)
     assert written["size"] == {"shortest_edge": shorter_side}
+
+
+def test_a_centre_that_transformers_would_cut_otherwise():
+    image = {**preprocessor.DEFAULT, "crop": "center", "crop_pct": 0.875}
+    with pytest.warns(UserWarning, match="cannot cover 192 x 256 as this model does"):
+        preprocessor.to_hf(image, (192, 256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocessor.to_hf(image, (224, 224))
 
 
 def test_preprocessor_out_of_the_ordinary(exported, params):

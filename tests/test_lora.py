@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from beit_jax import build, checkpoint, lora, optim, pretrained, state, train
+from beit_jax import build, checkpoint, lora, optim, predict, pretrained, state, train
 from beit_jax.convert import __main__ as command
 from beit_jax.convert import peft as convert_peft
 from beit_jax.models import beit
@@ -498,6 +499,49 @@ def test_adapters_that_are_not_plain_lora(tmp_path, start, hf_directory):
     finished = start("beit_jax.convert", *arguments).wait()
     assert finished.status == 2
     assert "is not plain LoRA: use_dora" in finished.output
+
+
+@pytest.mark.parametrize("start_of", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+def test_adapters_that_change_their_base(peft_directory, start_of):
+    path = peft_directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start_of}))
+    with pytest.raises(ValueError, match=f"was begun by {start_of}, with which PEFT changes"):
+        convert_peft.read(peft_directory)
+
+
+def test_names_of_older_transformers_hit_their_layers_alone(tmp_path):
+    tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
+    params = {f"lora/layer_0/mlp/fc2/{x}": np.ones((2, 2), np.float32) for x in "ab"}
+    settings = {"rank": 2, "alpha": 2, "base": "somewhere"}
+    convert_peft.save(tmp_path, params, settings, version=4)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    stand_in = types.SimpleNamespace(layers_to_transform=None, exclude_modules=None, **config)
+
+    def is_hit(name):
+        full = f"beit.encoder.layer.0.{name}"
+        return bool(tuners_utils.check_target_module_exists(stand_in, full))
+
+    assert is_hit("output.dense") and not is_hit("attention.output.dense")
+
+
+def test_adapters_are_merged_into_what_they_were_trained_beside(
+    tmp_path, picture_folder, hf_directory
+):
+    """The test of a run beside a rounded base, and one of the merged model, agree."""
+    changes = {"lora.base_dtype": "bfloat16", "data.val": "", "data.test": "train"}
+    results = finetune(tmp_path / "run", picture_folder, hf_directory, changes)
+    merged = pretrained.load(str(tmp_path / "run"))
+    kernel = merged.params["layer_0"]["mlp"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(kernel.astype(jnp.bfloat16).astype(np.float32), kernel)
+    norm = merged.params["layer_0"]["layernorm_before"]["scale"]
+    base = pretrained.load(str(hf_directory)).params
+    np.testing.assert_array_equal(norm, base["layer_0"]["layernorm_before"]["scale"])
+    paths = sorted(picture_folder.rglob("*.png"))
+    rows = predict.predict([merged], paths)
+    loss = [
+        -np.log(dict(row["top"])[path.parent.name]) for row, path in zip(rows, paths, strict=True)
+    ]
+    assert results["test"]["loss"] == pytest.approx(np.mean(loss), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,27 @@ def loss_of(model, image):
     return jax.jit(jax.value_and_grad(lambda p: (model.apply({"params": p}, image) ** 2).sum()))
 
 
+def test_dropout_comes_before_the_norm_of_swinv2():
+    """As in the original: what the norm is given has zeros, and what it gives has none."""
+    model = swinv2.Model(**TINY | ONE_STAGE, hidden_dropout_prob=0.5)
+    params, image = init(model)
+    given, found = [], []
+
+    def look(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if (context.module.name or "") in ("layernorm_before", "layernorm_after"):
+            given.append(np.mean(np.asarray(args[0]) == 0))
+            found.append(np.mean(np.asarray(out) == 0))
+        return out
+
+    with nn.intercept_methods(look):
+        rngs = {"dropout": jax.random.key(0)}
+        model.apply({"params": params}, image, deterministic=False, rngs=rngs)
+    assert len(given) == 4
+    np.testing.assert_allclose(given, 0.5, atol=0.1)
+    np.testing.assert_allclose(found, 0, atol=1e-3)
+
+
 @pytest.mark.parametrize(("grid", "window"), [((4, 4), 2), ((6, 9), 3), ((8, 4), 4), ((10, 15), 5)])
 def test_windows_are_squares_of_the_grid(grid, window):
     x = RNG.standard_normal((2, *grid, 3), np.float32)

@@ -1,5 +1,6 @@
 """Objectives of pre-training, against numpy and transformers."""
 
+import copy
 import types
 
 import jax
@@ -262,9 +263,63 @@ def test_mae_loss_is_of_normalised_masked_patches(autoencoder, image, masks):
     sums, _ = objective.loss(params, {}, {}, Views(image, None), masks, None)
     restored = objective.reconstruct(params, {}, Views(image, None), masks)
     original, restored = (at(layers.patchify(x, 4), masks.index) for x in (image, restored))
-    std = np.sqrt(original.var(-1, keepdims=True) + 1e-6)
+    std = np.sqrt(original.var(-1, keepdims=True, ddof=1) + 1e-6)
     expected = (((restored - original) / std) ** 2).mean()
     assert float(objective.summarize(sums)["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_mae_loss_is_that_of_transformers(autoencoder, image, masks):
+    """Of the same predictions of normalised pixels, which stand in for its network's."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    _, objective, params = autoencoder
+    views = Views(image, None)
+    sums, _ = objective.loss(params, {}, {}, views, masks, None)
+    original = layers.patchify(np.asarray(image), 4)
+    restored = layers.patchify(np.asarray(objective.reconstruct(params, {}, views, masks)), 4)
+    std = np.sqrt(original.var(-1, keepdims=True, ddof=1) + 1e-6)
+    predicted = (restored - original.mean(-1, keepdims=True)) / std
+    mask = np.asarray(masking.to_bool(masks.index, N), np.float32)
+    output = types.SimpleNamespace(
+        mask=torch.tensor(mask),
+        logits=torch.tensor(predicted),
+        last_hidden_state=None,
+        ids_restore=None,
+        hidden_states=None,
+        attentions=None,
+    )
+
+    class Told(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            return output
+
+    config = transformers.ViTMAEConfig(
+        image_size=16, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=1,
+        norm_pix_loss=True,
+    )  # fmt: skip
+    theirs = transformers.ViTMAEForPreTraining(config)
+    theirs.vit, theirs.decoder = Told(), Told()
+    expected = theirs(torch.tensor(np.asarray(image).transpose(0, 3, 1, 2))).loss
+    assert float(objective.summarize(sums)["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_mae_positions_do_not_learn(autoencoder, image, masks):
+    _, objective, params = autoencoder
+
+    def loss(params):
+        return objective.loss(params, {}, {}, Views(image, None), masks, None)[0]["loss"]
+
+    gradient = jax.grad(loss)(params)["embeddings"]
+    assert not np.any(gradient["position_embeddings"]) and np.any(gradient["cls_token"])
+
+
+@pytest.mark.parametrize("key", ["noise_std", "erasing"])
+@pytest.mark.parametrize("objective", [simmim, mae_objective])
+def test_pixels_to_predict_have_no_noise(config, objective, key):
+    config = copy.deepcopy(config)
+    config.augment[key] = 0.5
+    with pytest.raises(ValueError, match=f"config.augment.{key} is 0.5, and config.objective"):
+        objective.check(config)
 
 
 def test_relative_positions_do_not_fit_a_network_that_sees_a_part(image):
@@ -284,11 +339,11 @@ def test_data2vec_targets_are_numpy_s(config, image, masks):
     objective = data2vec.make(config, model)
     params, model_state = objective.init(jax.random.key(2))
     outputs = [np.asarray(x)[:, 1:] for x in layer_outputs(model, params, image)]
-    normed = [
-        (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        for x in outputs[-2:]
-    ]
-    target = at(sum(normed) / 2, masks.index)
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    target = at(norm((norm(outputs[-2]) + norm(outputs[-1])) / 2), masks.index)
     mask = masking.to_bool(masks.index, N)
     x = model.apply({"params": params}, image, mask, masked_index=masks.index)
     error = np.abs(x @ params["decoder"]["kernel"] + params["decoder"]["bias"] - target)

@@ -341,13 +341,20 @@ def test_clipping_costs_no_copy_of_the_gradients():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 8 * 64 * 64 * 4
 
 
-def test_first_moment_dtype():
+@pytest.mark.parametrize(("name", "expected"), [("adamw", 0.999), ("adam", 0.999), ("lion", 0.99)])
+def test_second_decay_is_that_of_the_rule(name, expected):
     params = random_params()
-    tx, _ = optim.make_optimizer(
-        "adamw", learning_rate=0.1, params=params, moment_dtype=jnp.bfloat16
-    )
-    dtypes = [x.dtype for x in jax.tree.leaves(tx.init(params)) if x.ndim]
-    assert dtypes.count(jnp.bfloat16) == dtypes.count(jnp.float32) == len(named(params))
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def second_update(**options):
+        tx, _ = optim.make_optimizer(name, learning_rate=0.1, params=params, **options)
+        _, state = tx.update(grads, tx.init(params), params)
+        return tx.update(jax.tree.map(lambda x: -x / 50, grads), state, params)[0]
+
+    same, other = second_update(b2=expected), second_update(b2=0.9999)
+    jax.tree.map(np.testing.assert_array_equal, second_update(), same)
+    differ = jax.tree.map(lambda a, b: not np.array_equal(a, b), same, other)
+    assert any(jax.tree.leaves(differ))
 
 
 LAYERS = {"layer_decay": 0.5, "layer_id": layer_id, "num_layers": NUM_LAYERS}

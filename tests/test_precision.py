@@ -133,15 +133,21 @@ def test_of_a_masked_autoencoder(gpu):
 
 
 @pytest.mark.parametrize(
-    "network, methods",
-    [(dvae.Model(**DVAE), PREDICT), (vq.Model(**TINY, vocab_size=8), VQ_PREDICT)],
+    "network, methods, fast",
+    [
+        # logits of a bfloat16 network in float32, by products of TF32, which has 10 bits
+        (dvae.Model(**DVAE), PREDICT, ["encoder/output"]),
+        (vq.Model(**TINY, vocab_size=8), VQ_PREDICT, []),
+    ],
     ids=["dvae", "vq"],
 )
-def test_of_a_tokenizer(gpu, network, methods):
+def test_of_a_tokenizer(gpu, network, methods, fast):
     def apply(params):
         return [network.apply({"params": params}, x, method=name) for name, x in methods]
 
-    assert not narrow_in_gradient(apply, shapes(network.init, IMAGE))
+    found = narrow_in_gradient(apply, shapes(network.init, IMAGE))
+    assert all(any(f"/{name}: conv" in line for name in fast) for line in found), found
+    assert bool(found) == bool(fast)
 
 
 def test_narrow_ones_are_found():

@@ -1,5 +1,6 @@
 """Pre-training as whole runs on the digits, and what starts from them."""
 
+import functools
 import json
 import shutil
 
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import build, checkpoint, convert, reconstruct, sharding
+from beit_jax import build, checkpoint, convert, modules, pretrained, reconstruct, sharding
 from beit_jax import train as loop
-from beit_jax.data import inputs, pipeline, views
+from beit_jax.data import inputs, masking, pipeline, views
 from beit_jax.data.images import Rendering
 from beit_jax.tasks import pretrain as train_task
 from configs import pretrain, train_tokenizer
@@ -292,8 +293,7 @@ def test_another_tokenizer_is_refused(tokenizer, tmp_path):
     moved = shutil.copytree(tokenizer, tmp_path / "tokenizer")
     changes = {"tokenizer": str(moved), "total_steps": 2}
     loop.run(config_of("tokens", changes), str(tmp_path / "run"))
-    params = checkpoint.load_params(str(moved))
-    state = checkpoint.load_model_state(str(moved))
+    params, state = checkpoint.load_model(str(moved))
     shutil.rmtree(moved / "checkpoints")
     with checkpoint.Checkpointer(str(moved)) as saver:
         content = {"params": jax.tree.map(lambda x: x + 1, params), "model_state": state}
@@ -317,6 +317,60 @@ def test_a_tokenizer_sees_what_it_learnt_by(tmp_path, tokenizer):
     assert interpolation() == "bicubic"
     changes["tokenizer_interpolation"] = "bilinear"
     assert interpolation() == "bilinear"
+
+
+@pytest.mark.parametrize("objective", ["simmim", "data2vec"])
+def test_the_class_token_is_normed_as_in_pre_training(objective, runs, train, tmp_path):
+    """Where fine-tuning reads it: unilm has one norm for both."""
+    workdir, _ = runs(objective)
+    norm = pretrained.load(str(workdir)).params["lm_layernorm"]
+    changes = {"pretrained": str(workdir), "model.use_mean_pooling": False, "total_steps": 1}
+    still = {"optim.learning_rate": 0.0, "optim.end_value": 0.0, "model.image_size": None}
+    sizes = {"model.hidden_size": None, "model.intermediate_size": None, "batch_size": 32}
+    sizes |= {"model.num_hidden_layers": None, "model.num_attention_heads": None}
+    train(tmp_path, changes | still | sizes)
+    found = pretrained.load(str(tmp_path)).params["layernorm"]
+    jax.tree.map(np.testing.assert_array_equal, found, norm)
+    assert not np.allclose(norm["scale"], 1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "count"), [("tokens", 75), ("simmim", 118), ("mae", 147), ("data2vec", 120)]
+)
+def test_masks_are_those_of_the_paper(objective, count, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(masking, "make_bank", lambda *args, **kwargs: drawn.update(kwargs))
+    config = pretrain.get_config(f"imagenet,tiny,{objective}")
+    config.mask.unit, config.tokenizer = 1, "nowhere"
+    module = modules.load("objectives", objective)
+    monkeypatch.setattr(module, "make", lambda config, model: None)
+    monkeypatch.setattr(module, "fields", lambda config: {})
+    train_task.make_parts(config)
+    kind = {"simmim": "simmim", "mae": "random"}.get(objective, "blockwise")
+    assert (drawn["kind"], drawn["num_mask_patches"]) == (kind, count)
+
+
+def test_squares_of_simmim_are_whole(monkeypatch):
+    config = pretrain.get_config("imagenet,tiny,simmim")
+    _, _, _, bank = train_task.make_parts(config.copy_and_resolve_references())
+    assert set(bank["count"]) == {116}  # 29 of 49 squares of 2 x 2
+
+
+@pytest.mark.parametrize(
+    ("arg", "expected"),
+    [
+        ("imagenet,v2", {"objective": "tokens", "num_epochs": 1600, "model.early_layers": 9}),
+        ("imagenet,large,v2", {"preset": "large", "model.early_layers": 21}),
+        ("imagenet,mae", {"objective": "mae", "batch_size": 4096, "optim.b2": 0.95}),
+        ("folder=a,b,mae", {"data.name": "folder:a,b", "objective": "mae", "batch_size": 256}),
+        ("folder=a,tiny,simmim", {"data.name": "folder:a", "preset": "tiny"}),
+        ("data2vec", {"data.name": "cifar10", "model.layer_scale_init_value": 1e-4}),
+    ],
+)
+def test_objectives_are_arguments(arg, expected):
+    config = pretrain.get_config(arg)
+    found = {key: functools.reduce(getattr, key.split("."), config) for key in expected}
+    assert found == expected
 
 
 def test_a_folder_without_pictures_is_told(tmp_path):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from flax import linen, traverse_util
 from scipy import integrate
 
 from beit_jax import checkpoint, report, tokenizers
@@ -151,6 +151,63 @@ def test_pixels_beside_a_teacher_change_no_token(image):
         assert learns == name.startswith("pixel_head"), name
     assert np.abs(teacher["patch_embeddings/kernel"]).max() > 0
     assert np.abs(teacher["pixel_head/fc2/kernel"]).max() == 0
+
+
+def test_what_draws_beside_a_teacher_does_not_rank_tokenizers(image):
+    _, train, params, state = vq_trainer(teacher_dim=5)
+    features, weight = jax.random.normal(jax.random.key(1), (4, 4, 5)), jnp.ones(4)
+    sums, _ = train.loss(params, state, image, features, weight, None)
+    expected = float(sums["commitment"] + sums["teacher_distance"])
+    assert float(sums["loss"]) == pytest.approx(expected, rel=1e-5) and sums["pixel_error"] > 0.01
+    sums, _ = train.loss(params, state, image, features, weight, jax.random.key(0))
+    expected = float(sums["commitment"] + sums["teacher_distance"] + sums["pixel_error"])
+    assert float(sums["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_decides_tokens_is_not_rounded(dtype):
+    """To bfloat16 rounded, float32 numbers stay as they are: it would be seen."""
+    changes = {"image_size": 16, "vocab_size": 64, "num_groups": 2, "blocks_per_group": 1}
+    network = dvae.Model(**changes, hidden_size=8, initial_size=8, dtype=dtype)
+    image = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
+    variables = network.init(jax.random.key(0), image)
+    logits = network.apply(variables, image, method="encode")
+    assert logits.dtype == jnp.float32
+    assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.9
+    model = vq.Model(**TINY | {"dtype": dtype})
+    image = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+    seen = {}
+
+    def keep(call, args, kwargs, context):
+        seen[context.module.name] = out = call(*args, **kwargs)
+        return out
+
+    variables = model.init(jax.random.key(0), image)
+    with linen.intercept_methods(keep):
+        model.apply(variables, image, method="encode")
+    code = seen["code_head"]
+    assert code.dtype == jnp.float32
+    assert (code.astype(jnp.bfloat16).astype(jnp.float32) != code).mean() > 0.9
+
+
+def test_a_damaged_item_makes_no_tokenizer_of_two_steps(tmp_path):
+    content = {
+        step: {
+            "params": {"kernel": np.full(3, step, np.float32)},
+            "model_state": {"codebook": {"embedding": np.full(2, step, np.float32)}},
+        }
+        for step in (1, 2)
+    }
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        for step, state in content.items():
+            saver.save(step, state)
+    params, state = checkpoint.load_model(tmp_path)
+    assert params["kernel"][0] == state["codebook"]["embedding"][0] == 2
+    for path in (tmp_path / "checkpoints" / "2" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    params, state = checkpoint.load_model(tmp_path)
+    assert params["kernel"][0] == state["codebook"]["embedding"][0] == 1
 
 
 def test_padding_counts_for_nothing(image):

@@ -60,6 +60,7 @@ _UNSUPPORTED = (
     "use_qalora",
     "use_bdlora",
 )
+_OTHER_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")  # subtract what adapters start with
 
 
 class Adapters(NamedTuple):
@@ -119,7 +120,7 @@ def save(
         "lora_alpha": settings["alpha"],
         "lora_dropout": settings.get("dropout", 0.0),
         "bias": "none",
-        "target_modules": sorted(targets),
+        "target_modules": _target_modules(targets),
         "modules_to_save": sorted(whole) or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -128,6 +129,14 @@ def save(
     save_file(tensors, os.path.join(dst, _WEIGHTS), metadata={"format": "pt"})
     fileio.write_json(os.path.join(dst, _CONFIG), config)
     shutil.copymode(os.path.join(dst, _CONFIG), os.path.join(dst, _WEIGHTS))
+
+
+def _target_modules(targets) -> list[str] | str:
+    """The names of layers, which PEFT finds by their ends; a pattern of the whole name where one
+    is also the end of another layer's."""
+    if "output.dense" not in targets:
+        return sorted(targets)
+    return rf".*\.layer\.\d+\.({'|'.join(map(re.escape, sorted(targets)))})"
 
 
 def read(src: str | os.PathLike) -> Adapters:
@@ -143,6 +152,12 @@ def read(src: str | os.PathLike) -> Adapters:
     if config.get("peft_type") != "LORA" or extra or config.get("bias", "none") != "none":
         what = ", ".join(extra) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise ValueError(f"{src} is not plain LoRA: {what}.")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
+        raise ValueError(
+            f"{src} was begun by {start}, with which PEFT changes the base, too: save it as plain "
+            "LoRA there, with `path_initial_model_for_weight_conversion` of `save_pretrained`."
+        )
     names = {theirs: ours for ours, theirs in _REST.items()}
     params, unknown, targets = {}, [], set()
     for key, x in files.read_safetensors(_file(src, _WEIGHTS)).items():

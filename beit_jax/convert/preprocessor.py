@@ -64,6 +64,12 @@ def to_hf(image: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str
         raise ValueError(f"interpolation {image['interpolation']!r}; available: {available}")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     squash = image["crop"] == "squash"
+    if not squash and height != width:
+        warnings.warn(
+            f"transformers crops the centre after a resize of the shorter side, and cannot cover "
+            f"{height} x {width} as this model does: prepare its pictures otherwise",
+            stacklevel=2,
+        )
     shorter_side = int(max(height, width) / image["crop_pct"] + _ROUNDING)
     return {
         "image_processor_type": "BeitImageProcessor",

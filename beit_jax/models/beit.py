@@ -299,9 +299,14 @@ def adapt_params(params: dict, old: BeitConfig, new: BeitConfig, method: str = "
 
     A table shared by all layers becomes, or is added to, one table per layer where `new` has only
     those; tables and absolute positions are resized to the new patch grid by `method` (see
-    `models/position.py`). Other parameters stay as they are, and `params` too.
+    `models/position.py`). The norm before the head of pre-training becomes the last norm of a
+    network that reads the class token, as in unilm, where it is the same. Other parameters stay as
+    they are, and `params` too.
     """
     params = dict(params)
+    reads_class_token = new.head in ("classifier", "none") and not new.use_mean_pooling
+    if reads_class_token and "layernorm" not in params and "lm_layernorm" in params:
+        params["layernorm"] = params.pop("lm_layernorm")
     if (
         old.use_shared_relative_position_bias
         and not new.use_shared_relative_position_bias

@@ -207,13 +207,18 @@ class Dense(nn.Module):
 
 class Conv(nn.Module):
     """A convolution [B, H, W, C] -> [B, H', W', features] over float32 parameters, in `dtype`; as
-    `linen.Conv`, but for how its bias learns, see `spread`."""
+    `linen.Conv`, but for how its bias learns, see `spread`.
+
+    Attributes:
+      fast: products of float32 may lose 13 bits on a GPU.
+    """
 
     features: int
     size: int
     padding: str
     kernel_init: nn.initializers.Initializer
     dtype: jnp.dtype = jnp.float32
+    fast: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -226,7 +231,7 @@ class Conv(nn.Module):
             window_strides=(1, 1),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=attention.precision(self.dtype),
+            precision=None if self.fast else attention.precision(self.dtype),
         )
         return x + spread(bias, x.shape, self.dtype)
 

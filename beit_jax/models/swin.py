@@ -301,7 +301,10 @@ class Layer(nn.Module):
             return self.over_windows(functools.partial(attend, deterministic=deterministic), x)
 
         def branch(module, layernorm, x):
-            return dropout(self.normed(module, layernorm, x), deterministic=deterministic)
+            def dropped(x):
+                return dropout(module(x), deterministic=deterministic)
+
+            return self.normed(dropped, layernorm, x)
 
         for module, name in ((attend_windows, "before"), (mlp, "after")):
             own_branch = functools.partial(branch, module, norm(config, f"layernorm_{name}"))

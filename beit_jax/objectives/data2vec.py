@@ -1,7 +1,7 @@
 """data2vec (arXiv:2202.03555): smooth L1 distance from an averaged teacher's features.
 
 The teacher, a running average of the network, sees the whole picture; its last layers, each normed,
-are averaged and predicted at the masked patches.
+are averaged, normed once more, and predicted at the masked patches.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from beit_jax.models.layers import Dense
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
 ARCHITECTURE = {"head": "tokens", "use_mask_token": True}
+MASK_KIND, MASK_RATIO = "blockwise", 120 / 196
 _EPSILON = 1e-5
 
 
@@ -29,15 +30,23 @@ def check(config) -> None:
         )
 
 
+def fields(config) -> dict:
+    """None."""
+    return {}
+
+
 def average_layers(outputs, layers: int):
-    """The mean of the last layers, each token normed without parameters: float32 [B, N, D]."""
+    """The mean of the last layers, normed without parameters before and after: float32 [B, N, D].
+
+    As data2vec_vision with --post_target_layer_norm, which its recipes have.
+    """
 
     def norm(x):
-        x = x[:, 1:].astype(jnp.float32)
+        x = x.astype(jnp.float32)
         x -= x.mean(-1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + _EPSILON)
 
-    return sum(map(norm, outputs[-layers:])) / layers
+    return norm(sum(norm(x[:, 1:]) for x in outputs[-layers:]) / layers)
 
 
 def teacher_decay(step, start: float, end: float, steps: int):

@@ -19,16 +19,30 @@ ARCHITECTURE = {
     "use_relative_position_bias": False,
     "use_shared_relative_position_bias": False,
 }
+MASK_KIND, MASK_RATIO = "random", 0.75
 _EPSILON = 1e-6  # of the patch's variance
 
 
 def check(config) -> None:
-    """Raises ValueError where masks differ in their count."""
+    """Raises ValueError where masks differ in their count, or pictures are spoilt."""
+    pixels.check(config)
     if config.mask.kind == "beit_v1":
         raise ValueError(
             "config.objective 'mae' needs masks of one count; config.mask.kind 'beit_v1' may be "
             "short, 'random' or 'blockwise' is not."
         )
+
+
+def fields(config) -> dict:
+    """None."""
+    return {}
+
+
+def _fix_positions(params):
+    """The parameters with positions that do not learn."""
+    embeddings = dict(params["embeddings"])
+    positions = jax.lax.stop_gradient(embeddings["position_embeddings"])
+    return {**params, "embeddings": embeddings | {"position_embeddings": positions}}
 
 
 def make(config, model) -> Objective:
@@ -64,6 +78,7 @@ def make(config, model) -> Objective:
         return {**params, "decoder": decoder.init(rng, x, index)["params"]}, {}
 
     def predict(params, views, masks, rng):
+        params = _fix_positions(params)
         index = masking.visible(masks.index, patches)
         x = model.apply({"params": params}, views.image, visible_index=index, **apply_options(rng))
         x = decoder.apply({"params": params["decoder"]}, x, index, rng is None)
@@ -74,7 +89,7 @@ def make(config, model) -> Objective:
         if not config.decoder.norm_pixels:
             return target, 0.0, 1.0
         mean = target.mean(-1, keepdims=True)
-        std = jnp.sqrt(target.var(-1, keepdims=True) + _EPSILON)
+        std = jnp.sqrt(target.var(-1, keepdims=True, ddof=1) + _EPSILON)  # as torch's var
         return (target - mean) / std, mean, std
 
     def loss(params, model_state, frozen, views, masks, rng):

@@ -6,6 +6,16 @@ B batch, N patches, P patch size, C channels, Q = P P C pixels of a patch.
 import jax.numpy as jnp
 
 
+def check(config) -> None:
+    """Raises ValueError where what is to be predicted would have noise in it."""
+    for key in ("noise_std", "erasing"):
+        if value := config.augment[key]:
+            raise ValueError(
+                f"config.augment.{key} is {value}, and config.objective {config.objective!r} would "
+                "have to predict it: leave it at 0."
+            )
+
+
 def gather(patches, index):
     """Patches [B, M, Q] at index [B, M]."""
     return jnp.take_along_axis(patches, index[..., None], axis=1)

@@ -9,10 +9,17 @@ from beit_jax.objectives import pixels
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
 ARCHITECTURE = {"head": "tokens", "use_mask_token": True}
+MASK_KIND, MASK_RATIO = "simmim", 0.6
 
 
 def check(config) -> None:
-    """Any config will do."""
+    """Raises ValueError where pictures are spoilt."""
+    pixels.check(config)
+
+
+def fields(config) -> dict:
+    """None."""
+    return {}
 
 
 def make(config, model) -> Objective:

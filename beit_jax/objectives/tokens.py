@@ -11,6 +11,7 @@ from beit_jax.data import images, masking
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
 ARCHITECTURE = {"head": "mim", "use_mask_token": True}
+MASK_KIND, MASK_RATIO = "blockwise", 75 / 196
 
 
 def check(config) -> None:

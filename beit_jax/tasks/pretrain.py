@@ -106,12 +106,16 @@ def make_parts(config, start=None, info=None):
         info = _model_info(config, objective, start.info if start else None)
     model = make_model(info, **runtime(config))
     c, patches = config.mask, model.config.grid[0] * model.config.grid[1]
-    count = round(c.ratio * patches) if c.num_mask_patches is None else c.num_mask_patches
+    kind, ratio = c.kind or objective.MASK_KIND, c.ratio or objective.MASK_RATIO
+    count = c.num_mask_patches
+    if count is None:
+        unit = c.unit**2 if kind == "simmim" else 1
+        count = round(ratio * patches / unit) * unit
     bank = masking.make_bank(
         config.seed,
         c.bank,
         model.config.grid,
-        kind=c.kind,
+        kind=kind,
         num_mask_patches=count,
         min_mask_patches_per_block=c.min_mask_patches_per_block,
         max_mask_patches_per_block=c.max_mask_patches_per_block,
@@ -247,9 +251,8 @@ def _model_info(config, objective, start: ModelInfo | None) -> ModelInfo:
                 f"config.objective {config.objective!r} needs config.model.{key}={value}, "
                 f"got {overrides[key]}."
             )
-    if hasattr(objective, "fields") and "vocab_size" not in overrides:
-        overrides |= objective.fields(config)
-    architecture = {**architecture, **overrides, **objective.ARCHITECTURE}
+    given = objective.fields(config) | overrides
+    architecture = {**architecture, **given, **objective.ARCHITECTURE}
     architecture = dataclasses.asdict(family.Model(**architecture).config)
     architecture = {key: value for key, value in architecture.items() if key not in RUNTIME}
     if architecture["early_layers"] and architecture["head"] != "mim":

@@ -144,7 +144,7 @@ class Teacher(NamedTuple):
 
 def load_teacher(source: str, **runtime) -> Teacher:
     """The patches of the last layer of any network with one token for each patch, normed: by its
-    own last norm where that is before the head, else without parameters.
+    own last norm where that is before the head or pre-training's, else without parameters.
 
     Raises:
       FileNotFoundError, ValueError: as `pretrained.load`; or the network has no such tokens.
@@ -155,7 +155,7 @@ def load_teacher(source: str, **runtime) -> Teacher:
 
     def last_layer(params, image):
         x = features.layer_outputs(model, params, image)[-1][:, config.num_prefix :]
-        own = params.get("layernorm")
+        own = params.get("layernorm", params.get("lm_layernorm"))
         norm = nn.LayerNorm(config.layer_norm_eps, use_bias=bool(own), use_scale=bool(own))
         x = norm.apply({"params": own or {}}, x.astype(jnp.float32))
         return jax.lax.stop_gradient(x)

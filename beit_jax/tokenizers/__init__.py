@@ -52,7 +52,7 @@ def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenize
         info = _info(source)
         name, architecture = info.model_name, dict(info.architecture)
         interpolation = info.image["interpolation"]
-        params, state = checkpoint.load_params(source), checkpoint.load_model_state(source)
+        params, state = checkpoint.load_model(source)
         variables = {"params": params}
         if "codebook" in state:
             variables["codebook"] = {"embedding": state["codebook"]["embedding"]}

@@ -95,10 +95,11 @@ class DVAEConfig:
         return tuple(n // self.patch_size for n in self.image_size)
 
 
-def _conv(config, features, size, name):
+def _conv(config, features, size, name, **options):
     """A convolution, initialised as OpenAI's."""
     normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    return layers.Conv(features, size, "SAME", normal, jnp.dtype(config.dtype), name=name)
+    options = {"dtype": jnp.dtype(config.dtype)} | options
+    return layers.Conv(features, size, "SAME", normal, name=name, **options)
 
 
 class Block(nn.Module):
@@ -141,7 +142,9 @@ class Encoder(nn.Module):
                 x = Block(config, features, (3, 3, 3, 1), name=name)(x)
             if group < config.num_groups - 1:
                 x = nn.max_pool(x, (2, 2), (2, 2))
-        return _conv(config, config.vocab_size, 1, "output")(nn.relu(x)).astype(jnp.float32)
+        # In float32: the best two logits are often closer than bfloat16 can tell.
+        options = {"dtype": jnp.float32, "fast": config.dtype != "float32"}
+        return _conv(config, config.vocab_size, 1, "output", **options)(nn.relu(x))
 
 
 class Decoder(nn.Module):

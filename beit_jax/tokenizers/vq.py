@@ -91,18 +91,17 @@ class Transformer(nn.Module):
 
 
 class Head(nn.Module):
-    """Two layers with a tanh between them, to float32 [..., features]."""
+    """Two layers with a tanh between them, computed in `dtype`, to float32 [..., features]."""
 
     config: VQConfig
     features: int
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
-        dtype = jnp.dtype(self.config.dtype)
-        x = jnp.tanh(Dense(x.shape[-1], normal(self.config), dtype=dtype, name="fc1")(x))
-        return Dense(self.features, normal(self.config), dtype=dtype, name="fc2")(x).astype(
-            jnp.float32
-        )
+        options = {"kernel_init": normal(self.config), "dtype": self.dtype}
+        x = jnp.tanh(Dense(x.shape[-1], name="fc1", **options)(x))
+        return Dense(self.features, name="fc2", **options)(x).astype(jnp.float32)
 
 
 class VQ(nn.Module):
@@ -115,12 +114,12 @@ class VQ(nn.Module):
         dtype, pixels = jnp.dtype(config.dtype), config.patch_size**2 * config.num_channels
         self.patch_embeddings = PatchEmbeddings(config)
         self.encoder = Transformer(config, config.num_hidden_layers)
-        self.code_head = Head(config, config.code_dim)
+        self.code_head = Head(config, config.code_dim, jnp.float32)  # as unilm: it decides tokens
         self.code_embeddings = Dense(config.hidden_size, normal(config), dtype=dtype)
         self.decoder = Transformer(config, config.num_decoder_layers)
-        self.pixel_head = Head(config, pixels)
+        self.pixel_head = Head(config, pixels, dtype)
         if config.teacher_dim:
-            self.teacher_head = Head(config, config.teacher_dim)
+            self.teacher_head = Head(config, config.teacher_dim, dtype)
 
     def encode(self, image, deterministic=True):
         """Pictures [B, H, W, C] in [0, 1] to unit vectors float32 [B, N, E]."""
@@ -158,7 +157,8 @@ def make(config, model: VQ, teacher_dim: int) -> Trainer:
     """The training of a network; `teacher_dim` is the width of the teacher's features, or 0.
 
     The loss is the commitment of the encoder to its codes, and 1 - cosine of the teacher's features
-    or the squared error of pixels in [-1, 1]. The codebook is no part of it: it follows.
+    or the squared error of pixels in [-1, 1]. The codebook is no part of it: it follows. With a
+    teacher, the pixels' error is what its head learns from, and counts in training alone.
 
     Raises:
       ValueError: config.codebook makes no sense, or the teacher is not that of the architecture.
@@ -200,12 +200,14 @@ def make(config, model: VQ, teacher_dim: int) -> Trainer:
         pixels, predicted = run("predict", z + jax.lax.stop_gradient(code - z))
         target = patchify(image, network.patch_size)
         error = jnp.square(2 * (pixels - target)).mean((1, 2))  # [B], of pixels in [-1, 1]
-        value = c.commitment * commitment + error
+        value = c.commitment * commitment
         parts = {"commitment": commitment, "pixel_error": error}
         if network.teacher_dim:
             cosine = (codebook.normalize(predicted) * codebook.normalize(features)).sum(-1)
             parts["teacher_distance"] = 1 - cosine.mean(1)
             value += parts["teacher_distance"]
+        if rng is not None or not network.teacher_dim:
+            value += error
         sums = {name: (part * weight).sum() for name, part in parts.items()}
         counts = count(token.reshape(z.shape[:2]), weight, network.vocab_size)
         total = {"loss": (value * weight).sum(), "weight": weight.sum(), "counts": counts}
