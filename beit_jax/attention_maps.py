@@ -14,10 +14,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from beit_jax import plots, pretrained, sheet
+from beit_jax import architecture, plots, pretrained, sheet
 from beit_jax.data import images, pictures, views
 from beit_jax.models import features
-from beit_jax.tasks import classify
 
 
 class Maps(NamedTuple):
@@ -45,7 +44,7 @@ def look(
       ValueError: no picture can be read, or the network has no attention from all patches to all.
     """
     info = start.info
-    model = classify.make_model(info, dtype=dtype)
+    model = architecture.make_model(info, dtype=dtype)
     rendering = views.rendering(info.image, model.config.image_size)
     found, bad = pictures.read(paths, views.host_crop(info.image, {"image": rendering}))
     image = views.as_batch(found)["image"]

@@ -8,6 +8,7 @@ import numpy as np
 
 from beit_jax import checkpoint, lora, modules, optim, pretrained, sharding
 from beit_jax import state as states
+from beit_jax.models import layers
 from beit_jax.steps import to_steps
 from beit_jax.tasks.task import Data
 
@@ -96,8 +97,14 @@ def check(config) -> None:
     ):
         if value < least:
             raise ValueError(f"config.{key} is {value}; expected at least {least}.")
-    if config.best_mode not in ("max", "min"):
-        raise ValueError(f"config.best_mode is {config.best_mode!r}; expected max or min.")
+    for key, value, known in (
+        ("best_mode", config.best_mode, ("max", "min")),
+        ("model.attention", config.model.attention, layers.ATTENTIONS),
+        ("model.remat", config.model.remat, layers.REMAT_POLICIES),
+        ("model.drop_path_mode", config.model.drop_path_mode, layers.DROP_PATH_MODES),
+    ):
+        if value not in known:
+            raise ValueError(f"config.{key} is {value!r}; available: {', '.join(known)}.")
     for key in ("label_smoothing", "ema_decay"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"config.{key} is {config[key]}; expected 0 <= {key} < 1.")

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from beit_jax import errors, fileio, pretrained
+from beit_jax import architecture, errors, fileio, pretrained
 from beit_jax.convert import files
 from beit_jax.models import layers
 from beit_jax.tasks import classify
@@ -53,7 +53,7 @@ def make_classifier(
     Returns:
       The jitted function, with the weights inside, and (H, W, C).
     """
-    network = classify.make_model(model.info, dtype=dtype, attention="xla")
+    network = architecture.make_model(model.info, dtype=dtype, attention="xla")
     params = layers.for_inference(model.params, dtype)
 
     @jax.jit
@@ -98,7 +98,7 @@ def difference(
       ValueError: the network's own logits are not finite.
     """
     image = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
-    network = classify.make_model(model.info, dtype="float32", attention="plain")
+    network = architecture.make_model(model.info, dtype="float32", attention="plain")
     apply = functools.partial(classify.classify, network, model.info, resized=resized)
     expected = np.asarray(jax.jit(apply)(model.params, image))
     largest = float(np.abs(expected).max())

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from beit_jax import errors, fileio, pretrained
+from beit_jax import architecture, errors, fileio, pretrained
 from beit_jax.data import images, pipeline, sources, views
 from beit_jax.models import features, layers
-from beit_jax.tasks import classify
 
 
 def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=128, dtype="auto"):
@@ -28,7 +27,7 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
     Raises:
       ValueError: no picture is left.
     """
-    model = classify.make_model(start.info, dtype=dtype)
+    model = architecture.make_model(start.info, dtype=dtype)
     size, image = model.config.image_size, start.info.image
 
     @jax.jit

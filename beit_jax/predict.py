@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from beit_jax import errors, fileio, pretrained
+from beit_jax import architecture, errors, fileio, pretrained
 from beit_jax.data import pictures, pipeline, sources, views
 from beit_jax.models import layers
 from beit_jax.tasks import classify
@@ -82,7 +82,7 @@ def probabilities(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Probabilities [N, K] of one model, and what was wrong with the pictures it could not read."""
     info = start.info
-    model = classify.make_model(info, dtype=dtype)
+    model = architecture.make_model(info, dtype=dtype)
 
     @jax.jit
     def softmax(params, image):

@@ -1,18 +1,20 @@
 """A trace of some steps, to see where their time goes."""
 
-import functools
+import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
 
+@contextlib.contextmanager
 def at_steps(
     steps: str, workdir: str, start_step: int, total_steps: int
-) -> dict[int, Callable[[], None]]:
-    """What to call before which step, so that `workdir/profile` gets a trace.
+) -> Iterator[dict[int, Callable[[], None]]]:
+    """Yields what to call before which step, so that `workdir/profile` gets a trace; one that still
+    goes on at the end, because the run was stopped, is written then.
 
     Args:
       steps: "10:15" traces the steps 11 to 15; "" none. The first ones compile and warm up.
@@ -24,7 +26,8 @@ def at_steps(
       ValueError: that is no range of steps of the run.
     """
     if not steps:
-        return {}
+        yield {}
+        return
     match = re.fullmatch(r"(\d+):(\d+)", steps)
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 0 < first < last < total_steps:
@@ -34,7 +37,13 @@ def at_steps(
         )
     if first < start_step:
         logging.warning("Nothing is traced: the run goes on from step %d.", start_step)
-        return {}
-    directory = os.path.join(workdir, "profile")
-    start = functools.partial(jax.profiler.start_trace, directory, create_perfetto_trace=True)
-    return {first: start, last: jax.profiler.stop_trace}
+        yield {}
+        return
+    trace = contextlib.ExitStack()
+
+    def start():
+        directory = os.path.join(workdir, "profile")
+        trace.enter_context(jax.profiler.trace(directory, create_perfetto_trace=True))
+
+    with trace:
+        yield {first: start, last: trace.close}

@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import os
+import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,10 +23,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+import beit_jax
 from beit_jax import fileio
 
 _DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating", "save": "saving"}
 _FACTS = (
+    "environment",
     "num_trainable_parameters",
     "step_memory_bytes",
     "step_cudnn_kernels",
@@ -33,6 +37,41 @@ _FACTS = (
     "seconds",
 )
 _HEADLINES = ("loss", "accuracy", "top5_accuracy")  # of an evaluation, for the console
+
+
+_LOG = logging.getLogger(__name__)  # what the console shows otherwise
+_LOG.propagate = False
+
+
+@contextlib.contextmanager
+def log_file(workdir: str | os.PathLike) -> Iterator[None]:
+    """Appends to log.txt what is told of a run: each start, the lines of the console, warnings."""
+    handler = logging.FileHandler(os.path.join(workdir, "log.txt"), encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level, loggers = _LOG.level, (logging.root, _LOG)
+    _LOG.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        _LOG.info("%s", ", ".join(f"{key} {value}" for key, value in environment().items()))
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        _LOG.setLevel(level)
+        handler.close()
+
+
+def environment() -> dict[str, Any]:
+    """On what a run runs."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "beit_jax": beit_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "command": shlex.join(sys.argv),
+    }
 
 
 class Report:
@@ -170,19 +209,22 @@ class Report:
     def info(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _LOG.info("%s", text)
 
     def metrics_table(self, title: str, metrics: Mapping[str, float]) -> None:
         """Prints names and values."""
         rows = {key: _number(value) for key, value in metrics.items()}
-        if self._console.is_interactive:
-            table = Table("metric", title=title, title_justify="left")
-            table.add_column("value", justify="right")
-            for row in rows.items():
-                table.add_row(*row)
-            self._console.print(table)
-        else:
-            width = max(map(len, rows), default=0)
-            self.info("\n".join([title, *(f"  {key:<{width}}  {rows[key]}" for key in rows)]))
+        width = max(map(len, rows), default=0)
+        text = "\n".join([title, *(f"  {key:<{width}}  {rows[key]}" for key in rows)])
+        if not self._console.is_interactive:
+            self.info(text)
+            return
+        table = Table("metric", title=title, title_justify="left")
+        table.add_column("value", justify="right")
+        for row in rows.items():
+            table.add_row(*row)
+        self._console.print(table)
+        _LOG.info("%s", text)
 
     def parameters(self, params, num_frozen: int = 0) -> None:
         """Writes the table of parameters to parameters.txt and prints their number, and that of

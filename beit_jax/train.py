@@ -20,6 +20,7 @@ HARMLESS = (  # may differ between the starts of a run
     "data.prefetch",
     "data.threads",
     "eval_batch_size",
+    "eval_every",
     "eval_only",
     "keep_best",
     "keep_every",
@@ -27,6 +28,7 @@ HARMLESS = (  # may differ between the starts of a run
     "log_every",
     "mistakes",
     "profile_steps",
+    "save_every",
     "tensorboard",
 )
 
@@ -57,6 +59,7 @@ def run(config, workdir: str) -> dict | None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdirs.open_workdir(workdir, config.to_dict(), allow_change=HARMLESS))
+        stack.enter_context(report.log_file(workdir))
         start = evaluate.evaluate_only if config.eval_only else _train
         return start(config, workdir, mesh, stack)
 
@@ -99,7 +102,9 @@ def _train(config, workdir, mesh, stack):
     )
     train_step, facts = None, report.read_facts(workdir)
     facts["num_trainable_parameters"] = build.num_trainable(config, task, state.params)
-    trace = profiling.at_steps(config.profile_steps, workdir, start_step, plan.total_steps)
+    trace = stack.enter_context(
+        profiling.at_steps(config.profile_steps, workdir, start_step, plan.total_steps)
+    )
     queue = collections.deque()
 
     def read(keep: int):
@@ -155,7 +160,8 @@ def _train(config, workdir, mesh, stack):
     with log.timer("save"):
         saver.wait()
     if step > start_step:
-        facts["seconds"] = None  # those of this start; without a step the earlier ones stay
+        # those of this start; without a step the earlier ones stay
+        facts["seconds"], facts["environment"] = None, report.environment()
     params, model_state = state.eval_params, state.model_state
     if saver.best_step() not in (None, step):
         step, params, model_state = evaluate.load_best(saver, mesh)

@@ -140,7 +140,8 @@ def _compare(workdir, stored, given, allow_change):
         raise ValueError(
             f"The workdir {workdir} belongs to a run with another config:\n"
             + "\n".join(rows)
-            + "\nGive the same config to go on with it, or use another workdir."
+            + "\nGive the same config to go on with it, or use another workdir, where "
+            f"--config.pretrained={workdir} begins with the weights of this one."
         )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import build, checkpoint, convert, lora, optim, state
+from beit_jax import architecture, build, checkpoint, convert, lora, optim, state
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert.preprocessor import DEFAULT
 from beit_jax.models import layers
@@ -59,7 +59,7 @@ def make_program(
     """
     start = load(directory)
     if kind == "inference":
-        network = classify.make_model(start.info, dtype=dtype, **runtime)
+        network = architecture.make_model(start.info, dtype=dtype, **runtime)
         apply = functools.partial(classify.classify, network, start.info, resized=True)
         params = layers.for_inference(start.params, network.config.dtype)
         return Program(jax.jit(apply), (params, image), trains=False)
@@ -140,14 +140,14 @@ def _mim(kind, config, start, target):
 def _random_tokenizer(directory, info):
     """The workdir of a dVAE that has not learnt."""
     grid = info.architecture["image_size"][0] // info.architecture["patch_size"]
-    architecture = {"image_size": 8 * grid, "vocab_size": info.architecture["vocab_size"]}
-    model = dvae.Model(**architecture)
+    fields = {"image_size": 8 * grid, "vocab_size": info.architecture["vocab_size"]}
+    model = dvae.Model(**fields)
     image = jnp.zeros((1, 8 * grid, 8 * grid, 3))
     params = jax.jit(model.init)(jax.random.key(SEED), image)["params"]
-    architecture |= {"num_groups": 4}
+    fields |= {"num_groups": 4}
     with checkpoint.Checkpointer(directory) as saver:
         saver.save(0, {"params": params, "step": jnp.zeros(())})
-    described = ModelInfo("dvae", "train_tokenizer", architecture, None, DEFAULT, None)
+    described = ModelInfo("dvae", "train_tokenizer", fields, None, DEFAULT, None)
     checkpoint.write_model_info(directory, described)
     return directory
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import optax
 
-from beit_jax import build, optim, state
+from beit_jax import architecture, build, optim, state
 from beit_jax.data import views
 from beit_jax.fileio import write_json
 from beit_jax.tasks import classify
@@ -51,10 +51,10 @@ def make(start, batch: dict, **changes):
     """The parts of a step as {name: (function, arguments)}, "step" first."""
     config = common.get_config()
     with config.unlocked():
-        config.model.update({k: v for k, v in changes.items() if k in classify.RUNTIME})
+        config.model.update({k: v for k, v in changes.items() if k in architecture.RUNTIME})
     config.augment.crop, config.augment.color_jitter = "rrc", 0.4
-    architecture = {**start.info.architecture, "drop_path_rate": changes.get("drop_path_rate", 0.0)}
-    info = start.info._replace(architecture=architecture)
+    fields = {**start.info.architecture, "drop_path_rate": changes.get("drop_path_rate", 0.0)}
+    info = start.info._replace(architecture=fields)
     data = Data(info.class_names, resized=False)
     task = classify.make_task(config, data, start=start, info=info)
     params = start.params
@@ -74,7 +74,7 @@ def make(start, batch: dict, **changes):
     )
     current = jax.jit(functools.partial(state.create, tx=tx, ema=ema > 0))(params, {})
     rng, image = jax.random.key(SEED), batch["image"]
-    model = classify.make_model(info, **classify.runtime(config))
+    model = architecture.make_model(info, **architecture.runtime(config))
 
     def augment(rng, image):
         return views.train_view(
@@ -138,12 +138,12 @@ def main():
     use(args.device)
     given = (args.size, args.batch, args.dtype)
     size, count, dtype = (x or y for x, y in zip(given, DEFAULT[args.device], strict=True))
-    architecture = SIZES[args.device][size].architecture
-    side, rng = architecture["image_size"], np.random.default_rng(SEED)
+    fields = SIZES[args.device][size].architecture
+    side, rng = fields["image_size"], np.random.default_rng(SEED)
     image = rng.integers(0, 256, (count, side, side, 3), np.uint8)
-    batch = jax.device_put({"image": image, **peers.make_target("training", architecture, count)})
+    batch = jax.device_put({"image": image, **peers.make_target("training", fields, count)})
     with tempfile.TemporaryDirectory() as directory:
-        peers.transformers_model(architecture).save_pretrained(directory)
+        peers.transformers_model(fields).save_pretrained(directory)
         start = ours.load(directory)
     runs, memory, failed = {}, {}, {}
     for name, (function, arguments) in make(start, batch, dtype=dtype).items():

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.task_name = "classify"  # a file in beit_jax/tasks
-    config.model_name = "beit"  # a file in beit_jax/models
+    config.model_name = "auto"  # a file in beit_jax/models; auto: the checkpoint's, or beit
 
     # The start: a HuggingFace directory or hub id, a .pth of unilm or timm, or a workdir of ours.
     # Its architecture is taken, and single fields of `model` override it. "" starts from `preset`.

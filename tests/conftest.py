@@ -190,16 +190,15 @@ def random_classifier():
     """Makes a classifier of 16 x 16 pixels and three classes that has learnt nothing."""
     import jax
 
-    from beit_jax import checkpoint, modules, pretrained
+    from beit_jax import architecture, checkpoint, modules, pretrained
     from beit_jax.convert import preprocessor
-    from beit_jax.tasks import classify
 
     def make(family="beit", **changes):
         presets = modules.load("models", family).PRESETS
-        architecture = {**presets["digits"], "num_labels": 3, **changes}
+        fields = {**presets["digits"], "num_labels": 3, **changes}
         names, image = ["red", "blue", "green"], preprocessor.DEFAULT
-        info = checkpoint.ModelInfo(family, "classify", architecture, names, image, None)
-        network = classify.make_model(info)
+        info = checkpoint.ModelInfo(family, "classify", fields, names, image, None)
+        network = architecture.make_model(info)
         c = network.config
         image = np.zeros((1, *c.image_size, c.num_channels), np.float32)
         params = jax.jit(network.init)(jax.random.key(0), image)["params"]

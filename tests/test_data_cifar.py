@@ -311,7 +311,7 @@ def test_absent_and_offline_is_one_sentence_at_once(tmp_path, monkeypatch, capsy
     with pytest.raises(FileNotFoundError, match="and no download is allowed: where there is"):
         sources.get_source("cifar10", data_dir=tmp_path, download=False)
     assert command.main(["cifar10", "--data-dir", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"error: {message}\n"
+    assert capsys.readouterr().err == f"python -m beit_jax.data: {message}\n"
 
 
 @pytest.fixture

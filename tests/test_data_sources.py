@@ -342,13 +342,26 @@ def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
     config = common.get_config().data
     config.update(name=f"folder:{tmp_path}", train="train", val="val", test="test")
     inputs.open_splits(config, sharding.make_mesh())
-    (record,) = caplog.records
-    assert record.getMessage() == (
+    unlearnt, unseen = caplog.messages
+    assert unlearnt == (
         "The training split 'train' has no picture of eel, which 'val' has: they cannot be learnt."
     )
-    config.val = "train"
+    assert unseen.startswith("The split 'test' has no picture of dog, of which its accuracy says")
+    caplog.clear()
+    config.val = config.test = "train"
     inputs.open_splits(config, sharding.make_mesh())
-    assert len(caplog.records) == 1
+    assert not caplog.records
+
+
+def test_files_that_are_not_read_are_told(tmp_path, caplog):
+    class_folders(tmp_path, {"cat": 4, "dog": 4})
+    for name in ("cat/a.heic", "cat/b.heic", "dog/notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    config = common.get_config().data
+    config.update(name=f"folder:{tmp_path}", train="train", val="", test="")
+    with caplog.at_level("INFO"):
+        inputs.open_splits(config, sharding.make_mesh())
+    assert f"Files of folder:{tmp_path} that are not read: 2 .heic, 1 .txt." in caplog.messages
 
 
 def test_a_listed_picture_that_is_not_there_is_told_at_once(tmp_path):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from beit_jax import convert, export, pretrained, train
+from beit_jax import architecture, convert, export, pretrained, train
 from beit_jax.convert import preprocessor
 from beit_jax.tasks import classify
 from configs import image_folder
@@ -70,7 +70,7 @@ def test_program_gives_the_logits_of_an_evaluation(tmp_path, size, crop, random_
     assert described["input"] == ["n", *(size or (16, 16)), 3]
     assert described["is_cropped_and_resized"] == (size is None)
     pictures = np.random.default_rng(1).integers(0, 256, (5, *described["input"][1:]), np.uint8)
-    network = classify.make_model(model.info, dtype="float32", attention="plain")
+    network = architecture.make_model(model.info, dtype="float32", attention="plain")
     resized = size is None
     expected = classify.classify(network, model.info, model.params, pictures, resized=resized)
     np.testing.assert_allclose(run(out), expected, rtol=1e-4, atol=1e-5)

@@ -166,8 +166,13 @@ def test_from_a_checkpoint(tmp_path, hf_directories, pictures, name):
 
 
 def test_wrong_family(tmp_path, hf_directories):
-    with pytest.raises(ValueError, match="is a vit; set config.model_name to it"):
+    with pytest.raises(ValueError, match="is a vit, and config.model_name is 'beit'; leave it at"):
         finetune(tmp_path, hf_directories("vit"), "beit")
+
+
+def test_the_checkpoint_names_its_family(tmp_path, hf_directories):
+    finetune(tmp_path, hf_directories("vit"), "auto", {"total_steps": 1})
+    assert checkpoint.read_model_info(tmp_path).model_name == "vit"
 
 
 def test_key_of_another_family(tmp_path):

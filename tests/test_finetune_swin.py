@@ -110,7 +110,7 @@ def equal(a, b):
 
 def test_another_family_is_an_error(trained, tmp_path, train):
     name, workdir, _ = trained
-    with pytest.raises(ValueError, match=f"is a {name}; set config.model_name to it"):
+    with pytest.raises(ValueError, match=f"is a {name}, and config.model_name is 'beit'"):
         train(tmp_path, {"pretrained": str(workdir), "model_name": "beit"})
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.models import attention, beit, cnn, features, vit
+from beit_jax.models import attention, beit, features, vit
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 10, 2, 8
 # small programs compile far longer than they run
@@ -136,7 +136,7 @@ def test_plain_drops_probabilities():
 
 
 def test_names():
-    for family in (beit, vit, cnn):
+    for family in (beit, vit):
         with pytest.raises(ValueError, match="one of auto, plain, xla, cudnn, got 'flash'"):
             family.Model(attention="flash")
 

@@ -32,5 +32,5 @@ def test_package(classifier_directory):
     path = str(classifier_directory)
     found = run(PACKAGE, **{"microsoft/beit-base-patch16-224": path})
     assert found["logits"].shape == (8, 3) and np.std(found["logits"]) > 0
-    assert found["features"].shape == (8, 64) and np.std(found["features"]) > 0
+    assert found["vectors"].shape == (8, 128) and np.std(found["vectors"]) > 0
     assert found["kernel"].shape == (64, 64)

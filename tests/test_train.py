@@ -10,12 +10,13 @@ import signal
 import time
 import types
 
+import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 from scipy import special
 
-from beit_jax import build, checkpoint, report
+from beit_jax import architecture, build, checkpoint, report
 from beit_jax.data import sources
 from beit_jax.tasks import classify
 from beit_jax.train import catch_signals
@@ -71,6 +72,7 @@ def test_files_of_a_run(finished):
         "confusion_matrix.png",
         "curves.png",
         "data.json",
+        "log.txt",
         "metrics.jsonl",
         "mistakes.png",
         "model.json",
@@ -86,6 +88,10 @@ def test_files_of_a_run(finished):
     stored = json.loads((workdir / "results.json").read_text())
     assert stored["num_parameters"] == results["num_parameters"] > 0
     assert stored["images_per_second"] > 0
+    environment = stored["environment"]
+    assert environment["jax"] == jax.__version__ and environment["device_count"] >= 1
+    log = (workdir / "log.txt").read_text()
+    assert f"jax {jax.__version__}" in log and "step 20/20" in log and "accuracy" in log
     for split in ("val", "test"):
         assert {"accuracy", "precision", "recall", "f1", "loss"} <= stored[split].keys()
 
@@ -329,7 +335,7 @@ def test_evaluation_is_of_averaged_parameters(averaged):
     image = np.stack([example["image"] for example in examples])
     label = np.array([example["label"] for example in examples])
     params = checkpoint.load_params(workdir)
-    model = classify.make_model(info)
+    model = architecture.make_model(info)
     logits = np.asarray(classify.classify(model, info, params, image, resized=False), np.float64)
     log_probability = special.log_softmax(logits, -1)[np.arange(100), label]
     assert results["test"]["loss"] == pytest.approx(-log_probability.mean(), rel=1e-5)

@@ -65,21 +65,39 @@ def _open(config, names):
 
 
 def _tell_of_unseen(found):
-    """Warns of classes that are evaluated and never learnt, where labels are known at once."""
+    """Warns, where labels are known at once, of classes that are evaluated and never learnt or
+    learnt and never evaluated; tells which files of a folder are not read."""
     train = found.get("train")
-    if not isinstance(train, sources.FileSource) or train.class_names is None:
+    if not isinstance(train, sources.FileSource):
+        return
+    if train.ignored:
+        ignored = ", ".join(f"{count} {ending}" for ending, count in train.ignored[:8])
+        logging.info("Files of %s that are not read: %s.", train.name, ignored)
+    if train.class_names is None:
         return
     seen = set(train.labels())
     for source in found.values():
         if source.class_names != train.class_names:
             continue  # an error, told by who takes the splits
-        if unseen := sorted(set(source.labels()) - seen):
+        own = set(source.labels())
+        if own - seen:
             logging.warning(
                 "The training split %r has no picture of %s, which %r has: they cannot be learnt.",
                 train.split,
-                ", ".join(source.class_names[i] for i in unseen[:8]) + ", ..." * (len(unseen) > 8),
+                _few(source.class_names, own - seen),
                 source.split,
             )
+        if seen - own:
+            logging.warning(
+                "The split %r has no picture of %s, of which its accuracy says nothing, and which "
+                "count as 0 in the means of precision, recall and F1.",
+                source.split,
+                _few(source.class_names, seen - own),
+            )
+
+
+def _few(names, chosen, most=8):
+    return ", ".join(names[i] for i in sorted(chosen)[:most]) + ", ..." * (len(chosen) > most)
 
 
 def _resident(source, config, mesh):

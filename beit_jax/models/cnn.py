@@ -37,8 +37,6 @@ class CnnConfig:
       hidden_sizes: of the dense layers before the classifier.
       head: "classifier" -> logits [B, K], "none" -> features [B, D].
       dtype: computation type; parameters are float32, logits too.
-      attention, remat, fold, drop_path_mode: as the other families have them; nothing here is
-        changed by them.
     """
 
     FAMILY: ClassVar[str] = "CNN"
@@ -51,23 +49,12 @@ class CnnConfig:
     num_labels: int = 10
     head: str = "classifier"
     dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "none"
-    fold: bool = True
-    drop_path_mode: str = "sample"
 
     def __post_init__(self):
         size = layers.pair_image_size(self)
         for name in ("conv_channels", "hidden_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        layers.expect_one_of(
-            self,
-            head=("classifier", "none"),
-            dtype=layers.DTYPES,
-            remat=layers.REMAT_POLICIES,
-            drop_path_mode=layers.DROP_PATH_MODES,
-            attention=layers.ATTENTIONS,
-        )
+        layers.expect_one_of(self, head=("classifier", "none"), dtype=layers.DTYPES)
         layers.expect(
             self,
             len(size) == 2 and min(self.grid) > 0,

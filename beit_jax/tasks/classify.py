@@ -4,7 +4,6 @@ B batch, H x W picture as stored, S side as the network sees it, C channels, K c
 """
 
 import csv
-import dataclasses
 import functools
 import os
 
@@ -12,16 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import fileio, losses, metrics, modules, plots
+from beit_jax import architecture, fileio, losses, metrics, modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import augment, images, views
-from beit_jax.models import layers
 from beit_jax.pretrained import Pretrained, fit, with_head_for
 from beit_jax.tasks.task import Data, Task
-
-# of config.model; the same weights run with any
-RUNTIME = ("dtype", "attention", "remat", "fold", "drop_path_mode")
 
 
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
@@ -56,7 +51,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         )
     weights = class_weights(config.class_weights, data.class_counts)
     family = modules.load("models", info.model_name)
-    model = make_model(info, **runtime(config))
+    model = architecture.make_model(info, **architecture.runtime(config))
     size, num_classes = model.config.image_size, len(class_names)
 
     def init(rng):
@@ -140,21 +135,6 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
     return np.divide(total, counts, out=np.zeros(len(counts)), where=counts > 0).astype(np.float32)
 
 
-def runtime(config) -> dict:
-    """How the network is computed, which is no part of its architecture; a config of an older run
-    may lack some of it."""
-    found = {key: config.model[key] for key in RUNTIME if key in config.model}
-    if config.lora.rank:
-        found["fold"] = False  # adapters want what a layer is given and what it gives
-    return found
-
-
-def make_model(info: ModelInfo, *, dtype="auto", **runtime):
-    """The network of a model; dtype as of `layers.resolve_dtype`, and more of `RUNTIME`."""
-    family, dtype = modules.load("models", info.model_name), layers.resolve_dtype(dtype)
-    return family.Model(**info.architecture, dtype=dtype, **runtime)
-
-
 def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Array:
     """Logits [B, K] of uint8 pictures [B, H, W, C], prepared as `info.image` says.
 
@@ -214,32 +194,23 @@ def write_confusion_matrix(confusion, class_names, workdir) -> None:
 
 def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
     """The architecture: the checkpoint's or preset's, with single fields of `config.model`."""
-    family = modules.load("models", config.model_name)
+    model_name = architecture.model_name(config, start)
+    family = modules.load("models", model_name)
     if start is None:
-        if config.preset not in family.PRESETS:
-            available = ", ".join(family.PRESETS)
-            raise ValueError(f"Unknown preset {config.preset!r}; available: {available}.")
-        architecture = dict(family.PRESETS[config.preset])
+        fields = architecture.preset(family, config.preset)
     else:
-        if start.model_name != config.model_name:
-            raise ValueError(
-                f"{config.pretrained} is a {start.model_name}; set config.model_name to it."
-            )
-        architecture = family.for_finetuning(start.architecture)
-    overrides = {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
+        fields = family.for_finetuning(start.architecture)
+    overrides = architecture.overrides(config)
     num_labels = overrides.setdefault("num_labels", len(class_names))
     if num_labels != len(class_names):
         raise ValueError(
             f"config.model.num_labels is {num_labels}, {config.data.name} has {len(class_names)} "
             f"classes ({_few(class_names)}); leave num_labels unset to take the number of the data."
         )
-    architecture.update(overrides, head="classifier")
-    architecture = dataclasses.asdict(family.Model(**architecture).config)
-    architecture = {key: value for key, value in architecture.items() if key not in RUNTIME}
     return ModelInfo(
-        model_name=config.model_name,
+        model_name=model_name,
         task="classify",
-        architecture=architecture,
+        architecture=architecture.complete(family, fields | overrides | {"head": "classifier"}),
         class_names=list(class_names),
         image=preprocessor.describe(start.image if start else None, config.image),
         pretrained=config.pretrained or None,

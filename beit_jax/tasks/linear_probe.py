@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import losses, modules, plots, pretrained
+from beit_jax import architecture, losses, modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import views
 from beit_jax.models import features
-from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data, Task
 
 
@@ -32,7 +31,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         raise ValueError("Nothing to probe: set config.pretrained to a checkpoint or a workdir.")
     start = start or pretrained.load(config.pretrained, config.pretrained_revision)
     info, params = frozen_network(config, start, class_names)
-    model = classify.make_model(info, **classify.runtime(config))
+    model = architecture.make_model(info, **architecture.runtime(config))
     size, num_classes = model.config.image_size, len(class_names)
 
     def outputs(frozen, image):
@@ -105,14 +104,14 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
 def frozen_network(config, start, class_names) -> tuple[ModelInfo, dict]:
     """The network to look into, as it was trained, at the resolution of the config."""
     family = modules.load("models", start.info.model_name)
-    architecture = dict(start.info.architecture)
+    fields = dict(start.info.architecture)
     if config.model.image_size is not None:
-        architecture["image_size"] = config.model.image_size
-    old, new = (family.Model(**a).config for a in (start.info.architecture, architecture))
+        fields["image_size"] = config.model.image_size
+    old, new = (family.Model(**a).config for a in (start.info.architecture, fields))
     params = family.adapt_params(start.params, old, new, config.resize_method)
     info = start.info._replace(
         task="linear_probe",
-        architecture=architecture,
+        architecture=fields,
         class_names=list(class_names),
         image=preprocessor.describe(start.info.image, config.image),
         pretrained=config.pretrained,

@@ -3,20 +3,18 @@
 B batch, H x W picture as stored, C channels, N patches, M masked ones.
 """
 
-import dataclasses
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import modules, plots
+from beit_jax import architecture, modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import images, masking, views
 from beit_jax.objectives.objective import Objective, Views
 from beit_jax.pretrained import Pretrained, fit
-from beit_jax.tasks.classify import RUNTIME, make_model, runtime
 from beit_jax.tasks.task import Data, Task
 
 _POSITIONS = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
@@ -104,7 +102,7 @@ def make_parts(config, start=None, info=None):
     objective.check(config)
     if info is None:
         info = _model_info(config, objective, start.info if start else None)
-    model = make_model(info, **runtime(config))
+    model = architecture.make_model(info, **architecture.runtime(config))
     c, patches = config.mask, model.config.grid[0] * model.config.grid[1]
     kind, ratio = c.kind or objective.MASK_KIND, c.ratio or objective.MASK_RATIO
     count = c.num_mask_patches
@@ -230,39 +228,33 @@ def _grid(info):
 
 def _model_info(config, objective, start: ModelInfo | None) -> ModelInfo:
     """The architecture: the checkpoint's or preset's, with what the objective needs."""
-    if config.model_name != "beit":
+    model_name = architecture.model_name(config, start)
+    if model_name != "beit":
         raise ValueError(
-            f"config.model_name is {config.model_name!r}; masked image modelling needs 'beit'."
+            f"The network is of the family {model_name!r}; masked image modelling needs 'beit'."
         )
-    family = modules.load("models", config.model_name)
+    family = modules.load("models", model_name)
     if start is None:
-        if config.preset not in family.PRESETS:
-            available = ", ".join(family.PRESETS)
-            raise ValueError(f"Unknown preset {config.preset!r}; available: {available}.")
-        architecture = {**family.PRESETS[config.preset], **_POSITIONS, "initializer_bound": 1.0}
-    elif start.model_name != config.model_name:
-        raise ValueError(f"{config.pretrained} is a {start.model_name}; expected beit.")
+        fields = architecture.preset(family, config.preset)
+        fields |= {**_POSITIONS, "initializer_bound": 1.0}
     else:
-        architecture = dict(start.architecture)
-    overrides = {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
+        fields = dict(start.architecture)
+    overrides = objective.fields(config) | architecture.overrides(config)
     for key, value in objective.ARCHITECTURE.items():
         if overrides.get(key, value) != value:
             raise ValueError(
                 f"config.objective {config.objective!r} needs config.model.{key}={value}, "
                 f"got {overrides[key]}."
             )
-    given = objective.fields(config) | overrides
-    architecture = {**architecture, **given, **objective.ARCHITECTURE}
-    architecture = dataclasses.asdict(family.Model(**architecture).config)
-    architecture = {key: value for key, value in architecture.items() if key not in RUNTIME}
-    if architecture["early_layers"] and architecture["head"] != "mim":
+    fields = architecture.complete(family, fields | overrides | objective.ARCHITECTURE)
+    if fields["early_layers"] and fields["head"] != "mim":
         raise ValueError(
             f"config.model.early_layers is for config.objective 'tokens', not {config.objective!r}."
         )
     return ModelInfo(
-        model_name=config.model_name,
+        model_name=model_name,
         task="pretrain",
-        architecture=architecture,
+        architecture=fields,
         class_names=None,
         image=preprocessor.describe(start.image if start else None, config.image),
         pretrained=config.pretrained or None,

@@ -3,7 +3,6 @@
 B batch, H x W picture as stored, N tokens, F width of the teacher's features.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from beit_jax import modules, plots, pretrained
+from beit_jax import architecture, modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import views
-from beit_jax.models import features, layers
-from beit_jax.tasks import classify
+from beit_jax.models import features
 from beit_jax.tasks.task import Data, Task
 from beit_jax.tokenizers.trainer import summarize
 
@@ -42,10 +40,11 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
             f"got {config.accumulate_steps}."
         )
     family = modules.load("tokenizers", info.model_name if info else config.tokenizer_name)
-    teacher = load_teacher(config.teacher, **classify.runtime(config)) if config.teacher else None
+    runtime = architecture.runtime(config)
+    teacher = load_teacher(config.teacher, **runtime) if config.teacher else None
     if info is None:
         info = _model_info(config, family, teacher)
-    model = _make_model(config, family, info)
+    model = architecture.make_model(info, package="tokenizers", **runtime)
     size, resized = model.config.image_size, data.resized
     if teacher and teacher.grid != model.config.grid:
         raise ValueError(
@@ -150,7 +149,7 @@ def load_teacher(source: str, **runtime) -> Teacher:
       FileNotFoundError, ValueError: as `pretrained.load`; or the network has no such tokens.
     """
     start = pretrained.load(source)
-    model = classify.make_model(start.info, **runtime)
+    model = architecture.make_model(start.info, **runtime)
     config = model.config
 
     def last_layer(params, image):
@@ -171,39 +170,17 @@ def load_teacher(source: str, **runtime) -> Teacher:
     return Teacher(start.params, start.info.image, size, config.grid, shape[2], last_layer)
 
 
-def _make_model(config, family, info):
-    """The network; a convolutional one has neither attention nor remat."""
-    runtime = classify.runtime(config) | {"dtype": layers.resolve_dtype(config.model.dtype)}
-    known = _fields(family)
-    return family.Model(**info.architecture, **{k: v for k, v in runtime.items() if k in known})
-
-
-def _fields(family):
-    return {field.name for field in dataclasses.fields(family.Model().config)}
-
-
 def _model_info(config, family, teacher: Teacher | None) -> ModelInfo:
-    """The architecture of the preset, with what the config says."""
-    if config.preset not in family.PRESETS:
-        available = ", ".join(family.PRESETS)
-        raise ValueError(f"Unknown preset {config.preset!r}; available: {available}.")
-    overrides = {
-        key: value
-        for key, value in config.model.items()
-        if value is not None and key not in classify.RUNTIME
-    }
-    if teacher and "teacher_dim" in _fields(family):
-        overrides["teacher_dim"] = teacher.width
-    architecture = {**family.PRESETS[config.preset], **overrides}
-    architecture = dataclasses.asdict(family.Model(**architecture).config)
-    for key in classify.RUNTIME:
-        architecture.pop(key, None)
+    """The architecture of the preset, with what the config and the teacher say."""
+    fields = architecture.preset(family, config.preset) | architecture.overrides(config)
+    if teacher and config.tokenizer_name == "vq":
+        fields["teacher_dim"] = teacher.width
     interpolation = config.tokenizer_interpolation or "lanczos"
     unit = {"mean": (0.0,), "std": (1.0,), "interpolation": interpolation}
     return ModelInfo(
         model_name=config.tokenizer_name,
         task="train_tokenizer",
-        architecture=architecture,
+        architecture=architecture.complete(family, fields),
         class_names=None,
         image=preprocessor.describe(config.image, unit),
         pretrained=config.teacher or None,

@@ -1,0 +1,72 @@
+"""The architecture of a network: a checkpoint's or a preset's, with single fields of the config."""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+from beit_jax import modules
+from beit_jax.checkpoint import ModelInfo
+from beit_jax.models import layers
+
+# of config.model; the same weights run with any
+RUNTIME = ("dtype", "attention", "remat", "fold", "drop_path_mode")
+
+
+def model_name(config, start: ModelInfo | None) -> str:
+    """The family that the config names, or where it leaves that open the checkpoint's, or beit.
+
+    Raises:
+      ValueError: the checkpoint is of another family.
+    """
+    if start is None:
+        return "beit" if config.model_name == "auto" else config.model_name
+    if config.model_name not in ("auto", start.model_name):
+        raise ValueError(
+            f"{config.pretrained} is a {start.model_name}, and config.model_name is "
+            f"{config.model_name!r}; leave it at 'auto' to take the checkpoint's."
+        )
+    return start.model_name
+
+
+def preset(family: ModuleType, name: str) -> dict[str, Any]:
+    """The keyword arguments of a preset; raises ValueError where there is none of that name."""
+    if name not in family.PRESETS:
+        available = ", ".join(family.PRESETS)
+        raise ValueError(f"Unknown preset {name!r}; available: {available}.")
+    return dict(family.PRESETS[name])
+
+
+def overrides(config) -> dict[str, Any]:
+    """What the config says of the architecture."""
+    return {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
+
+
+def complete(family: ModuleType, architecture: dict[str, Any]) -> dict[str, Any]:
+    """All fields of an architecture, checked, but how it is computed.
+
+    Raises:
+      ValueError: the family has no such architecture.
+    """
+    fields = dataclasses.asdict(family.Model(**architecture).config)
+    return {key: value for key, value in fields.items() if key not in RUNTIME}
+
+
+def runtime(config) -> dict[str, Any]:
+    """How the network is computed, which is no part of its architecture; a config of an older run
+    may lack some of it."""
+    found = {key: config.model[key] for key in RUNTIME if key in config.model}
+    if config.lora.rank:
+        found["fold"] = False  # adapters want what a layer is given and what it gives
+    return found
+
+
+def make_model(info: ModelInfo, *, dtype="auto", package="models", **runtime):
+    """The network of a model, of a `package` of families.
+
+    `dtype` is as of `layers.resolve_dtype`; what else of `RUNTIME` the family does not have, such
+    as attention of convolutions, changes nothing.
+    """
+    family = modules.load(package, info.model_name)
+    known = {field.name for field in dataclasses.fields(family.Model().config)}
+    runtime = {key: value for key, value in runtime.items() if key in known}
+    return family.Model(**info.architecture, dtype=layers.resolve_dtype(dtype), **runtime)
