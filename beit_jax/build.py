@@ -1,5 +1,6 @@
 """The parts of a run, built as its config describes them."""
 
+import logging
 import re
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from beit_jax import state as states
 from beit_jax.models import layers
 from beit_jax.steps import to_steps
 from beit_jax.tasks.task import Data
+
+FEW_STEPS = 100
 
 
 class Plan(NamedTuple):
@@ -133,15 +136,26 @@ def make_plan(config, num_examples: int) -> Plan:
       ValueError: a batch is more than there is, or the warm-up longer than the run.
     """
     if config.batch_size > num_examples:
+        size = max(2 ** int(np.log2(num_examples)) // 8, 1)
+        rate = config.optim.learning_rate * size / config.batch_size
         raise ValueError(
             f"config.batch_size is {config.batch_size}, and {config.data.train!r} of "
-            f"{config.data.name} has {num_examples} pictures; expected at most as many: set a "
-            "smaller config.batch_size, and config.optim.learning_rate in proportion."
+            f"{config.data.name} has {num_examples} pictures; expected at most as many: set "
+            f"--config.batch_size={size}, and with it perhaps, in proportion, "
+            f"--config.optim.learning_rate={rate:.2g}."
         )
     steps_per_epoch = num_examples / config.batch_size
     total_steps = config.total_steps
     if total_steps is None:
         total_steps = max(1, round(config.num_epochs * steps_per_epoch))
+        if total_steps < FEW_STEPS:
+            logging.warning(
+                "%d steps are few to learn from: a smaller config.batch_size than %d, or more than "
+                "%g config.num_epochs, makes more of them.",
+                total_steps,
+                config.batch_size,
+                config.num_epochs,
+            )
 
     def steps(duration, name):
         return to_steps(

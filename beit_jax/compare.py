@@ -3,8 +3,9 @@
 Writes DIR/comparison.md, .csv and .png: accuracy with its confidence interval, curves, parameters,
 memory and speed, side by side. NAME=WORKDIR,WORKDIR,... are runs of one kind (seeds, folds), of
 which the mean is taken. Low and high are a 95 % interval: Wilson's of one run, Student's of the
-mean of several. `--run "NAME: FLAGS"` first makes a run, or goes on with it, in DIR/NAME: FLAGS are
-those of main.py, after the ones given by --common.
+mean of several; of the test, or of the validation with `--split val` or where there is no test.
+`--run "NAME: FLAGS"` first makes a run, or goes on with it, in DIR/NAME: FLAGS are those of
+main.py, after the ones given by --common.
 """
 
 import argparse
@@ -72,15 +73,16 @@ _FIX = "Restore it, or leave that run out"
 _INTERVALS = "Low and high: 95 % interval, Wilson's of one run, Student's of the mean of several."
 
 
-def read(name: str, workdirs: list[str]) -> Row:
-    """The row of one or several finished runs of one kind.
+def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
+    """The row of one or several finished runs of one kind, by their test or validation; None is the
+    test where there is one.
 
     Raises:
       FileNotFoundError: a run has no results yet.
       ValueError: results.json or data.json is damaged, or there is no accuracy.
     """
     results = [_results(workdir) for workdir in workdirs]
-    tests = [_evaluated(workdir, r) for workdir, r in zip(workdirs, results, strict=True)]
+    tests = [_evaluated(workdir, r, split) for workdir, r in zip(workdirs, results, strict=True)]
     if len(splits := {test["split"] for test in tests}) > 1:
         raise ValueError(f"{name}: some of these runs have a test and some a validation only.")
     accuracy = np.array([test["accuracy"] for test in tests])
@@ -133,15 +135,17 @@ def _pictures(workdir, split):
     return content and content.get(split)
 
 
-def _evaluated(workdir, results):
-    measured = {s: results[s] for s in ("test", "val") if isinstance(results.get(s), dict)}
+def _evaluated(workdir, results, split):
+    splits = (split,) if split else ("test", "val")
+    measured = {s: results[s] for s in splits if isinstance(results.get(s), dict)}
     for split, metrics in measured.items():
         if all(isinstance(metrics.get(name), int | float) for name in _ACCURACY):
             return metrics | {"split": split}
-    found = [f"{', '.join(list(metrics)[:4])} of {s}" for s, metrics in measured.items()]
+    found = [f"only {', '.join(list(metrics)[:4])} of {s}" for s, metrics in measured.items()]
+    found.append(f"no {split or 'evaluation'}")
     raise ValueError(
         f"{workdir} has no accuracy with an interval: only classifiers can be compared, and it has "
-        f"{'only ' + found[0] if found else 'no evaluation'}."
+        f"{found[0]}."
     )
 
 
@@ -166,14 +170,14 @@ def write(rows: list[Row], directory: str) -> None:
     path = os.path.join(directory, "comparison")
     header, *lines = table(rows)
     splits = " and ".join(sorted({row.split for row in rows}))
-    with open(f"{path}.md", "w", encoding="utf-8") as file:
+    with fileio.writing(f"{path}.md") as file:
         ruler = ["---", *["---:"] * (len(header) - 1)]
         for line in (header, ruler, *lines):
             file.write(f"| {' | '.join(line)} |\n")
         file.write(f"\nAccuracy on {splits}. {_INTERVALS}\n")
         if len({row.pictures for row in rows if row.pictures}) > 1:
             file.write("\nNot all rows were measured on the same pictures.\n")
-    with open(f"{path}.csv", "w", newline="", encoding="utf-8") as file:
+    with fileio.writing(f"{path}.csv") as file:
         writer = csv.writer(file)
         fields = [field for field in Row._fields if field not in ("curve", "pictures")]
         writer.writerow(fields)
@@ -223,6 +227,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("workdirs", nargs="*", metavar="NAME=WORKDIR")
     parser.add_argument("--out", required=True, help="a directory")
+    parser.add_argument("--split", choices=["test", "val"], help="that is compared")
     parser.add_argument("--run", action="append", default=[], metavar="NAME: FLAGS")
     parser.add_argument("--common", default="", metavar="FLAGS", help="of every --run")
     args = parser.parse_args(argv)
@@ -236,7 +241,7 @@ def main(argv=None) -> int:
             run(name, shlex.split(args.common) + shlex.split(flags), runs[name][0])
         if not runs:
             raise ValueError("Nothing to compare: give NAME=WORKDIR, or --run.")
-        rows = [read(name, workdirs) for name, workdirs in runs.items()]
+        rows = [read(name, workdirs, args.split) for name, workdirs in runs.items()]
         if len({row.split for row in rows}) > 1:
             found = ", ".join(f"{row.name}: {row.split}" for row in rows)
             raise ValueError(f"The runs are not measured on the same split: {found}.")

@@ -213,7 +213,10 @@ def fingerprint(params: Flat) -> int:
 def absolute(base: str) -> str:
     """A base that is here, as it is found from other directories, too; of the Hub, its id."""
     path = os.path.expanduser(base)
-    return os.path.abspath(path) if os.path.exists(path) else base
+    workdir, at, step = path.rpartition("@")
+    if os.path.exists(path) or not os.path.exists(workdir):
+        workdir, at, step = path, "", ""
+    return f"{os.path.abspath(workdir)}{at}{step}" if os.path.exists(workdir) else base
 
 
 def check_shapes(adapters: Flat, params: Flat, base: str) -> None:

@@ -26,14 +26,20 @@ class Pretrained(NamedTuple):
 def load(source: str, revision: str = "") -> Pretrained:
     """Reads a workdir of ours, or any checkpoint that `convert.load` knows.
 
+    Args:
+      source: the workdir, of which the best step is read, or WORKDIR@latest or WORKDIR@STEP; or a
+        directory, file or hub id.
+      revision: of a hub id.
+
     Raises:
       FileNotFoundError, ValueError: as `convert.load`.
     """
     source = os.path.expanduser(source)
-    if os.path.exists(os.path.join(source, "model.json")):
+    workdir, step = _workdir_and_step(source)
+    if workdir:
         if revision:
             raise ValueError(f"{source} is a workdir, which has no revision {revision!r}.")
-        return load_workdir(source)
+        return load_workdir(workdir, step)
     if os.path.isdir(os.path.join(source, "checkpoints")):
         raise FileNotFoundError(
             f"{source} is a workdir whose run has not come to a model yet: let it train first."
@@ -52,6 +58,20 @@ def load(source: str, revision: str = "") -> Pretrained:
         pretrained=loaded.source,
     )
     return Pretrained(loaded.params, info)
+
+
+def _workdir_and_step(source: str) -> tuple[str | None, str | int]:
+    """The workdir that a source is or begins with, and which step of it; None where it is none."""
+    if os.path.exists(os.path.join(source, "model.json")):
+        return source, "best"
+    workdir, _, step = source.rpartition("@")
+    if not os.path.exists(os.path.join(workdir, "model.json")):
+        return None, "best"
+    if step in ("best", "latest"):
+        return workdir, step
+    if step.isdecimal():
+        return workdir, int(step)
+    raise ValueError(f"{source} ends in @{step}; expected @best, @latest or @ and a number.")
 
 
 def load_classifier(source: str) -> Pretrained:

@@ -1,24 +1,35 @@
 """Fine-tunes a BEiT checkpoint on pictures of your own, one folder per class.
 
     python main.py --config=configs/image_folder.py:PATH --workdir=workdirs/mine
+    python main.py --config=configs/image_folder.py:PATH,lora --workdir=workdirs/adapted
 
 PATH holds `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`, or is a CSV file with the
 columns image and label, and perhaps split. Classes are the folders' names. Splits of its own are
 kept: train, val and test; of train and one other, that one is the test and a tenth of train is for
-validation. Otherwise pictures are split 80 % / 10 % / 10 %, the same way on every machine. A few
-hundred pictures are enough. Defaults after BEiT's own fine-tuning from a checkpoint that was
-fine-tuned before.
+validation. Otherwise pictures are split 80 % / 10 % / 10 %, the same way on every machine. With
+fewer than some thousand pictures a smaller --config.batch_size leaves enough steps.
+
+The whole network is trained, after BEiT's own fine-tuning from a checkpoint that was fine-tuned
+before. `,lora`, `,bias` and `,head` train a part of it, at the higher learning rates that parts
+want; `,pretrained` is for a checkpoint that has seen no labels yet, such as a run of
+configs/pretrain.py: BEiT's rate for that (4e-3 for 1024 pictures of a batch) and layer decay, and
+more epochs. None of these rates was chosen on data here.
 """
 
 from configs import common
 
+_HOW = ("lora", "bias", "head", "pretrained")
+
 
 def get_config(arg=None):
-    """`arg`: the folder or CSV file."""
+    """`arg`: the folder or CSV file, and perhaps lora, bias, head or pretrained."""
+    path, _, how = (arg or "").rpartition(",")
+    if how not in _HOW:
+        path, how = arg or "", ""
     config = common.get_config()
-    config.data.name = f"folder:{arg}" if arg else "folder:"
+    config.data.name = f"folder:{path}"
     config.pretrained = "microsoft/beit-base-patch16-224"
-    config.data.train, config.data.val, config.data.test = common.folder_splits(arg)
+    config.data.train, config.data.val, config.data.test = common.folder_splits(path)
 
     config.batch_size = 64
     config.num_epochs = 20.0
@@ -34,4 +45,21 @@ def get_config(arg=None):
     config.optim.weight_decay = 0.05
     config.optim.layer_decay = 0.85
     config.optim.clip_norm = 1.0
+    if how == "pretrained":
+        config.num_epochs = 50.0
+        config.optim.learning_rate = 2.5e-4
+        config.optim.layer_decay = 0.65
+    elif how:
+        _train_a_part(config, how)
     return config
+
+
+def _train_a_part(config, how):
+    config.model.drop_path_rate = 0.0
+    config.optim.layer_decay = 1.0
+    config.optim.weight_decay = 0.0
+    config.optim.learning_rate = {"lora": 5e-4, "bias": 1e-3, "head": 5e-3}[how]
+    if how == "lora":
+        config.lora.rank = 16
+    else:
+        config.trainable = how

@@ -3,9 +3,9 @@
     python main.py --config=configs/linear_probe.py:DATA --config.pretrained=RUN --workdir=DIR
 
 DATA is digits, cifar10, cifar100, imagenet2012 or folder=PATH. AdamW with
-weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024, 100 epochs, random
-resized crops and flips. results.json has the accuracy of each layer. `python -m beit_jax.knn` asks
-the same of the nearest neighbours, without training.
+weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024 (64 of a folder),
+100 epochs, random resized crops and flips. results.json has the accuracy of each layer.
+`python -m beit_jax.knn` asks the same of the nearest neighbours, without training.
 """
 
 from configs import common
@@ -35,9 +35,9 @@ def get_config(arg=None):
 
     config.augment.crop = "rrc"
     config.augment.flip = 0.0 if arg == "digits" else 0.5
-    config.batch_size = 1024
+    config.batch_size = 64 if kind == "folder" else 1024
     config.num_epochs = 100.0
     config.optim.name = "adamw"
-    config.optim.learning_rate = 4e-3
+    config.optim.learning_rate = 1e-3 * config.batch_size / 256
     config.optim.weight_decay = 1e-4
     return config

@@ -66,6 +66,18 @@ def test_other_pictures_are_told(tmp_path, make_run, capsys):
     assert told not in capsys.readouterr().out
 
 
+def test_the_validation_is_compared_where_it_is_asked_for(tmp_path, make_run, capsys):
+    """Which is what a choice between runs should go by."""
+    val = {"accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.7}
+    both, tested = make_run("both", 0.8, val=val), make_run("tested", 0.8)
+    assert compare.read("both", [both]).accuracy == 0.8
+    row = compare.read("both", [both], "val")
+    assert (row.accuracy, row.low, row.high, row.split) == (0.6, 0.5, 0.7, "val")
+    arguments = [both, tested, "--split", "val", "--out", str(tmp_path / "out")]
+    assert compare.main(arguments) == 2
+    assert "tested has no accuracy with an interval" in capsys.readouterr().err
+
+
 def test_several_runs_are_one_row(make_run):
     accuracy = [0.80, 0.84, 0.88]
     workdirs = [make_run(f"fold{i}", a, split="val") for i, a in enumerate(accuracy)]

@@ -1,17 +1,19 @@
 """The main job: from a checkpoint of others, over fine-tuning, to predictions and back."""
 
 import csv
+import functools
 import json
 import os
 import shutil
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 from PIL import Image
 
-from beit_jax import checkpoint, convert, fileio, predict, report, train
+from beit_jax import checkpoint, convert, fileio, predict, pretrained, report, train
 from configs import image_folder
 
 torch = pytest.importorskip("torch")
@@ -120,6 +122,48 @@ def test_overrides_and_resolution(tmp_path, picture_folder, hf_directory, caplog
     assert "positions resized from (4, 4) to (6, 6) by unilm" in caplog.text
     table = params_of(tmp_path)["layer_1/attention/relative_position_bias_table"]
     assert table.shape == (11 * 11 + 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("", {"optim.learning_rate": 5e-5, "optim.layer_decay": 0.85, "lora.rank": 0}),
+        ("lora", {"lora.rank": 16, "optim.layer_decay": 1.0, "trainable": "all"}),
+        ("head", {"trainable": "head", "model.drop_path_rate": 0.0}),
+        ("bias", {"trainable": "bias"}),
+        ("pretrained", {"optim.layer_decay": 0.65, "trainable": "all", "num_epochs": 50}),
+        ("other", {"optim.learning_rate": 5e-5, "trainable": "all"}),  # is a folder's name
+    ],
+)
+def test_what_is_trained_is_an_argument(how, expected):
+    config = image_folder.get_config(f"some,where,{how}" if how else "some,where")
+    found = {key: functools.reduce(getattr, key.split("."), config) for key in expected}
+    assert found == expected
+    suffix = ",other" if how == "other" else ""
+    assert config.data.name == f"folder:some,where{suffix}"
+    if how not in ("", "other"):
+        assert config.optim.learning_rate > 1e-4
+
+
+def test_few_steps_are_told(tmp_path, picture_folder, hf_directory, caplog):
+    few = {"total_steps": None, "num_epochs": 2.0}
+    finetune(tmp_path, picture_folder, hf_directory, STILL | few)
+    assert "steps are few to learn from" in caplog.text
+
+
+def test_a_step_of_a_workdir(tmp_path, picture_folder, hf_directory):
+    changes = {"optim.learning_rate": 1e-2, "total_steps": 4, "save_every": "2", "keep_last": 3}
+    finetune(tmp_path / "run", picture_folder, hf_directory, changes | {"eval_every": "2"})
+    for step in ("best", "latest", 2):
+        expected = checkpoint.load_params(tmp_path / "run", step)
+        found = pretrained.load(f"{tmp_path / 'run'}@{step}").params
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    a, b = (pretrained.load(f"{tmp_path / 'run'}@{step}").params for step in (2, 4))
+    assert not np.array_equal(a["classifier"]["kernel"], b["classifier"]["kernel"])
+    with pytest.raises(ValueError, match="ends in @newest; expected @best, @latest or @ and a"):
+        pretrained.load(f"{tmp_path / 'run'}@newest")
+    with pytest.raises(FileNotFoundError, match="has no step 3; available: 2, 4"):
+        pretrained.load(f"{tmp_path / 'run'}@3")
 
 
 def test_other_classes_get_a_new_head(tmp_path, picture_folder, hf_directory, caplog):

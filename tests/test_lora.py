@@ -236,6 +236,15 @@ def test_the_base_is_found_from_other_directories(
         pretrained.load(str(workdir))
 
 
+def test_a_step_of_a_workdir_is_a_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "with@sign").mkdir()
+    assert lora.absolute("run@latest") == f"{tmp_path / 'run'}@latest"
+    assert lora.absolute("with@sign") == str(tmp_path / "with@sign")
+    assert lora.absolute("someone/model@x") == "someone/model@x"
+
+
 def test_resume_is_exact(tmp_path, adapted, picture_folder, hf_directory):
     """The last checkpoint lost, the same command goes on from the one before, to the same bits."""
     again = tmp_path / "again"

@@ -10,8 +10,9 @@ import pytest
 from flax import linen as nn
 from sklearn.neighbors import KNeighborsClassifier
 
-from beit_jax import checkpoint, knn, pretrained, train
+from beit_jax import checkpoint, compare, knn, pretrained, train
 from beit_jax.data import sources
+from beit_jax.metrics import wilson_interval
 from beit_jax.models import beit, features
 from configs import image_folder, linear_probe
 
@@ -210,6 +211,14 @@ def test_knn_with_a_bad_picture(tmp_path, start, workdir, picture_folder):
     features, labels = knn.extract(pretrained.load(str(workdir)), source, batch_size=16)
     np.testing.assert_array_equal(labels, np.delete(source.labels(), bad))
     assert all(x.shape == (60, 32) for x in features)
+
+
+def test_probes_can_be_compared(workdir, tmp_path):
+    results = probe(tmp_path / "probe", workdir)
+    row = compare.read("probe", [str(tmp_path / "probe")])
+    assert row.accuracy == results["test"]["accuracy"]
+    expected = wilson_interval(row.accuracy, results["test"]["count"])
+    assert (row.low, row.high) == pytest.approx(expected)
 
 
 def test_knn_with_no_picture_left(tmp_path, workdir, capsys):

@@ -14,6 +14,7 @@ from beit_jax import architecture, losses, modules, plots, pretrained
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import views
+from beit_jax.metrics import wilson_interval
 from beit_jax.models import features
 from beit_jax.tasks.task import Data, Task
 
@@ -126,19 +127,24 @@ def summarize(sums) -> dict:
     layers = {f"accuracy_layer_{i}": float(value) for i, value in enumerate(accuracy)}
     layers |= {f"loss_layer_{i}": float(value) for i, value in enumerate(loss)}
     return {
-        "accuracy": float(accuracy[best]),
-        "loss": float(loss[best]),
+        **_of_layer(layers | {"count": float(sums["count"])}, best),
         "best_layer": best,
         "count": float(sums["count"]),
         **layers,
     }
 
 
+def _of_layer(metrics, layer) -> dict[str, float]:
+    """Accuracy, with its 95 % interval, and loss of one layer."""
+    accuracy, loss = (metrics[f"{key}_layer_{layer}"] for key in ("accuracy", "loss"))
+    low, high = wilson_interval(accuracy, metrics["count"])
+    return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "loss": loss}
+
+
 def choose(validation: dict, test: dict) -> dict:
     """The test of the layer that is best in the validation."""
     best = validation["best_layer"]
-    chosen = {key: test[f"{key}_layer_{best}"] for key in ("accuracy", "loss")}
-    return {**test, **chosen, "best_layer": best}
+    return {**test, **_of_layer(test, best), "best_layer": best}
 
 
 def draw(workdir, metrics, outputs, split, params, model_state) -> None:
