@@ -160,6 +160,22 @@ def test_export_of_a_run_is_a_huggingface_model(runs, tokenizer, tmp_path):
     assert convert.load(tmp_path / "hf").architecture["head"] == "mim"
 
 
+@pytest.mark.parametrize("objective", ["simmim", "mae", "data2vec"])
+def test_export_of_what_predicts_no_tokens_is_the_network(objective, runs, tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from beit_jax.convert import __main__ as command
+
+    workdir, _ = runs(objective)
+    assert command.main(["to-hf", str(workdir), str(tmp_path / "hf"), "--verify"]) == 0
+    assert "note: the network alone is written" in capsys.readouterr().out
+    loaded, params = convert.load(tmp_path / "hf"), pretrained.load(str(workdir)).params
+    assert loaded.architecture["head"] == "none"
+    expected = {"pooler_layernorm": params["lm_layernorm"], "layer_1": params["layer_1"]}
+    found = {name: loaded.params[name] for name in expected}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs, capsys):
     rng = np.random.default_rng(0)
     for i in range(12):

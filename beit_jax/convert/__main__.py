@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from beit_jax import checkpoint, convert, errors, lora, pretrained
-from beit_jax.convert import files, peft, preprocessor, verify
+from beit_jax.convert import beit, files, peft, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
 _TOLERANCE = 1e-4
@@ -102,10 +102,14 @@ def _to_hf(args) -> int:
     if args.verify:
         verify.check_installed()
     params, info = pretrained.load_workdir(args.workdir, args.step)
+    architecture = info.architecture
+    if info.task == "pretrain" and architecture["head"] == "tokens":
+        params, architecture = beit.backbone(params, architecture)
+        print("note: the network alone is written, without what predicted pixels or features")
     convert.save_hf(
         args.dst,
         params,
-        info.architecture,
+        architecture,
         info.class_names,
         info.image,
         model_name=info.model_name,
@@ -114,7 +118,7 @@ def _to_hf(args) -> int:
     print(f"{args.dst}: written")
     if not args.verify:
         return 0
-    difference = verify.max_difference(args.dst, params, info.architecture)
+    difference = verify.max_difference(args.dst, params, architecture)
     is_same = difference <= _TOLERANCE
     verdict = "ok" if is_same else "too large"
     print(f"largest difference from transformers: {difference:.3g} ({verdict})")

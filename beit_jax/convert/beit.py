@@ -211,6 +211,18 @@ def _without_aggregation(params: Mapping[str, Any], architecture: Mapping[str, A
     return params, {**architecture, "early_layers": 0}
 
 
+def backbone(params: Mapping[str, Any], architecture: Mapping[str, Any]):
+    """Parameters and architecture, with head "none", of what simmim, mae and data2vec pre-trained.
+
+    What predicted pixels or features is left out. The norm before it becomes that of the mean of
+    all patches, where the network reads that.
+    """
+    kept = {k: tree for k, tree in params.items() if k not in ("decoder", "lm_layernorm")}
+    if architecture["use_mean_pooling"]:
+        kept["pooler_layernorm"] = params["lm_layernorm"]
+    return kept, {**architecture, "head": "none"}
+
+
 HF_CLASSES = {
     "classifier": "BeitForImageClassification",
     "mim": "BeitForMaskedImageModeling",
