@@ -1,6 +1,9 @@
-"""ViT, DeiT, MAE and data2vec-vision of transformers: logits, both directions, what is refused."""
+"""ViT, DeiT, MAE and data2vec-vision of transformers, and ViTs in names of timm: logits, both
+directions, what is refused."""
 
 import json
+import pathlib
+import tempfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -254,3 +257,99 @@ def test_config_json_defaults_are_those_of_transformers():
     for key in vit._DEFAULTS:
         assert ours[key] == getattr(theirs, key), key
     assert ours["image_size"] == (theirs.image_size, theirs.image_size)
+
+
+def timm_names(model):
+    """The state of a ViT or DeiT of transformers under timm's names, written out here anew."""
+    state = {name.partition(".")[2] if name.startswith(("vit.", "deit.")) else name: x
+             for name, x in saved_state(model).items()}  # fmt: skip
+    found = {
+        "cls_token": state.pop("embeddings.cls_token"),
+        "pos_embed": state.pop("embeddings.position_embeddings"),
+    }
+    if "embeddings.distillation_token" in state:
+        found["dist_token"] = state.pop("embeddings.distillation_token")
+    for kind in ("weight", "bias"):
+        projection = "embeddings.patch_embeddings.projection"
+        found[f"patch_embed.proj.{kind}"] = state.pop(f"{projection}.{kind}")
+        found[f"norm.{kind}"] = state.pop(f"layernorm.{kind}")
+        for theirs, name in (("head", "classifier"), ("head", "cls_classifier")):
+            if f"{name}.{kind}" in state:
+                found[f"{theirs}.{kind}"] = state.pop(f"{name}.{kind}")
+        if f"distillation_classifier.{kind}" in state:
+            found[f"head_dist.{kind}"] = state.pop(f"distillation_classifier.{kind}")
+        for i in range(model.config.num_hidden_layers):
+            layer, block = f"encoder.layer.{i}", f"blocks.{i}"
+            parts = [
+                state.pop(f"{layer}.attention.attention.{x}.{kind}")
+                for x in ("query", "key", "value")
+                if f"{layer}.attention.attention.{x}.{kind}" in state
+            ]
+            if parts:
+                found[f"{block}.attn.qkv.{kind}"] = np.concatenate(parts)
+            for theirs, name in (
+                ("norm1", "layernorm_before"),
+                ("attn.proj", "attention.output.dense"),
+                ("norm2", "layernorm_after"),
+                ("mlp.fc1", "intermediate.dense"),
+                ("mlp.fc2", "output.dense"),
+            ):
+                found[f"{block}.{theirs}.{kind}"] = state.pop(f"{layer}.{name}.{kind}")
+    assert not state
+    return {name: np.ascontiguousarray(x) for name, x in found.items()}
+
+
+def saved_state(model):
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return tensors_of(pathlib.Path(directory))
+
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 2, "layer_norm_eps": 1e-6}  # heads of 64
+
+
+@pytest.mark.parametrize("name", ["vit", "dino", "deit", "deit, teacher"])
+def test_names_of_timm(tmp_path, name):
+    model = hf_model(name, **WIDE)
+    tensors = timm_names(model)
+    safetensors.numpy.save_file(tensors, tmp_path / "timm.safetensors")
+    loaded = convert.load(tmp_path / "timm.safetensors")
+    assert loaded.model_name == "vit" and loaded.architecture["num_attention_heads"] == 2
+    image = pictures(loaded)
+    expected = torch_output(model, image)
+    np.testing.assert_allclose(our_output(loaded, image), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_norm_of_the_mean_and_a_decoder_in_names_of_timm(tmp_path):
+    """MAE's files: the encoder alone is read; fine-tuned, its norm comes after the mean."""
+    tensors = timm_names(hf_model("dino", **WIDE))
+    decoder = {
+        name: np.zeros((1, 17, 8), np.float32) for name in ("decoder_pos_embed", "mask_token")
+    }
+    path = tmp_path / "mae.safetensors"
+    safetensors.numpy.save_file(tensors | decoder | {"decoder_norm.bias": np.zeros(8)}, path)
+    loaded = convert.load(path)
+    assert loaded.architecture["use_sincos_position_embeddings"]
+    tuned = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: x
+             for name, x in tensors.items()}  # fmt: skip
+    safetensors.numpy.save_file(tuned, path)
+    pooled = convert.load(path)
+    assert pooled.architecture["use_mean_pooling"]
+    expected = loaded.params["layernorm"]
+    np.testing.assert_array_equal(pooled.params["pooler_layernorm"]["scale"], expected["scale"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reg_token": (1, 4, 128)}, "unexpected: reg_token"),
+        ({"pos_embed": (1, 16, 128)}, "wrong shape: pos_embed"),
+        ({"pos_embed": (16,)}, "the architecture is read off"),
+    ],
+)
+def test_what_timm_has_beyond(tmp_path, changes, message):
+    tensors = timm_names(hf_model("vit", **WIDE))
+    tensors |= {name: np.zeros(shape, np.float32) for name, shape in changes.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "timm.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert.load(tmp_path / "timm.safetensors")

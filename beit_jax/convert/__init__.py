@@ -1,8 +1,9 @@
 """Weights of others in, weights of ours out.
 
-`load` reads HuggingFace, and BEiTs of FlaxBeit, unilm and timm; `save_hf` writes a directory
-for HuggingFace's `from_pretrained`. Every array is accounted for, in both directions, or an error
-lists what is not. From a shell: `python -m beit_jax.convert`.
+`load` reads HuggingFace, BEiTs of FlaxBeit and unilm, and timm's BEiTs and ViTs, whose names the
+original DeiT, DINO and MAE have, too; `save_hf` writes a directory for HuggingFace's
+`from_pretrained`. Every array is accounted for, in both directions, or an error lists what is not.
+From a shell: `python -m beit_jax.convert`.
 """
 
 import os
@@ -89,7 +90,7 @@ def load(
     """
     label = f"{source}@{revision}" if revision else str(source)
     tensors, config, processor = files.read(source, revision=revision)
-    model_name = _family(config)
+    model_name = _family(config, tensors)
     family = modules.load("convert", model_name)
     architecture = family.architecture_of(tensors, config, **overrides)
     params, unfilled = family.to_params(tensors, architecture, drop=drop, reset=reset, label=label)
@@ -148,8 +149,10 @@ def save_hf(
     files.write(dst, tensors, config, processor)
 
 
-def _family(config) -> str:
-    model_type = (config or {}).get("model_type", "beit")  # unilm and timm have none
+def _family(config, tensors) -> str:
+    model_type = (config or {}).get("model_type")
+    if model_type is None:  # of unilm and timm, whose BEiTs have no bias of the keys
+        model_type = "vit" if "blocks.0.attn.qkv.bias" in tensors else "beit"
     if model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise ValueError(f"config.json is of a {model_type!r} model; known: {known}")

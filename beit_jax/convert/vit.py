@@ -1,9 +1,12 @@
-"""ViT checkpoints of HuggingFace, as `save_pretrained` writes them: ViT (and DINO), DeiT, MAE.
+"""ViT checkpoints of HuggingFace, as `save_pretrained` writes them: ViT (and DINO), DeiT, MAE; and
+those with the names of timm, which are also those of the original DeiT, DINO and MAE.
 
 An architecture is the dict of keyword arguments of `beit_jax.models.vit.Model`. Of an MAE only the
 encoder is read; its decoder is left out.
 """
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +15,7 @@ from flax import traverse_util
 
 from beit_jax.convert import hf_config, rules
 from beit_jax.convert.hf_config import Tensors
-from beit_jax.convert.rules import CONV, array, linear, norm
+from beit_jax.convert.rules import CONV, FUSED_QKV, Rule, array, linear, norm
 from beit_jax.models import vit
 
 _PREFIXES = {"vit": "vit.", "deit": "deit.", "vit_mae": "vit."}  # by model_type
@@ -35,6 +38,26 @@ _HF = [  # {prefix} is one of the above, or nothing in a model without a head
     *linear("{head}", "classifier"),
     *linear("distillation_classifier", "distillation_classifier"),
 ]
+_QKV = ("attention/query", "attention/key", "attention/value")
+_TIMM = [
+    *array("cls_token", "embeddings/cls_token"),
+    *array("dist_token", "embeddings/distillation_token"),
+    *array("pos_embed", "embeddings/position_embeddings"),
+    *linear("patch_embed.proj", "embeddings/patch_embeddings", CONV),
+    *norm("blocks.{i}.norm1", "layer_{i}/layernorm_before"),
+    Rule("blocks.{i}.attn.qkv.weight", tuple(f"layer_{{i}}/{x}/kernel" for x in _QKV), FUSED_QKV),
+    Rule("blocks.{i}.attn.qkv.bias", tuple(f"layer_{{i}}/{x}/bias" for x in _QKV), FUSED_QKV),
+    *linear("blocks.{i}.attn.proj", "layer_{i}/attention/output"),
+    *norm("blocks.{i}.norm2", "layer_{i}/layernorm_after"),
+    *linear("blocks.{i}.mlp.fc1", "layer_{i}/mlp/fc1"),
+    *linear("blocks.{i}.mlp.fc2", "layer_{i}/mlp/fc2"),
+    *norm("norm", "layernorm"),
+    *norm("fc_norm", "pooler_layernorm"),
+    *linear("head", "classifier"),
+    *linear("head_dist", "distillation_classifier"),
+]
+_DECODER = re.compile(r"decoder_.*|mask_token")  # of MAE's own files
+_HEADS = {1280: 16}  # of ViT-huge; the others' are 64 wide
 _TEACHER = "DeiTForImageClassificationWithTeacher"
 _CLASSES = {
     ("vit", "classifier"): "ViTForImageClassification",
@@ -70,10 +93,12 @@ def to_params(
     Raises:
       ValueError: listing all that does not fit.
     """
+    if is_timm := _is_timm(tensors):
+        tensors = {name: x for name, x in tensors.items() if not _DECODER.fullmatch(name)}
     found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
     flat, unfilled = rules.to_params(
         tensors,
-        _rules(architecture, next(found, "")),
+        _rules(architecture, next(found, ""), _TIMM if is_timm else _HF),
         hf_config.parameter_shapes(vit.Model(**architecture)),
         drop=(*([drop] if isinstance(drop, str) else drop), "decoder"),
         reset=reset,
@@ -101,7 +126,7 @@ def to_hf(
 
 
 def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
-    """The architecture of a checkpoint, from its config.json.
+    """The architecture of a checkpoint, from its config.json, or with timm's names from its shapes.
 
     The head is that of its `architectures`, or of the names in `tensors` where it says nothing of
     use; so is the number of classes where it has no `id2label`.
@@ -119,6 +144,8 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
     model_type = config.get("model_type", "vit")
     if "image_size" in overrides:
         overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
+    if _is_timm(tensors):
+        return {**_architecture_from_shapes(tensors), **overrides}
     if not any(name.endswith("patch_embeddings.projection.weight") for name in tensors):
         raise ValueError(
             f"not a checkpoint of HuggingFace's {model_type}: its names, "
@@ -173,10 +200,46 @@ def architecture_to_hf(
     }
 
 
-def _rules(architecture, prefix):
+def _is_timm(names: Iterable[str]) -> bool:
+    return "patch_embed.proj.weight" in names
+
+
+def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    try:
+        hidden_size, num_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
+        intermediate_size, num_tokens = shapes["blocks.0.mlp.fc1.weight"][0], shapes["pos_embed"][1]
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(
+            "the architecture is read off patch_embed.proj.weight [D, C, P, P], pos_embed "
+            "[1, T, D] and blocks.0.mlp.fc1.weight [F, D], which are not in this checkpoint"
+        ) from None
+    has_distillation_token = "dist_token" in shapes
+    side = math.isqrt(num_tokens - 1 - has_distillation_token)
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": max(layers) + 1,
+        "num_attention_heads": _HEADS.get(hidden_size, max(1, hidden_size // 64)),
+        "intermediate_size": intermediate_size,
+        "layer_norm_eps": 1e-6,
+        "num_channels": num_channels,
+        "image_size": (side * patch_size, side * patch_size),
+        "patch_size": patch_size,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+        "num_labels": shapes.get("head.bias", (1000,))[0],
+        "head": "classifier" if "head.weight" in shapes else "none",
+        "use_mean_pooling": "fc_norm.weight" in shapes,
+        "use_distillation_token": has_distillation_token,
+        "use_distillation_classifier": "head_dist.weight" in shapes,
+        "use_sincos_position_embeddings": "decoder_pos_embed" in shapes,
+    }
+
+
+def _rules(architecture, prefix, table=_HF):
     head = _head(architecture.get("use_distillation_classifier", False))
     num_layers = vit.Model(**architecture).config.num_hidden_layers
-    return rules.expand(_HF, num_layers, prefix=prefix, head=head)
+    return rules.expand(table, num_layers, prefix=prefix, head=head)
 
 
 def _head(has_teacher: bool) -> str:
