@@ -1,5 +1,6 @@
 """The parts of a run, built as its config describes them."""
 
+import functools
 import logging
 import re
 from typing import NamedTuple
@@ -67,19 +68,14 @@ def make_task(config, splits, workdir, mesh, step: int | None):
 
 
 def check_use(config) -> None:
-    """Raises ValueError where settings are none of the task's."""
-    if config.task_name != "classify":
-        for key, value, off in (
-            ("class_weights", config.class_weights, "none"),
-            ("label_smoothing", config.label_smoothing, 0),
-            ("augment.mixup", config.augment.mixup, 0),
-            ("augment.cutmix", config.augment.cutmix, 0),
-        ):
-            if value != off:
-                raise ValueError(
-                    f"config.{key} is {value!r}, and the task {config.task_name!r} has no use for "
-                    f"it, only 'classify' has: leave it at {off!r}."
-                )
+    """Raises ValueError where a setting changes nothing in the task."""
+    for key, off in modules.load("tasks", config.task_name).unused(config).items():
+        value = functools.reduce(lambda group, name: group[name], key.split("."), config)
+        if value != off:
+            raise ValueError(
+                f"config.{key} is {value!r}, and the task {config.task_name!r} has no use for it: "
+                f"leave it at {off!r}."
+            )
 
 
 def check(config) -> None:

@@ -161,6 +161,22 @@ def test_stray_argument(flags, fails, tmp_path):
             {"task_name": "pretrain", "augment.mixup": 0.8},
             ["config.augment.mixup is 0.8", "'pretrain'", "leave it at 0"],
         ),
+        ({"task_name": "linear_probe"}, ["config.model.hidden_size is 16", "leave it at None"]),
+        ({"tokenizer": "some"}, ["config.tokenizer is 'some'", "'classify'", "leave it at ''"]),
+        (
+            {"task_name": "pretrain", "objective": "simmim", "tokenizer": "some"},
+            ["config.tokenizer is 'some'", "'pretrain'"],
+        ),
+        (
+            {"task_name": "train_tokenizer", "image.mean": "(0.3,)"},
+            ["config.image.mean is (0.3,)", "'train_tokenizer'"],
+        ),
+        ({"image.crop": "centre"}, ["Unknown config.image.crop 'centre'", "squash, center"]),
+        ({"model.remat": "all"}, ["config.model.remat is 'all'", "none, full, dots"]),
+        (
+            {"task_name": "pretrain", "objective": "simmim", "trainable": "head", "mask.bank": 9},
+            ["config.trainable is 'head'", "no classifier", "all or last-N"],
+        ),
         ({"model.attention": "cudnn"}, ["config.model.attention is 'cudnn'", "auto, xla or plain"]),
         ({"keep_last": 0}, ["config.keep_last is 0", "at least 1"]),
         ({"data.threads": -1}, ["config.data.threads is -1"]),

@@ -16,7 +16,14 @@ from beit_jax.convert import preprocessor
 from beit_jax.data import views
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import features
-from beit_jax.tasks.task import Data, Task
+from beit_jax.tasks.task import OF_LABELS, Data, Task
+
+
+def unused(config) -> dict:
+    """Settings that change nothing here, see `tasks/__init__.py`."""
+    fields = set(config.model) - {*architecture.RUNTIME, "image_size"}
+    own = {"objective": "tokens", "tokenizer": "", "teacher": "", "optim.layer_decay": 1.0}
+    return OF_LABELS | own | {f"model.{key}": None for key in sorted(fields)}
 
 
 def make_task(config, data: Data, *, start, info=None) -> Task:

@@ -9,6 +9,13 @@ from beit_jax.checkpoint import ModelInfo
 from beit_jax.data.images import Renderings
 from beit_jax.data.inputs import Split
 
+OF_LABELS = {  # settings of who learns from labels, and their values that are off
+    "class_weights": "none",
+    "label_smoothing": 0.0,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+}
+
 
 class Data(NamedTuple):
     """What a task has to know of its data.
