@@ -5,6 +5,7 @@ Shape letters: K classes, D features, `...` any leading axes (batch, tokens).
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def softmax_cross_entropy(logits, labels) -> jax.Array:
@@ -45,6 +46,5 @@ def l1(prediction, target) -> jax.Array:
 
 def smooth_l1(prediction, target, beta=1.0) -> jax.Array:
     """Quadratic below `beta`, linear above, mean over D as in torch: [..., D] -> [...]."""
-    error = jnp.abs(jnp.asarray(prediction, jnp.float32) - target)
-    loss = jnp.where(error < beta, 0.5 * error**2 / beta, error - 0.5 * beta)
-    return jnp.mean(loss, axis=-1)
+    prediction = jnp.asarray(prediction, jnp.float32)
+    return optax.losses.huber_loss(prediction, target, delta=beta).mean(-1) / beta

@@ -13,6 +13,7 @@ from scipy import integrate
 from beit_jax import checkpoint, report, tokenizers
 from beit_jax import train as loop
 from beit_jax.data import pipeline
+from beit_jax.models import layers
 from beit_jax.tokenizers import codebook, dvae, trainer, vq
 from configs import common, quickstart, train_tokenizer
 
@@ -45,7 +46,7 @@ def test_nearest_is_the_largest_cosine():
 def test_kmeans_finds_clusters():
     centres = unit_vectors(5, width=8)
     z = np.repeat(centres, 20, axis=0) + np.random.default_rng(1).normal(0, 0.01, (100, 8))
-    found = codebook.kmeans(jax.random.key(3), codebook.normalize(z), 5, 10)
+    found = codebook.kmeans(jax.random.key(3), layers.unit(z), 5, 10)
     cosine = np.asarray(found["embedding"]) @ centres.T
     assert found["size"].sum() == 100
     for centre in range(5):  # a start may have put two into one cluster, none may be nowhere

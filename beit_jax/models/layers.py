@@ -283,6 +283,12 @@ def drop_path(config, index: int) -> DropPath:
     return DropPath(config.drop_path_rate * depth, config.drop_path_mode)
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors [..., D] of length 1 in float32; a vector of zeros stays, and has a gradient."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
 def gelu(x):
     """GELU with the exact erf, in float32, as torch writes it; XLA:CPU is slow at jax's erfc."""
     wide = x.astype(jnp.float32)

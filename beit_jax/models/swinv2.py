@@ -7,13 +7,12 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import swin
-from beit_jax.models.layers import Dense, expect, make_config, normal
+from beit_jax.models.layers import Dense, expect, make_config, normal, unit
 from beit_jax.models.position import Grid
 from beit_jax.models.swin import Swin, layer_id
 
@@ -93,12 +92,6 @@ def log_offsets(window: int, pretrained_window: int) -> np.ndarray:
     return np.stack(np.meshgrid(offset, offset, indexing="ij"), -1).reshape(-1, 2)
 
 
-def _unit(x):
-    """x over its length in the last axis, in float32; zeros stay, and have a gradient."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
-
-
 class ContinuousPositionBias(nn.Module):
     """The bias of every offset, [R, 2] to [R, H], between 0 and 16, in float32."""
 
@@ -124,8 +117,8 @@ class Attention(swin.Attention):
         initial = nn.initializers.constant(math.log(10))
         logit_scale = self.param("logit_scale", initial, (heads,))
         factor = jnp.exp(jnp.minimum(logit_scale, _MAX_LOGIT_SCALE)) * math.sqrt(width)
-        scaled = _unit(query) * factor[:, None]
-        return scaled.astype(query.dtype), _unit(key).astype(key.dtype)
+        scaled = unit(query) * factor[:, None]
+        return scaled.astype(query.dtype), unit(key).astype(key.dtype)
 
     def table(self):
         bias = ContinuousPositionBias(

@@ -9,18 +9,14 @@ would not give the same bits twice on a GPU.
 import jax
 import jax.numpy as jnp
 
+from beit_jax.models.layers import unit
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def init(vocab_size: int, width: int) -> dict[str, jax.Array]:
     """An empty codebook: "embedding" [V, D], and "size" [V], the average count of each code."""
     return {"embedding": jnp.zeros((vocab_size, width)), "size": jnp.zeros(vocab_size)}
-
-
-def normalize(x: jax.Array) -> jax.Array:
-    """Vectors [..., D] of length 1; a vector of zeros stays."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 def nearest(embedding: jax.Array, z: jax.Array) -> jax.Array:
@@ -43,7 +39,7 @@ def kmeans(rng, z: jax.Array, vocab_size: int, iterations: int) -> dict[str, jax
 
     def improve(_, embedding):
         total, count = _sums(z, nearest(embedding, z), vocab_size)
-        return jnp.where(count[:, None] > 0, normalize(total), embedding)
+        return jnp.where(count[:, None] > 0, unit(total), embedding)
 
     embedding = jax.lax.fori_loop(0, iterations, improve, embedding)
     return {"embedding": embedding, "size": _sums(z, nearest(embedding, z), vocab_size)[1]}
@@ -69,8 +65,8 @@ def update(
     vocab_size = len(book["size"])
     total, count = _sums(z, token, vocab_size)
     size = decay * book["size"] + (1 - decay) * count
-    mean = jnp.where(count[:, None] > 0, normalize(total), book["embedding"])
-    embedding = normalize(decay * book["embedding"] + (1 - decay) * mean)
+    mean = jnp.where(count[:, None] > 0, unit(total), book["embedding"])
+    embedding = unit(decay * book["embedding"] + (1 - decay) * mean)
     if revive:
         usual = len(z) / vocab_size
         is_dead = size < revive * usual

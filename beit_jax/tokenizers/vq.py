@@ -125,7 +125,7 @@ class VQ(nn.Module):
         """Pictures [B, H, W, C] in [0, 1] to unit vectors float32 [B, N, E]."""
         layers.check_image(self.config, image)
         x = self.patch_embeddings(2 * image - 1)
-        return codebook.normalize(self.code_head(self.encoder(x, deterministic)))
+        return layers.unit(self.code_head(self.encoder(x, deterministic)))
 
     def predict(self, code, deterministic=True):
         """Codes [B, N, E] to pixels [B, N, P P C] in [0, 1] and features [B, N, F] or None."""
@@ -203,7 +203,7 @@ def make(config, model: VQ, teacher_dim: int) -> Trainer:
         value = c.commitment * commitment
         parts = {"commitment": commitment, "pixel_error": error}
         if network.teacher_dim:
-            cosine = (codebook.normalize(predicted) * codebook.normalize(features)).sum(-1)
+            cosine = (layers.unit(predicted) * layers.unit(features)).sum(-1)
             parts["teacher_distance"] = 1 - cosine.mean(1)
             value += parts["teacher_distance"]
         if rng is not None or not network.teacher_dim:
