@@ -237,7 +237,9 @@ class TfdsSource(Source):
     def __init__(self, name, split, class_names, on_bad_image, *, builder, image_key, label_key):
         super().__init__(name, split, class_names, on_bad_image)
         self._image_key, self._label_key = image_key, label_key
-        self._shape = builder.info.features[image_key].shape
+        features = builder.info.features
+        self._id_key = next((key for key in ("id", "file_name") if key in features), None)
+        self._shape = features[image_key].shape
         self._version = builder.info.full_name
         self._files = [
             (os.path.basename(f.filename), os.path.getsize(f.filename), f.skip, f.take)
@@ -251,7 +253,7 @@ class TfdsSource(Source):
         return len(self._records)
 
     def id(self, index):
-        id = self._records[index].get("id")
+        id = self._records[index][self._id_key] if self._id_key else None
         return id.decode() if isinstance(id, bytes) else f"{self.name} {self.split} {index}"
 
     def fetch(self, indices):
