@@ -60,7 +60,8 @@ def wrap(task: Task, config, base: str) -> Task:
         "resize_method": config.resize_method,
     }
     check_base(task.info.lora, identity)
-    base_params = {name: _as_trained_on(name, x, identity) for name, x in frozen.items()}
+    dtype = jnp.dtype(config.lora.base_dtype)
+    base_params = {name: x.astype(dtype) for name, x in frozen.items()}
 
     def init(rng):
         fresh, model_state = task.init(rng)
@@ -248,8 +249,8 @@ def check_base(expected: Mapping | None, found: Mapping) -> None:
 
 
 def merge(trained: Mapping, base: Mapping, lora: Mapping) -> dict[str, Any]:
-    """All parameters with the adapters added to the kernels that they were trained beside, nested,
-    float32.
+    """All parameters with the adapters added to the kernels, nested, float32; what was frozen is
+    rounded as it was in training, to `base_dtype`.
 
     Args:
       trained: what a checkpoint holds.
@@ -265,7 +266,8 @@ def merge(trained: Mapping, base: Mapping, lora: Mapping) -> dict[str, Any]:
     frozen = {name: x for name, x in params.items() if name not in rest}
     found = {"base": lora["base"], "base_crc32": fingerprint(frozen)}
     check_base(lora, found)
-    params = {name: _as_trained_on(name, x, lora) for name, x in frozen.items()} | rest
+    dtype = jnp.dtype(lora.get("base_dtype", "float32"))
+    params = {name: x.astype(dtype) for name, x in frozen.items()} | rest
     scale = lora["alpha"] / lora["rank"]
     for name in adapters:
         if name.endswith("/a"):
@@ -273,13 +275,6 @@ def merge(trained: Mapping, base: Mapping, lora: Mapping) -> dict[str, Any]:
             product = np.asarray(adapters[name]) @ np.asarray(adapters[f"lora/{path}/b"])
             params[f"{path}/kernel"] = np.asarray(params[f"{path}/kernel"]) + scale * product
     return nested({name: np.asarray(x, np.float32) for name, x in params.items()})
-
-
-def _as_trained_on(name: str, x, lora: Mapping):
-    """What adapters are trained beside: kernels in `base_dtype`, and the rest, which is small, as
-    it is."""
-    dtype = jnp.dtype(lora.get("base_dtype", "float32"))
-    return x.astype(dtype) if name.endswith("/kernel") else x
 
 
 def flat(tree: Mapping) -> Flat:

@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
     lora.dropout = 0.0
     lora.targets = ("query", "value")  # also key, output, fc1, fc2
     lora.trainable = ("(distillation_)?classifier/.*",)  # parameters (regexes) trained beside them
-    lora.base_dtype = "float32"  # of frozen kernels; bfloat16 halves their memory
+    lora.base_dtype = "float32"  # of what is frozen; bfloat16 halves its memory
     # Pre-training.
     config.objective = "tokens"  # a file in beit_jax/objectives: tokens, simmim, mae, data2vec
     config.tokenizer = ""  # a workdir, or a directory with OpenAI's encoder.pkl and decoder.pkl
