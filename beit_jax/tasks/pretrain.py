@@ -3,6 +3,7 @@
 B batch, H x W picture as stored, C channels, N patches, M masked ones.
 """
 
+import math
 import os
 
 import jax
@@ -112,11 +113,12 @@ def make_parts(config, start=None, info=None):
         info = _model_info(config, objective, start.info if start else None)
     model = architecture.make_model(info, **architecture.runtime(config))
     c, patches = config.mask, model.config.grid[0] * model.config.grid[1]
-    kind, ratio = c.kind or objective.MASK_KIND, c.ratio or objective.MASK_RATIO
+    kind = objective.MASK_KIND if c.kind is None else c.kind
     count = c.num_mask_patches
     if count is None:
-        unit = c.unit**2 if kind == "simmim" else 1
-        count = round(ratio * patches / unit) * unit
+        share = patches * (objective.MASK_RATIO if c.ratio is None else c.ratio)
+        unit = c.unit**2
+        count = unit * math.ceil(share / unit) if kind == "simmim" else round(share)
     bank = masking.make_bank(
         config.seed,
         c.bank,
