@@ -117,7 +117,7 @@ def make_parts(config, start=None, info=None):
     count = c.num_mask_patches
     if count is None:
         share = patches * (objective.MASK_RATIO if c.ratio is None else c.ratio)
-        unit = c.unit**2
+        unit = max(c.unit, 1) ** 2
         count = unit * math.ceil(share / unit) if kind == "simmim" else round(share)
     bank = masking.make_bank(
         config.seed,
