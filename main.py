@@ -6,7 +6,7 @@ import sys
 import traceback
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from configs import common
 
@@ -47,6 +47,8 @@ def siblings(argv) -> str:
     for argument in argv:
         group, keys = common.get_config(), argument.partition("=")[0].split(".")
         for key in keys[1:] if keys[0] in ("--config", "-config") else ():
+            if not isinstance(group, ConfigDict):
+                return ""
             if key not in group:
                 return f"; available: {', '.join(sorted(group))}"
             group = group[key]

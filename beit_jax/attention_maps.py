@@ -12,6 +12,7 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import architecture, plots, pretrained, sheet
@@ -36,7 +37,7 @@ class Maps(NamedTuple):
 
 
 def look(
-    start: pretrained.Pretrained, paths: list[pathlib.Path], *, batch_size: int = 16, dtype="auto"
+    start: pretrained.Pretrained, paths: list[pathlib.Path], *, batch_size: int = 4, dtype="auto"
 ) -> Maps:
     """The attention maps of picture files.
 
@@ -53,8 +54,8 @@ def look(
     def describe(params, image):
         view = views.eval_view(image, info.image, model.config.image_size, resized=True)
         maps = features.attention_maps(model, params, view)
-        seen = (features.seen_patches(model.config, x) for x in (maps, features.rollout(maps)))
-        return tuple(seen)
+        layers = [features.seen_patches(model.config, x) for x in maps]  # [B, heads, h, w]
+        return jnp.stack(layers), features.seen_patches(model.config, features.rollout(maps))
 
     parts = [
         jax.device_get(describe(start.params, image[i : i + batch_size]))

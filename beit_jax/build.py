@@ -18,7 +18,7 @@ FEW_STEPS = 100
 
 
 class Plan(NamedTuple):
-    """Durations of a run, in steps; 0 is never. Those that return are not rounded."""
+    """Durations of a run, in steps; 0 is never. Periods, `..._every`, are not rounded."""
 
     total_steps: int
     steps_per_epoch: float
@@ -69,12 +69,14 @@ def make_task(config, splits, workdir, mesh, step: int | None):
 
 def check_use(config) -> None:
     """Raises ValueError where a setting changes nothing in the task."""
+    whose = f"the task {config.task_name!r}"
+    if config.task_name == "pretrain":
+        whose += f" with config.objective {config.objective!r}"
     for key, off in modules.load("tasks", config.task_name).unused(config).items():
         value = functools.reduce(lambda group, name: group[name], key.split("."), config)
         if value != off:
             raise ValueError(
-                f"config.{key} is {value!r}, and the task {config.task_name!r} has no use for it: "
-                f"leave it at {off!r}."
+                f"config.{key} is {value!r}, and {whose} has no use for it: leave it at {off!r}."
             )
 
 

@@ -204,6 +204,13 @@ def parse_runs(arguments: list[str]) -> dict[str, list[str]]:
     return runs
 
 
+def _split(flags: str) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise ValueError(f"{flags!r} cannot be split into flags: {error}.") from error
+
+
 def run(name: str, flags: list[str], workdir: str) -> None:
     """Does what main.py does with these flags, in a process of its own.
 
@@ -238,7 +245,7 @@ def main(argv=None) -> int:
             if not flags or name in runs:
                 raise ValueError(f"--run {text!r}: expected NAME: FLAGS with a name of its own.")
             runs[name] = [os.path.join(args.out, name)]
-            run(name, shlex.split(args.common) + shlex.split(flags), runs[name][0])
+            run(name, _split(args.common) + _split(flags), runs[name][0])
         if not runs:
             raise ValueError("Nothing to compare: give NAME=WORKDIR, or --run.")
         rows = [read(name, workdirs, args.split) for name, workdirs in runs.items()]

@@ -135,8 +135,11 @@ def main(argv=None) -> int:
         if args.out:
             fileio.write_json(args.out, {"k": args.k, "best_layer": best, "accuracy": found})
     except errors.KINDS as error:
-        hint = "; --on-bad-image=skip leaves it out" * isinstance(error, images.BadImageError)
-        print(f"{parser.prog}: {errors.message(error)}{hint}", file=sys.stderr)
+        if isinstance(error, images.BadImageError):  # whose notes are of main.py's flags
+            text = f"{error}; --on-bad-image=skip leaves it out"
+        else:
+            text = errors.message(error)
+        print(f"{parser.prog}: {text}", file=sys.stderr)
         return 2
     return 0
 

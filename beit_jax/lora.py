@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax.models.layers import Folded, matmul
+from beit_jax.models.layers import DTYPES, Folded, matmul
 from beit_jax.tasks.task import Task
 
 Flat = dict[str, Any]  # by name, such as "layer_0/attention/query/kernel"
@@ -153,6 +153,10 @@ def check(config) -> None:
         raise ValueError(
             f"config.lora.rank is {lora.rank} and alpha {lora.alpha}; both must be above 0 (rank 0 "
             "alone turns LoRA off)."
+        )
+    if lora.base_dtype not in DTYPES:
+        raise ValueError(
+            f"config.lora.base_dtype is {lora.base_dtype!r}; available: {', '.join(DTYPES)}."
         )
     if not 0 <= lora.dropout < 1:
         raise ValueError(f"config.lora.dropout is {lora.dropout}; expected 0 <= dropout < 1.")

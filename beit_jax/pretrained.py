@@ -65,7 +65,7 @@ def _workdir_and_step(source: str) -> tuple[str | None, str | int]:
     if os.path.exists(os.path.join(source, "model.json")):
         return source, "best"
     workdir, _, step = source.rpartition("@")
-    if not os.path.exists(os.path.join(workdir, "model.json")):
+    if not workdir or not os.path.exists(os.path.join(workdir, "model.json")):
         return None, "best"
     if step in ("best", "latest"):
         return workdir, step

@@ -45,8 +45,10 @@ _LOG.propagate = False
 
 @contextlib.contextmanager
 def log_file(workdir: str | os.PathLike) -> Iterator[None]:
-    """Appends to log.txt what is told of a run: each start, the lines of the console, warnings."""
-    handler = logging.FileHandler(os.path.join(workdir, "log.txt"), encoding="utf-8")
+    """Appends to log.txt what is told of a run: each start, the lines of the console, warnings, and
+    the error that ends it."""
+    path = os.path.join(workdir, "log.txt")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     level, loggers = _LOG.level, (logging.root, _LOG)
     _LOG.setLevel(logging.INFO)
@@ -55,6 +57,9 @@ def log_file(workdir: str | os.PathLike) -> Iterator[None]:
     try:
         _LOG.info("%s", ", ".join(f"{key} {value}" for key, value in environment().items()))
         yield
+    except BaseException as error:
+        _LOG.error("%s: %s", type(error).__name__, error)
+        raise
     finally:
         for logger in loggers:
             logger.removeHandler(handler)

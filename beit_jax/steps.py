@@ -9,6 +9,7 @@ The units follow big_vision (`big_vision.utils.steps`), written as one string in
 config key per unit.
 """
 
+import math
 import re
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(st|ep|ex|%|)\s*")
@@ -60,9 +61,14 @@ def is_time(step: int, every: float | None, total_steps: int | None) -> bool:
     """True after each `every` finished steps, rounded to a whole one, and after the last.
 
     `step` counts finished steps, so the first is 1. With `every` None or 0 only the last counts.
-    Multiples are rounded, not the period: epochs of 2.5 steps end after steps 2, 5, 8 and 10, and
+    Multiples are rounded, not the period: epochs of 2.5 steps end after steps 3, 5, 8 and 10, and
     every second of them is the end of two.
     """
     if step == total_steps or not (every and step):
         return step == total_steps
-    return step == round(round(step / every) * every)
+    return step == _whole(_whole(step / every) * every)
+
+
+def _whole(x: float) -> int:
+    """The nearest whole number, of two the larger; whatever the last bits of x."""
+    return math.floor(x + 0.5 + 1e-6)

@@ -46,6 +46,7 @@ def get_config(arg=None):
     config.optim.layer_decay = 0.85
     config.optim.clip_norm = 1.0
     if how == "pretrained":
+        config.pretrained = "microsoft/beit-base-patch16-224-pt22k"
         config.num_epochs = 50.0
         config.optim.learning_rate = 2.5e-4
         config.optim.layer_decay = 0.65

@@ -44,20 +44,22 @@ def get_config(arg=None):
     {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet, "folder": _folder}[kind](config)
     common.set_size(config, kind, size)
     if objective:
-        _set_objective(config, objective, large=size == "large")
+        _set_objective(config, objective, kind, large=size == "large")
         if kind == "imagenet":
             _as_published(config, objective)
     return config
 
 
-def _set_objective(config, objective, large):
+def _set_objective(config, objective, kind, large):
     """What the papers of the objectives change beside the loss."""
     config.objective = "tokens" if objective == "v2" else objective
-    config.mask.kind = config.mask.ratio = config.mask.num_mask_patches = None
+    if config.objective != "tokens":
+        config.mask.kind = config.mask.ratio = config.mask.num_mask_patches = None
     if objective == "v2":
-        config.model.early_layers = 21 if large else 9
+        config.model.early_layers = 3 if kind == "digits" else 21 if large else 9
         config.augment.scale = (0.2, 1.0)
     if objective == "simmim":
+        config.mask.unit = 2 if kind in ("imagenet", "folder") else 1  # squares of 32 pixels
         config.augment.scale = (0.67, 1.0)
         config.augment.color_jitter = 0.0
     if objective == "mae":
@@ -79,7 +81,6 @@ def _as_published(config, objective):
     if objective == "v2":
         config.num_epochs = 1600.0
     if objective == "simmim":
-        config.mask.unit = 2  # squares of 32 pixels
         config.optim.learning_rate = 4e-4  # 1e-4 for each 512 pictures
         config.optim.end_value = 4e-5
         config.optim.warmup_init = 2e-6

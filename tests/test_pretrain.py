@@ -294,7 +294,11 @@ def test_tokens_cached_once_train_as_tokens_of_every_step(tokenizer, tmp_path):
             {"augment.crop": "squash", "augment.flip": 0.0, "augment.color_jitter": 0.4},
             "got crop=squash, flip=0.0, color_jitter=0.4",
         ),
-        ("simmim", {}, "config.cache_tokens is True, and the task 'pretrain' has no use"),
+        (
+            "simmim",
+            {},
+            "config.cache_tokens is True, and the task 'pretrain' with config.objective 'simmim'",
+        ),
         ("tokens", {"data.resident_bytes": 0}, "config.data.resident_bytes"),
     ],
 )

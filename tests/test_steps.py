@@ -67,8 +67,16 @@ def test_periods_that_are_no_whole_steps_neither_drift_nor_miss_each_other(epoch
     ends = [step for step in range(1, total + 1) if is_time(step, epoch, total)]
     assert len(ends) == 40 and ends[-1] == total
     assert all(abs(end - i * epoch) <= 0.5 for i, end in enumerate(ends, start=1))
-    tenths = [step for step in range(1, total + 1) if is_time(step, 10 * epoch, None)]
+    tenths = [step for step in range(1, total + 1) if is_time(step, 10 * epoch, total)]
     assert tenths == ends[9::10]
+
+
+@pytest.mark.parametrize(("pictures", "batch"), [(59, 10), (55, 6), (45000, 32), (100, 64)])
+def test_ties_are_decided_alike(pictures, batch):
+    epoch = pictures / batch
+    for k in range(1, 40):
+        (end,) = [s for s in range(1, round(k * epoch) + 2) if is_time(s, k * epoch, None)]
+        assert is_time(end, epoch, None)
 
 
 @pytest.mark.parametrize("every", [None, 0])

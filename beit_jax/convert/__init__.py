@@ -7,6 +7,7 @@ From a shell: `python -m beit_jax.convert`.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_ja
     "vit": "vit",
     "vit_mae": "vit",
 }
+_OF_BEIT = re.compile(r"q_bias|gamma_1|relative_position")  # and of no ViT, in timm's names
 
 
 class Checkpoint(NamedTuple):
@@ -151,8 +153,9 @@ def save_hf(
 
 def _family(config, tensors) -> str:
     model_type = (config or {}).get("model_type")
-    if model_type is None:  # of unilm and timm, whose BEiTs have no bias of the keys
-        model_type = "vit" if "blocks.0.attn.qkv.bias" in tensors else "beit"
+    if model_type is None:  # of unilm and timm
+        of_vit = "blocks.0.attn.qkv.weight" in tensors and not any(map(_OF_BEIT.search, tensors))
+        model_type = "vit" if of_vit else "beit"
     if model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise ValueError(f"config.json is of a {model_type!r} model; known: {known}")

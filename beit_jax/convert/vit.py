@@ -5,6 +5,7 @@ An architecture is the dict of keyword arguments of `beit_jax.models.vit.Model`.
 encoder is read; its decoder is left out.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +58,7 @@ _TIMM = [
     *linear("head_dist", "distillation_classifier"),
 ]
 _DECODER = re.compile(r"decoder_.*|mask_token")  # of MAE's own files
-_HEADS = {1280: 16}  # of ViT-huge; the others' are 64 wide
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 _TEACHER = "DeiTForImageClassificationWithTeacher"
 _CLASSES = {
     ("vit", "classifier"): "ViTForImageClassification",
@@ -145,6 +146,10 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
     if "image_size" in overrides:
         overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
     if _is_timm(tensors):
+        if config.get("global_pool", "token") != "token" and "fc_norm.weight" not in tensors:
+            raise ValueError(
+                f"config.json: global_pool {config['global_pool']!r} without fc_norm is not read"
+            )
         return {**_architecture_from_shapes(tensors), **overrides}
     if not any(name.endswith("patch_embeddings.projection.weight") for name in tensors):
         raise ValueError(
@@ -217,10 +222,18 @@ def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
         ) from None
     has_distillation_token = "dist_token" in shapes
     side = math.isqrt(num_tokens - 1 - has_distillation_token)
+    num_heads = _HEADS.get(hidden_size, max(1, hidden_size // 64))
+    if hidden_size not in _HEADS:
+        logging.warning(
+            "The number of heads is in no file: taking %d for the width %d; other ones are "
+            "config.model.num_attention_heads.",
+            num_heads,
+            hidden_size,
+        )
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": max(layers) + 1,
-        "num_attention_heads": _HEADS.get(hidden_size, max(1, hidden_size // 64)),
+        "num_attention_heads": num_heads,
         "intermediate_size": intermediate_size,
         "layer_norm_eps": 1e-6,
         "num_channels": num_channels,

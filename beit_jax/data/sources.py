@@ -122,9 +122,10 @@ class Source:
                 f"`python -m beit_jax.data {self.name} {flags}` lists all of them."
             )
             raise error
-        if self.on_bad_image == "skip" and error.name not in self.bad_images:
-            logging.warning("skipped: %s", error)
+        is_new = error.name not in self.bad_images
         self.bad_images[error.name] = error.reason
+        if self.on_bad_image == "skip" and is_new:
+            logging.warning("skipped: %s", error)
 
     def none_left(self) -> ValueError:
         """The error to raise where not one picture can be decoded."""

@@ -284,7 +284,10 @@ def Model(**architecture: Any) -> Beit:
 
 
 def for_finetuning(architecture: dict) -> dict:
-    """The architecture that fine-tunes a pretrained one: a position table for every layer."""
+    """The architecture that fine-tunes a pretrained one: a position table for every layer, and no
+    dropout of attention, which is data2vec's in pre-training alone."""
+    if architecture.get("head") in ("mim", "tokens"):
+        architecture = dict(architecture, attention_probs_dropout_prob=0.0)
     architecture = dict(architecture, use_mask_token=False, initializer_bound=None)
     if architecture.get("early_layers"):
         architecture["early_layers"] = 0

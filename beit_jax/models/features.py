@@ -6,6 +6,7 @@ B batch, T tokens, N patches, D width, L layers, H heads.
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,8 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
     return [found[index][:, : _num_tokens(model)] for index in sorted(found)]
 
 
-def attention_maps(model, params, image) -> jax.Array:
-    """How each token weighs all tokens in the attention of every layer, float32 [L, B, H, T, T].
+def attention_maps(model, params, image) -> list[jax.Array]:
+    """How each token weighs all tokens in the attention of each layer, float32 [B, H, T, T].
 
     Rows sum to 1. They are computed in the plain way, whatever the network computes its own by.
 
@@ -59,17 +60,18 @@ def attention_maps(model, params, image) -> jax.Array:
     tokens = _num_tokens(model)  # without padding
     layers = (found[f"layer_{index}"] for index in range(model.config.num_hidden_layers))
     maps = (layer["attention"]["probabilities"][0] for layer in layers)
-    return jnp.stack([x[..., :tokens, :tokens] for x in maps])
+    return [x[..., :tokens, :tokens] for x in maps]
 
 
-def rollout(maps: jax.Array) -> jax.Array:
-    """What the tokens of the last layer are made of, [B, T, T], of attention maps [L, B, H, T, T].
+def rollout(maps: Sequence[jax.Array]) -> jax.Array:
+    """What the tokens of the last layer are made of, [B, T, T], of the attention maps [B, H, T, T]
+    of all layers.
 
     The mean over the heads of each layer and, as much again, the token itself, which the residual
     branch is added to; multiplied through the layers. Rows sum to 1. Attention rollout of Abnar and
     Zuidema (arXiv:2005.00928).
     """
-    mixed = (maps.mean(2) + jnp.eye(maps.shape[-1])) / 2  # [L, B, T, T]
+    mixed = ((x.mean(1) + jnp.eye(x.shape[-1])) / 2 for x in maps)  # [B, T, T]
     return functools.reduce(lambda below, layer: layer @ below, mixed)
 
 

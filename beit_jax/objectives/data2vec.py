@@ -31,7 +31,7 @@ def check(config) -> None:
 
 
 def fields(config) -> dict:
-    """None."""
+    """Nothing."""
     return {}
 
 

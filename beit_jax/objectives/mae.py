@@ -34,7 +34,7 @@ def check(config) -> None:
 
 
 def fields(config) -> dict:
-    """None."""
+    """Nothing."""
     return {}
 
 

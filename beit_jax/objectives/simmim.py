@@ -18,7 +18,7 @@ def check(config) -> None:
 
 
 def fields(config) -> dict:
-    """None."""
+    """Nothing."""
     return {}
 
 

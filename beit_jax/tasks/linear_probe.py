@@ -111,7 +111,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
 
 def frozen_network(config, start, class_names) -> tuple[ModelInfo, dict]:
     """The network to look into, as it was trained, at the resolution of the config."""
-    family = modules.load("models", start.info.model_name)
+    family = modules.load("models", architecture.model_name(config, start.info))
     fields = dict(start.info.architecture)
     if config.model.image_size is not None:
         fields["image_size"] = config.model.image_size
