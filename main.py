@@ -56,7 +56,8 @@ def siblings(argv) -> str:
 
 
 def main(argv):
-    """Runs the config; bad input is one message and exit status 1."""
+    """Runs the config; bad input is one message and exit status 1, and a run that was stopped has
+    that of its signal."""
     if len(argv) > 1:
         sys.exit(f"Unexpected arguments: {' '.join(argv[1:])}. Flags start with --.")
     from beit_jax import errors, train
@@ -65,9 +66,11 @@ def main(argv):
     for chatty in ("absl", "jax", "matplotlib"):  # failed saves are told by checkpoint.py
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     try:
-        train.run(CONFIG.value, WORKDIR.value)
+        results = train.run(CONFIG.value, WORKDIR.value)
     except errors.KINDS as error:
         sys.exit(f"{type(error).__name__}: {errors.message(error)}")
+    if isinstance(results, int):
+        sys.exit(128 + results)  # of a signal: what was to follow the run has to wait
 
 
 if __name__ == "__main__":

@@ -134,13 +134,11 @@ def make_plan(config, num_examples: int) -> Plan:
       ValueError: a batch is more than there is, or the warm-up longer than the run.
     """
     if config.batch_size > num_examples:
-        size = max(2 ** int(np.log2(num_examples)) // 8, 1)
-        rate = config.optim.learning_rate * size / config.batch_size
+        size = 2 ** max(int(np.log2(num_examples / 3)), 0)  # three steps an epoch, or more
         raise ValueError(
             f"config.batch_size is {config.batch_size}, and {config.data.train!r} of "
-            f"{config.data.name} has {num_examples} pictures; expected at most as many: set "
-            f"--config.batch_size={size}, and with it perhaps, in proportion, "
-            f"--config.optim.learning_rate={rate:.2g}."
+            f"{config.data.name} has {num_examples} pictures; expected at most as many, such as "
+            f"--config.batch_size={size}."
         )
     steps_per_epoch = num_examples / config.batch_size
     total_steps = config.total_steps

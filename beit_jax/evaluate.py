@@ -141,7 +141,8 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
     if "test" in results:
         log.test(step, scalars_of(results["test"]))
     plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
-    results["num_skipped"] = len({id for s in splits.values() for id in list(s.source.bad_images)})
+    skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
+    results["num_skipped"] = max(skipped, facts.get("num_skipped") or 0)  # an earlier start's
     results["seconds"] = facts.get("seconds") or log.times()
     results["environment"] = facts.get("environment") or report.environment()
     fileio.write_json(os.path.join(workdir, "results.json"), results)

@@ -15,6 +15,8 @@ from beit_jax import checkpoint, convert, lora, modules
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 
+_OF_A_RUN = ("config.json", "results.json")  # from its start, and from its end
+
 
 class Pretrained(NamedTuple):
     """Parameters as nested dict of arrays, and what is known of their model."""
@@ -35,7 +37,7 @@ def load(source: str, revision: str = "") -> Pretrained:
       FileNotFoundError, ValueError: as `convert.load`.
     """
     source = os.path.expanduser(source)
-    workdir, step = _workdir_and_step(source)
+    workdir, step = workdir_and_step(source)
     if workdir:
         if revision:
             raise ValueError(f"{source} is a workdir, which has no revision {revision!r}.")
@@ -60,7 +62,7 @@ def load(source: str, revision: str = "") -> Pretrained:
     return Pretrained(loaded.params, info)
 
 
-def _workdir_and_step(source: str) -> tuple[str | None, str | int]:
+def workdir_and_step(source: str) -> tuple[str | None, str | int]:
     """The workdir that a source is or begins with, and which step of it; None where it is none."""
     if os.path.exists(os.path.join(source, "model.json")):
         return source, "best"
@@ -102,6 +104,9 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
             "pre-trained."
         )
     params = checkpoint.load_params(workdir, step)
+    there = {name: os.path.exists(os.path.join(workdir, name)) for name in _OF_A_RUN}
+    if there["config.json"] and not there["results.json"]:
+        logging.warning("The run of %s has not ended; what it has saved is taken.", workdir)
     if not info.lora:
         return Pretrained(params, info)
     try:

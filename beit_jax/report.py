@@ -29,6 +29,7 @@ from beit_jax import fileio
 _DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating", "save": "saving"}
 _FACTS = (
     "environment",
+    "num_skipped",
     "num_trainable_parameters",
     "step_memory_bytes",
     "step_cudnn_kernels",
@@ -231,9 +232,10 @@ class Report:
         self._console.print(table)
         _LOG.info("%s", text)
 
-    def parameters(self, params, num_frozen: int = 0) -> None:
-        """Writes the table of parameters to parameters.txt and prints their number, and that of
-        those of the network that are held elsewhere, because they are frozen."""
+    def parameters(self, params, num_frozen: int = 0, num_trainable: int | None = None) -> None:
+        """Writes the table of parameters to parameters.txt and prints their number, that of those
+        that learn, and that of those of the network that are held elsewhere, because they are
+        frozen."""
         from clu import parameter_overview
 
         path = os.path.join(self._workdir, "parameters.txt")
@@ -242,6 +244,8 @@ class Report:
         leaves = jax.tree.leaves(params)
         count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
         beside = f" beside {num_frozen:,} frozen ones" if num_frozen else ""
+        if num_trainable not in (None, count):
+            beside += f", of which {num_trainable:,} learn"
         self.info(f"{count:,} parameters{beside}, {size / 2**20:,.1f} MiB; table in {path}")
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--images", required=True, nargs="+", help="pictures and folders of them")
     parser.add_argument("--out", required=True, help="the sheet, a .png")
-    parser.add_argument("--max-images", type=int, default=16)
+    parser.add_argument("--max-images", type=int, default=16, help="drawn (default: 16)")
     return parser
 
 
@@ -29,12 +29,14 @@ def run(parser, argv, draw: Callable[..., list[images.BadImageError]]) -> int:
     if args.max_images < 1:
         parser.error("--max-images must be at least 1")
     try:
-        paths = pictures.find(args.images)[: args.max_images]
+        found = pictures.find(args.images)
+        paths = found[: args.max_images]
         bad = draw(args, paths)
     except errors.KINDS as error:
         print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
         return 2
     for error in bad:
         print(f"not read: {error.name}: {error.reason}", file=sys.stderr)
-    print(f"{len(paths) - len(bad)} pictures, {len(bad)} not read: {args.out}")
+    of = f" of {len(found)} (see --max-images)" if len(found) > len(paths) else ""
+    print(f"{len(paths) - len(bad)} pictures{of}, {len(bad)} not read: {args.out}")
     return 3 if bad else 0

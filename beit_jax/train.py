@@ -33,7 +33,7 @@ HARMLESS = (  # may differ between the starts of a run
 )
 
 
-def run(config, workdir: str) -> dict | None:
+def run(config, workdir: str) -> dict | int:
     """Trains, or goes on with what the workdir holds, and evaluates.
 
     Args:
@@ -41,7 +41,7 @@ def run(config, workdir: str) -> dict | None:
       workdir: where everything goes that the run leaves.
 
     Returns:
-      What results.json holds; None if a signal ended the run, which can then be resumed.
+      What results.json holds; or the number of the signal that ended the run, which can be resumed.
 
     Raises:
       FileNotFoundError, ValueError: config, data, weights or workdir do not fit; said before the
@@ -89,7 +89,10 @@ def _train(config, workdir, mesh, stack):
             tensorboard=config.tensorboard,
         )
     )
-    log.parameters(state.params, task.num_frozen)
+    sizes = (f"{name} {split.num_examples:,}" for name, split in splits.items())
+    log.info(f"{config.data.name}: {', '.join(sizes)} pictures.")
+    num_trainable = build.num_trainable(config, task, state.params)
+    log.parameters(state.params, task.num_frozen, num_trainable)
     if start_step >= plan.total_steps:
         log.info(f"The run is complete, with {start_step} steps; it is evaluated again.")
     evaluator = evaluate.make_evaluator(task, config, mesh)
@@ -101,7 +104,7 @@ def _train(config, workdir, mesh, stack):
         inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)
     )
     train_step, facts = None, report.read_facts(workdir)
-    facts["num_trainable_parameters"] = build.num_trainable(config, task, state.params)
+    facts["num_trainable_parameters"] = num_trainable
     trace = stack.enter_context(
         profiling.at_steps(config.profile_steps, workdir, start_step, plan.total_steps)
     )
@@ -156,7 +159,7 @@ def _train(config, workdir, mesh, stack):
         saver.save(step, state)
         saver.wait()
         log.info(f"Saved step {step}; the same command goes on from there.")
-        return None
+        return stopped[0]
     with log.timer("save"):
         saver.wait()
     if step > start_step:
@@ -197,6 +200,7 @@ def catch_signals():
         if caught:
             os._exit(128 + number)
         caught.append(number)
+        os.write(2, b"Stops after this step; once more stops at once.\n")
 
     old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

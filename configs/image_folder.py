@@ -13,16 +13,17 @@ The whole network is trained, after BEiT's own fine-tuning from a checkpoint tha
 before. `,lora`, `,bias` and `,head` train a part of it, at the higher learning rates that parts
 want; `,pretrained` is for a checkpoint that has seen no labels yet, such as a run of
 configs/pretrain.py: BEiT's rate for that (4e-3 for 1024 pictures of a batch) and layer decay, and
-more epochs. None of these rates was chosen on data here.
+more epochs. `,scratch` begins with nothing, at a rate for that, and --config.preset=tiny, small or
+base decides the size. None of these rates was chosen on data here.
 """
 
 from configs import common
 
-_HOW = ("lora", "bias", "head", "pretrained")
+_HOW = ("lora", "bias", "head", "pretrained", "scratch")
 
 
 def get_config(arg=None):
-    """`arg`: the folder or CSV file, and perhaps lora, bias, head or pretrained."""
+    """`arg`: the folder or CSV file, and perhaps lora, bias, head, pretrained or scratch."""
     path, _, how = (arg or "").rpartition(",")
     if how not in _HOW:
         path, how = arg or "", ""
@@ -50,6 +51,11 @@ def get_config(arg=None):
         config.num_epochs = 50.0
         config.optim.learning_rate = 2.5e-4
         config.optim.layer_decay = 0.65
+    elif how == "scratch":
+        config.pretrained, config.preset = "", "small"
+        config.num_epochs = 100.0
+        config.optim.learning_rate = 5e-4
+        config.optim.layer_decay = 1.0
     elif how:
         _train_a_part(config, how)
     return config

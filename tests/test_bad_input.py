@@ -145,7 +145,7 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"num_epochs": -1.0}, ["config.num_epochs is -1.0"]),
         ({"save_every": "1 epoch"}, ["config.save_every", "10ep"]),
         ({"batch_size": 0}, ["config.batch_size is 0"]),
-        ({"batch_size": 4096}, ["config.batch_size is 4096", "400 pictures", "batch_size=32"]),
+        ({"batch_size": 4096}, ["config.batch_size is 4096", "400 pictures", "batch_size=128"]),
         ({"optim.learning_rate": -1.0}, ["config.optim.learning_rate is -1.0"]),
         ({"optim.learning_rate": float("nan")}, ["config.optim.learning_rate is nan"]),
         ({"model.initializer_bound": 0.0}, ["initializer_bound must be above 0", "got 0.0"]),

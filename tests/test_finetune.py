@@ -132,6 +132,7 @@ def test_overrides_and_resolution(tmp_path, picture_folder, hf_directory, caplog
         ("head", {"trainable": "head", "model.drop_path_rate": 0.0}),
         ("bias", {"trainable": "bias"}),
         ("pretrained", {"optim.layer_decay": 0.65, "trainable": "all", "num_epochs": 50}),
+        ("scratch", {"optim.layer_decay": 1.0, "pretrained": "", "preset": "small"}),
         ("other", {"optim.learning_rate": 5e-5, "trainable": "all"}),  # is a folder's name
     ],
 )

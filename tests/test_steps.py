@@ -75,7 +75,7 @@ def test_periods_that_are_no_whole_steps_neither_drift_nor_miss_each_other(epoch
 def test_ties_are_decided_alike(pictures, batch):
     epoch = pictures / batch
     for k in range(1, 40):
-        (end,) = [s for s in range(1, round(k * epoch) + 2) if is_time(s, k * epoch, None)]
+        end = next(s for s in range(1, round(k * epoch) + 2) if is_time(s, k * epoch, None))
         assert is_time(end, epoch, None)
 
 

@@ -73,6 +73,12 @@ def _step(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"must be best, latest or a number; got {text!r}")
 
 
+def _workdir_and_step(args) -> tuple[str, str | int]:
+    """WORKDIR and --step, or WORKDIR@STEP."""
+    workdir, step = pretrained.workdir_and_step(args.workdir)
+    return workdir or args.workdir, step if args.step == "best" else args.step
+
+
 def _from_hf(args) -> int:
     with files.new_directory(args.dst) as workdir:
         loaded = convert.load(args.src, revision=args.revision)
@@ -101,7 +107,7 @@ def _from_hf(args) -> int:
 def _to_hf(args) -> int:
     if args.verify:
         verify.check_installed()
-    params, info = pretrained.load_workdir(args.workdir, args.step)
+    params, info = pretrained.load_workdir(*_workdir_and_step(args))
     architecture = info.architecture
     if info.task == "pretrain" and architecture["head"] == "tokens":
         params, architecture = beit.backbone(params, architecture)
@@ -126,12 +132,13 @@ def _to_hf(args) -> int:
 
 
 def _to_peft(args) -> int:
-    info = checkpoint.read_model_info(args.workdir)
+    workdir, step = _workdir_and_step(args)
+    info = checkpoint.read_model_info(workdir)
     if info.model_name != "beit" or not info.lora:
         raise ValueError(
             f"{args.workdir} has no LoRA adapters of a beit; to-hf writes the whole model"
         )
-    params = lora.flat(checkpoint.load_params(args.workdir, step=args.step))
+    params = lora.flat(checkpoint.load_params(workdir, step=step))
     with files.new_directory(args.dst) as directory:
         peft.save(directory, params, info.lora, args.transformers)
     print(f"{args.dst}: adapters of {info.lora['base']} written")

@@ -12,6 +12,7 @@ pictures beside class folders, class folders beside split folders, a class folde
 
 import collections
 import csv
+import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,6 +177,12 @@ def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> d
                 f"{root / name}, or move the others away"
             )
     return {"train": ""}
+
+
+def tell_ignored(path: str | os.PathLike, ignored: Sequence[tuple[str, int]]) -> None:
+    """Warns of files of a folder that are no pictures to us, such as 2 .heic."""
+    kinds = ", ".join(f"{count} {ending}" for ending, count in ignored[:8])
+    logging.warning("Files of %s that are not read: %s.", path, kinds)
 
 
 def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:

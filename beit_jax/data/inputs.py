@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beit_jax import sharding
-from beit_jax.data import images, pipeline, sources
+from beit_jax.data import folder, images, pipeline, sources
 
 
 class Split(NamedTuple):
@@ -71,8 +71,7 @@ def _tell_of_unseen(found):
     if not isinstance(train, sources.FileSource):
         return
     if train.ignored:
-        ignored = ", ".join(f"{count} {ending}" for ending, count in train.ignored[:8])
-        logging.info("Files of %s that are not read: %s.", train.name, ignored)
+        folder.tell_ignored(train.name, train.ignored)
     if train.class_names is None:
         return
     seen = set(train.labels())

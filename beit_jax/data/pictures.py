@@ -7,7 +7,8 @@ from beit_jax.data import folder, images
 
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:
-    """The files among `paths`, and all pictures below the folders among them.
+    """The files among `paths`, and all pictures below the folders among them; what else lies there
+    is told.
 
     Raises:
       FileNotFoundError: a path is not there, or a folder has no pictures.
@@ -18,6 +19,8 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
             listing = folder.list_folder(path, labelled=False)
             files = (id for split in listing.splits.values() for id in split.ids)
             found += sorted(listing.root / id for id in files)
+            if listing.ignored:
+                folder.tell_ignored(path, listing.ignored)
         elif path.exists():
             found.append(path)
         else:

@@ -5,6 +5,7 @@ B batch, H x W picture as stored, S side as the network sees it, C channels, K c
 
 import csv
 import functools
+import logging
 import os
 
 import jax
@@ -180,7 +181,7 @@ def write_predictions(outputs, source, path: str) -> None:
     columns = (outputs[key].tolist() for key in ("index", "label", "predicted", "probability"))
     with fileio.writing(path) as file:
         rows = csv.writer(file)
-        rows.writerow(["path", "label", "predicted", "probability"])
+        rows.writerow(["path", "true", "predicted", "probability"])
         for index, label, predicted, probability in zip(*columns, strict=True):
             row = source.id(index), names[label], names[predicted], f"{probability:.6g}"
             rows.writerow(row)
@@ -205,6 +206,8 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
         fields = architecture.preset(family, config.preset)
     else:
         fields = family.for_finetuning(start.architecture)
+        if config.preset != "base":
+            logging.info("The checkpoint decides the size, not config.preset %r.", config.preset)
     overrides = architecture.overrides(config)
     num_labels = overrides.setdefault("num_labels", len(class_names))
     if num_labels != len(class_names):
