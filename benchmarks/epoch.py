@@ -1,6 +1,6 @@
 """How long an epoch of CIFAR-10 takes that lives on the device, with augmentation in the step.
 
-    python -m beit_jax.data cifar10 --data_dir DATA_DIR
+    python -m beit_jax.data cifar10 --data-dir DATA_DIR
     python -m benchmarks.epoch --data_dir DATA_DIR               benchmarks/results/epoch_cpu.json
     python -m benchmarks.epoch --data_dir DATA_DIR --device gpu  benchmarks/results/epoch_gpu.json
 

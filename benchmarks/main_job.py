@@ -1,6 +1,6 @@
 """The main job on real pictures: fine-tune, be killed, go on, evaluate, export, predict.
 
-    python -m beit_jax.data cifar10 --data_dir DATA_DIR
+    python -m beit_jax.data cifar10 --data-dir DATA_DIR
     python -m benchmarks.main_job --data_dir DATA_DIR
 
 Writes a BEiT of 1.2 million random parameters with transformers, fine-tunes it on a fifth of
