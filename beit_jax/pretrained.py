@@ -192,6 +192,12 @@ def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
         order = np.asarray([list(old).index(name) for name in class_names])
         for head in heads:
             params[head] = {k: np.asarray(v)[..., order] for k, v in start.params[head].items()}
+    else:
+        logging.info(
+            "The classifier of %s is left out: it is of other classes, such as %s.",
+            start.info.pretrained or "the checkpoint",
+            next(iter(sorted(set(old) - set(class_names))), old[0]),
+        )
     return start._replace(params=params)
 
 

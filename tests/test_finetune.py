@@ -173,6 +173,7 @@ def test_other_classes_get_a_new_head(tmp_path, picture_folder, hf_directory, ca
     shutil.rmtree(pictures / "red")
     finetune(tmp_path / "run", pictures, hf_directory, STILL)
     assert "new parameters: classifier/bias, classifier/kernel" in caplog.text
+    assert "is left out: it is of other classes, such as red." in caplog.text
     assert params_of(tmp_path / "run")["classifier/kernel"].shape == (16, 2)
 
 
