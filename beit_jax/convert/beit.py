@@ -344,30 +344,20 @@ def _head_of_names(names) -> str:
 
 def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, Any]:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    try:
-        hidden_size, num_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
-        intermediate_size = shapes["blocks.0.mlp.fc1.weight"][0]
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(
-            "the architecture is read off patch_embed.proj.weight [D, C, P, P] and "
-            "blocks.0.mlp.fc1.weight [F, D], which are not in this checkpoint"
-        ) from None
+    sizes = hf_config.block_sizes(shapes)
+    hidden_size, patch_size = sizes["hidden_size"], sizes["patch_size"]
     own = shapes.get("blocks.0.attn." + _BIAS_TABLE)
     shared = shapes.get("rel_pos_bias." + _BIAS_TABLE)
     if not (own or shared or "num_attention_heads" in overrides or hidden_size % 64 == 0):
         raise ValueError(f"how many heads has hidden_size={hidden_size}? Give num_attention_heads")
     head = _head_of_names(shapes)
-    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": max(layers) + 1,
+        **sizes,
         "num_attention_heads": (own or shared or (0, hidden_size // 64))[1],
-        "intermediate_size": intermediate_size,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": 1e-6,
-        "num_channels": num_channels,
         "use_mask_token": "mask_token" in shapes,
         "use_absolute_position_embeddings": "pos_embed" in shapes,
         "use_relative_position_bias": own is not None,
@@ -377,7 +367,6 @@ def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, A
         "use_mean_pooling": head == "mim" or "norm.weight" not in shapes,
         "vocab_size": shapes.get("lm_head.bias", (8192,))[0],
         "image_size": overrides.get("image_size") or _image_size(shapes, own or shared, patch_size),
-        "patch_size": patch_size,
         "num_labels": shapes.get("head.bias", (1000,))[0],
         "head": head,
     }

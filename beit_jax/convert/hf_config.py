@@ -1,5 +1,6 @@
 """What the converters share: values of a config.json, class names, shapes of parameters."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,30 @@ def image_size(model) -> int | list[int]:
     """The picture's side, or height and width where they differ."""
     height, width = model.image_size
     return height if height == width else [height, width]
+
+
+def block_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes that arrays with the names of unilm and timm tell, as fields of an architecture.
+
+    Raises:
+      ValueError: they are not there.
+    """
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    try:
+        hidden_size, num_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
+        intermediate_size = shapes["blocks.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(
+            "the architecture is read off patch_embed.proj.weight [D, C, P, P] and "
+            "blocks.0.mlp.fc1.weight [F, D], which are not in this checkpoint"
+        ) from None
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": max(layers) + 1,
+        "intermediate_size": intermediate_size,
+        "num_channels": num_channels,
+        "patch_size": patch_size,
+    }
 
 
 def _labels(config):

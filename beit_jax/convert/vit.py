@@ -211,17 +211,14 @@ def _is_timm(names: Iterable[str]) -> bool:
 
 def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
-    try:
-        hidden_size, num_channels, patch_size, _ = shapes["patch_embed.proj.weight"]
-        intermediate_size, num_tokens = shapes["blocks.0.mlp.fc1.weight"][0], shapes["pos_embed"][1]
-    except (KeyError, ValueError, IndexError):
+    sizes = hf_config.block_sizes(shapes)
+    hidden_size, patch_size = sizes["hidden_size"], sizes["patch_size"]
+    if len(shapes.get("pos_embed", ())) != 3:
         raise ValueError(
-            "the architecture is read off patch_embed.proj.weight [D, C, P, P], pos_embed "
-            "[1, T, D] and blocks.0.mlp.fc1.weight [F, D], which are not in this checkpoint"
-        ) from None
+            "the architecture is read off pos_embed [1, T, D], which is not in this checkpoint"
+        )
     has_distillation_token = "dist_token" in shapes
-    side = math.isqrt(num_tokens - 1 - has_distillation_token)
+    side = math.isqrt(shapes["pos_embed"][1] - 1 - has_distillation_token)
     num_heads = _HEADS.get(hidden_size, max(1, hidden_size // 64))
     if hidden_size not in _HEADS:
         logging.warning(
@@ -231,14 +228,10 @@ def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
             hidden_size,
         )
     return {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": max(layers) + 1,
+        **sizes,
         "num_attention_heads": num_heads,
-        "intermediate_size": intermediate_size,
         "layer_norm_eps": 1e-6,
-        "num_channels": num_channels,
         "image_size": (side * patch_size, side * patch_size),
-        "patch_size": patch_size,
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "num_labels": shapes.get("head.bias", (1000,))[0],
         "head": "classifier" if "head.weight" in shapes else "none",
