@@ -15,8 +15,6 @@ from beit_jax import checkpoint, convert, lora, modules
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 
-_OF_A_RUN = ("config.json", "results.json")  # from its start, and from its end
-
 
 class Pretrained(NamedTuple):
     """Parameters as nested dict of arrays, and what is known of their model."""
@@ -104,8 +102,8 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
             "pre-trained."
         )
     params = checkpoint.load_params(workdir, step)
-    there = {name: os.path.exists(os.path.join(workdir, name)) for name in _OF_A_RUN}
-    if there["config.json"] and not there["results.json"]:
+    there = os.listdir(workdir)
+    if "config.json" in there and "results.json" not in there:  # of a run's start, and of its end
         logging.warning("The run of %s has not ended; what it has saved is taken.", workdir)
     if not info.lora:
         return Pretrained(params, info)

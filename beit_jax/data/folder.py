@@ -180,9 +180,10 @@ def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> d
 
 
 def tell_ignored(path: str | os.PathLike, ignored: Sequence[tuple[str, int]]) -> None:
-    """Warns of files of a folder that are no pictures to us, such as 2 .heic."""
-    kinds = ", ".join(f"{count} {ending}" for ending, count in ignored[:8])
-    logging.warning("Files of %s that are not read: %s.", path, kinds)
+    """Warns of files of a folder that are no pictures to us, such as 2 .heic, if there are any."""
+    if ignored:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in ignored[:8])
+        logging.warning("Files of %s that are not read: %s.", path, kinds)
 
 
 def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:

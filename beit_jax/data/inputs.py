@@ -70,8 +70,7 @@ def _tell_of_unseen(found):
     train = found.get("train")
     if not isinstance(train, sources.FileSource):
         return
-    if train.ignored:
-        folder.tell_ignored(train.name, train.ignored)
+    folder.tell_ignored(train.name, train.ignored)
     if train.class_names is None:
         return
     seen = set(train.labels())

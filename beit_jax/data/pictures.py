@@ -19,8 +19,7 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
             listing = folder.list_folder(path, labelled=False)
             files = (id for split in listing.splits.values() for id in split.ids)
             found += sorted(listing.root / id for id in files)
-            if listing.ignored:
-                folder.tell_ignored(path, listing.ignored)
+            folder.tell_ignored(path, listing.ignored)
         elif path.exists():
             found.append(path)
         else:
