@@ -29,11 +29,15 @@ def parse_flags(argv):
     except OSError as error:
         available = ", ".join(sorted(map(str, pathlib.Path("configs").glob("[!_]*.py"))))
         sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {available}")
-    except (AttributeError, KeyError) as error:  # of the last name of a key, or of one before it
-        unknown = error if isinstance(error, KeyError) else error.__context__
-        if not isinstance(unknown, KeyError) or "ml_collections" not in raised_in(unknown):
+    except (AttributeError, KeyError, TypeError) as error:
+        # of the last name of a key, of one before it, or of one that stands below a setting
+        unknown = error.__context__ if isinstance(error, AttributeError) else error
+        is_key = isinstance(unknown, KeyError | TypeError)
+        if not is_key or "ml_collections" not in raised_in(unknown):
             raise
-        message = "Unknown config key: " + str(unknown.args[0]).replace("\n", ". ")
+        message = "Unknown config key"
+        if isinstance(unknown, KeyError):
+            message += ": " + str(unknown.args[0]).replace("\n", ". ")
         sys.exit(message if "Did you mean" in message else message + siblings(argv))
 
 
@@ -46,9 +50,9 @@ def siblings(argv) -> str:
     """The keys beside which the first unknown one of the arguments would stand."""
     for argument in argv:
         group, keys = common.get_config(), argument.partition("=")[0].split(".")
-        for key in keys[1:] if keys[0] in ("--config", "-config") else ():
+        for i, key in enumerate(keys[1:] if keys[0] in ("--config", "-config") else ()):
             if not isinstance(group, ConfigDict):
-                return ""
+                return f": {key!r}; {'.'.join(keys[1 : i + 1])} is a setting and has no keys"
             if key not in group:
                 return f"; available: {', '.join(sorted(group))}"
             group = group[key]
@@ -63,6 +67,7 @@ def main(argv):
     from beit_jax import errors, train
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+    logging.captureWarnings(True)
     for chatty in ("absl", "jax", "matplotlib"):  # failed saves are told by checkpoint.py
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     try:

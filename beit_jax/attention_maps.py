@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import architecture, plots, pretrained, sheet
+from beit_jax import architecture, command, plots, pretrained
 from beit_jax.data import images, pictures, views
 from beit_jax.models import features
 
@@ -66,7 +66,7 @@ def look(
 
 
 def draw(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
-    """What `sheet.run` wants."""
+    """What `command.run` wants."""
     maps = look(pretrained.load(args.checkpoint), paths)
     count = len(maps.layers)
     layer = count - 1 if args.layer is None else args.layer
@@ -91,13 +91,12 @@ def draw(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
 
 def main(argv=None) -> int:
     """The command; returns the exit status."""
-    parser = sheet.make_parser("attention_maps", __doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a workdir, HuggingFace directory or id"
-    )
+    parser = command.make_parser("attention_maps", __doc__, "the sheet, a .png")
+    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
+    command.add_limit(parser)
     parser.add_argument("--layer", type=int, help="counted from 0 (default: the last)")
     parser.add_argument("--heads", action="store_true", help="each head of that layer")
-    return sheet.run(parser, argv, draw)
+    return command.run(parser, argv, draw, ".png")
 
 
 if __name__ == "__main__":

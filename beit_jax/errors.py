@@ -1,7 +1,8 @@
-"""Which errors are messages for the user, and which are bugs whose traceback is wanted."""
+"""Messages for the user: which errors are some, and which are bugs whose traceback is wanted."""
 
 import pathlib
 import traceback
+from collections.abc import Sequence
 
 KINDS = (OSError, ValueError, RuntimeError, FloatingPointError)  # that may be messages
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -27,6 +28,11 @@ def message(error: BaseException) -> str:
     # Grain and JAX add notes on tracebacks, which are not shown
     notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith("---")]
     return "\n".join([text, *notes])
+
+
+def few(names: Sequence, most: int = 8) -> str:
+    """The first `most` of the names, for a message."""
+    return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
 
 
 def _is_raised_here(error) -> bool:

@@ -140,7 +140,9 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
                 task.draw(workdir, metrics, outputs, splits[name], params, model_state)
     if "test" in results:
         log.test(step, scalars_of(results["test"]))
-    plots.curves(report.read_metrics(workdir), os.path.join(workdir, "curves.png"))
+    lines = report.read_metrics(workdir)
+    if len({line["step"] for line in lines}) > 1:  # more than an evaluation
+        plots.curves(lines, os.path.join(workdir, "curves.png"))
     skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
     results["num_skipped"] = max(skipped, facts.get("num_skipped") or 0)  # an earlier start's
     results["seconds"] = facts.get("seconds") or log.times()

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -20,14 +20,16 @@ class FileFormatError(ValueError):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[TextIO]:
-    """Yields a file that takes the place of `path` when the block ends without an error.
+def writing(path: str | os.PathLike, *, binary: bool = False) -> Iterator[IO]:
+    """Yields a file, of text unless it is `binary`, that takes the place of `path` when the block
+    ends without an error.
 
-    Names of files that are not UTF-8 keep their bytes.
+    Names of files that are not UTF-8 keep their bytes in text.
     """
     part = f"{path}.part"
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     try:
-        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(part, "wb") if binary else open(part, "w", **text) as file:
             yield file
         os.replace(part, path)
     except BaseException:

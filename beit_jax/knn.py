@@ -12,14 +12,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
-from beit_jax import architecture, errors, fileio, pretrained
-from beit_jax.data import images, pipeline, sources, views
-from beit_jax.models import features, layers
+from beit_jax import command, errors, fileio, inference, pretrained
+from beit_jax.data import images, sources
+from beit_jax.models import features
 
 
-def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=128, dtype="auto"):
+def extract(
+    start: pretrained.Pretrained, source: sources.Source, *, batch_size: int = 128
+) -> tuple[list[np.ndarray], np.ndarray]:
     """The features of every layer, unit length, [L][N, F], and the labels [N] of a source.
 
     Pictures that are skipped are in neither.
@@ -27,39 +28,16 @@ def extract(start: pretrained.Pretrained, source: sources.Source, *, batch_size=
     Raises:
       ValueError: no picture is left.
     """
-    model = architecture.make_model(start.info, dtype=dtype)
-    size, image = model.config.image_size, start.info.image
-
-    @jax.jit
-    def describe(params, pictures):
-        view = views.eval_view(pictures, start.info.image, size, resized=True)
-        found = features.layer_outputs(model, params, view)
-        pooled = (features.pool(x, model.config.num_prefix) for x in found)
-        return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
-
-    params = layers.for_inference(start.params, model.config.dtype)
-    result, labels = None, np.full(len(source), -1, np.int32)
-    batch_size = min(batch_size, len(source))
-    with pipeline.eval_batches(
-        source,
-        batch_size,
-        renderings={"image": views.rendering(image, size)},
-        crop=image["crop"],
-        crop_pct=image["crop_pct"],
-    ) as batches:
-        count = -(-len(source) // batch_size)
-        for batch in track(batches, source.split, total=count, disable=not sys.stderr.isatty()):
-            real = batch["weight"] > 0
-            found = jax.device_get(describe(params, batch["image"]))
-            if result is None:
-                result = [np.zeros((len(source), x.shape[-1]), np.float32) for x in found]
-            for rows, x in zip(result, found, strict=True):
-                rows[batch["index"][real]] = x[real]
-            labels[batch["index"][real]] = batch["label"][real]
-    known = labels >= 0  # a picture that was skipped has none
-    if not known.any():
+    found = inference.apply(_describe, start, source, batch_size=batch_size)
+    if not len(found.index):
         raise source.none_left()
-    return [x[known] for x in result], labels[known]
+    return found.values, found.label
+
+
+def _describe(model, params, image):
+    layers = features.layer_outputs(model, params, image)
+    pooled = (features.pool(x, model.config.num_prefix) for x in layers)
+    return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
 
 
 def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, chunk=256) -> float:
@@ -95,20 +73,18 @@ def main(argv=None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a workdir, HuggingFace directory or id"
-    )
+    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     parser.add_argument("--data", required=True, help="digits, cifar10, tfds:NAME, folder:PATH")
     parser.add_argument("--data-dir", help="of tfds; or where PATH starts")
     parser.add_argument("--train", default="train", help="split of the neighbours (default: train)")
     parser.add_argument("--test", default="test", help="split that is classified (default: test)")
     parser.add_argument("--on-bad-image", choices=["error", "skip"], default="error")
-    parser.add_argument("--k", type=int, default=20, help="number of neighbours (default: 20)")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument(
+        "--k", type=command.positive, default=20, help="number of neighbours (default: 20)"
+    )
+    parser.add_argument("--batch-size", type=command.positive, default=128)
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args(argv)
-    if args.k < 1 or args.batch_size < 1:
-        parser.error("--k and --batch-size must be at least 1")
     if args.out:
         fileio.check_out(parser, args.out)
     try:
@@ -130,10 +106,13 @@ def main(argv=None) -> int:
         pairs = zip(train, test, strict=True)
         found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in pairs]
         best = int(np.argmax(found))
+        print(f"{len(test_labels):,} pictures by their {args.k} nearest of {len(train_labels):,}")
         for i, value in enumerate(found):
             print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
         if args.out:
-            fileio.write_json(args.out, {"k": args.k, "best_layer": best, "accuracy": found})
+            count = {"num_train": len(train_labels), "num_test": len(test_labels)}
+            results = {"k": args.k, **count, "best_layer": best, "accuracy": found}
+            fileio.write_json(args.out, results)
     except errors.KINDS as error:
         if isinstance(error, images.BadImageError):  # whose notes are of main.py's flags
             text = f"{error}; --on-bad-image=skip leaves it out"

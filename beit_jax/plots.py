@@ -246,7 +246,8 @@ def comparison(rows: Sequence, path: str) -> Figure:
     left.set_ylim(-0.6, len(rows) - 0.4)
     left.xaxis.set_major_locator(MaxNLocator(5))
     left.xaxis.set_major_formatter(PercentFormatter(1))
-    left.set_title("accuracy, 95 % interval")
+    (split,) = {row.split for row in rows}
+    left.set_title(f"{_KINDS[split][0]} accuracy, 95 % interval")
     left.grid(axis="x")
     for axes in right:
         for row, color in zip(rows, colors, strict=True):

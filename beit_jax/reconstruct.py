@@ -12,7 +12,7 @@ import sys
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, fileio, pretrained, sheet
+from beit_jax import checkpoint, command, fileio, pretrained
 from beit_jax.data import images, pictures, views
 from beit_jax.tasks import pretrain
 
@@ -26,7 +26,7 @@ def reconstruct(
 
     Args:
       workdir: of a pre-training run.
-      paths: the files; of those that can be read, picture i gets mask i of the run's bank.
+      paths: the files; their masks are of the run's kind, the same in every call.
       step: as of `checkpoint.load_params`.
 
     Raises:
@@ -36,6 +36,7 @@ def reconstruct(
     if info.task != "pretrain":
         raise ValueError(f"{workdir} is of the task {info.task!r}; expected a pre-training run.")
     config = _config(workdir)
+    config.mask.bank = len(paths)
     info, model, objective, bank = pretrain.make_parts(config, info=info)
     if objective.reconstruct is None:
         raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
@@ -63,7 +64,7 @@ def _config(workdir) -> ConfigDict:
 
 
 def draw(args, paths) -> list[images.BadImageError]:
-    """What `sheet.run` wants."""
+    """What `command.run` wants."""
     found, bad = reconstruct(args.checkpoint, paths)
     pretrain.draw_reconstructions(found, args.out)
     return bad
@@ -71,9 +72,10 @@ def draw(args, paths) -> list[images.BadImageError]:
 
 def main(argv=None) -> int:
     """The command; returns the exit status."""
-    parser = sheet.make_parser("reconstruct", __doc__)
+    parser = command.make_parser("reconstruct", __doc__, "the sheet, a .png")
     parser.add_argument("--checkpoint", required=True, help="workdir of a pre-training run")
-    return sheet.run(parser, argv, draw)
+    command.add_limit(parser)
+    return command.run(parser, argv, draw, ".png")
 
 
 if __name__ == "__main__":

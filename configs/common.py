@@ -8,10 +8,12 @@ the checkpoint has it, or the preset.
 import contextlib
 import csv
 import os
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict, config_dict
 
 SIZES = ("tiny", "small", "base", "large")  # presets that may be arguments
+UNLABELLED = ("cifar10", "digits", "imagenet")  # data that may be
 
 
 def get_config() -> ConfigDict:
@@ -254,41 +256,64 @@ def folder_splits(path: str | None) -> tuple[str, str, str]:
     return "train[:80%]", "train[80%:90%]", "train[90%:]"
 
 
-def unlabelled(arg: str | None, task_name: str) -> tuple[ConfigDict, str, str]:
-    """A config for a task that looks at pictures only, which pictures, and the size or "".
+def split_options(
+    arg: str | None, names: Sequence[str], *options: Sequence[str]
+) -> tuple[str, ...]:
+    """What an argument names, and of each of `options` the word that follows, or "".
 
-    Args:
-      arg: digits, cifar10 (default), imagenet or folder=PATH; but for digits a size may follow, as
-        in "imagenet,large".
-      task_name: of the task.
+    ("folder:a,b", "", "mae") of "folder:a,b,mae", where the last of two options has "mae".
 
     Raises:
-      ValueError: another argument.
+      ValueError: another word follows one of the `names`, or a path that is there.
     """
-    arg, comma, size = (arg or "cifar10").rpartition(",")
-    if not comma or size not in SIZES:
-        arg, size = f"{arg}{comma}{size}", ""
-    kind, _, path = arg.partition("=")
-    if kind != "folder" or not path:
-        name, comma, unknown = arg.partition(",")
-        kind = parse_arg(name, "digits", "cifar10", "imagenet", "folder=PATH")
-        if comma:
-            raise ValueError(f"Unknown size {unknown!r}; available: {', '.join(SIZES)}.")
-    if size and kind == "digits":
-        raise ValueError(f"Digits have one size of network, got {size!r}; leave it out.")
+    words, chosen = (arg or "").split(","), []
+    for option in reversed(options):
+        chosen.insert(0, words.pop() if words and words[-1] in option else "")
+    data = ",".join(words)
+    before, comma, word = data.rpartition(",")
+    if comma and not _is_there(data) and (before in names or _is_there(before)):
+        known = ", then ".join(", ".join(option) for option in options)
+        raise ValueError(f"Unknown {word!r} after {before}; available: {known}.")
+    return data, *chosen
+
+
+def _is_there(data):
+    return os.path.exists(os.path.expanduser(data.removeprefix("folder:")))
+
+
+def parse_data(data: str, *names: str) -> str:
+    """The kind of data that an argument names: one of `names`, the first by default, or "folder".
+
+    Raises:
+      ValueError: it is none of them.
+    """
+    kind, _, path = data.partition(":")
+    if kind == "folder" and path:
+        return kind
+    return parse_arg(data, *names, "folder:PATH") or names[0]
+
+
+def unlabelled(data: str, kind: str, task_name: str) -> ConfigDict:
+    """A config for a task that looks at pictures only."""
     config = get_config()
     config.task_name = task_name
-    config.data.name = f"folder:{path}" if kind == "folder" else kind
+    config.data.name = data or kind
     config.data.labelled = False
     config.best_metric, config.best_mode = "loss", "min"
     config.augment.crop = "rrc"
-    return config, kind, size
+    return config
 
 
 def set_size(config: ConfigDict, kind: str, size: str) -> None:
-    """The preset of a size, in the place of the recipe's; small pictures keep small patches."""
+    """The preset of a size, in the place of the recipe's; small pictures keep small patches.
+
+    Raises:
+      ValueError: a size of digits, which have one network.
+    """
     if not size:
         return
+    if kind == "digits":
+        raise ValueError(f"Digits have one size of network, got {size!r}; leave it out.")
     config.preset = size
     if kind == "cifar10":
         config.model.image_size, config.model.patch_size = 32, 4

@@ -14,19 +14,19 @@ before. `,lora`, `,bias` and `,head` train a part of it, at the higher learning 
 want; `,pretrained` is for a checkpoint that has seen no labels yet, such as a run of
 configs/pretrain.py: BEiT's rate for that (4e-3 for 1024 pictures of a batch) and layer decay, and
 more epochs. `,scratch` begins with nothing, at a rate for that, and --config.preset=tiny, small or
-base decides the size. None of these rates was chosen on data here.
+base decides the size. None of these rates was chosen on data here. `,test` trains nothing: it
+measures the classifier of --config.pretrained, such as a finished workdir, on all pictures, or on
+those of a test where the folder has one.
 """
 
 from configs import common
 
-_HOW = ("lora", "bias", "head", "pretrained", "scratch")
+_HOW = ("lora", "bias", "head", "pretrained", "scratch", "test")
 
 
 def get_config(arg=None):
-    """`arg`: the folder or CSV file, and perhaps lora, bias, head, pretrained or scratch."""
-    path, _, how = (arg or "").rpartition(",")
-    if how not in _HOW:
-        path, how = arg or "", ""
+    """`arg`: the folder or CSV file, and perhaps lora, bias, head, pretrained, scratch or test."""
+    path, how = common.split_options(arg, (), _HOW)
     config = common.get_config()
     config.data.name = f"folder:{path}"
     config.pretrained = "microsoft/beit-base-patch16-224"
@@ -56,6 +56,10 @@ def get_config(arg=None):
         config.num_epochs = 100.0
         config.optim.learning_rate = 5e-4
         config.optim.layer_decay = 1.0
+    elif how == "test":
+        config.eval_only = True
+        is_part = config.data.test.endswith("]")  # of a folder without a test
+        config.data.val, config.data.test = "", "train" if is_part else config.data.test
     elif how:
         _train_a_part(config, how)
     return config

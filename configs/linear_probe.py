@@ -2,7 +2,7 @@
 
     python main.py --config=configs/linear_probe.py:DATA --config.pretrained=RUN --workdir=DIR
 
-DATA is digits, cifar10, cifar100, imagenet2012 or folder=PATH. AdamW with
+DATA is digits, cifar10, cifar100, imagenet2012 or folder:PATH. AdamW with
 weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024 (64 of a folder),
 100 epochs, random resized crops and flips. results.json has the accuracy of each layer.
 `python -m beit_jax.knn` asks the same of the nearest neighbours, without training.
@@ -20,21 +20,18 @@ _SPLITS = {  # train, validation, test
 
 def get_config(arg=None):
     """`arg`: the data set, cifar10 by default."""
-    arg = arg or "cifar10"
-    kind, _, path = arg.partition("=")
-    if kind != "folder" or not path:
-        common.parse_arg(arg, *_SPLITS, "folder=PATH")
+    kind = common.parse_data(arg or "", *_SPLITS)
     config = common.get_config()
     config.task_name = "linear_probe"
-    config.data.name = {"folder": f"folder:{path}", "imagenet2012": f"tfds:{arg}"}.get(kind, arg)
-    splits = _SPLITS[arg] if arg in _SPLITS else common.folder_splits(path)
+    config.data.name = {"folder": arg, "imagenet2012": f"tfds:{arg}"}.get(kind, kind)
+    splits = _SPLITS.get(kind) or common.folder_splits(arg.removeprefix("folder:"))
     config.data.train, config.data.val, config.data.test = splits
-    if arg == "imagenet2012":
+    if kind == "imagenet2012":
         config.image.crop, config.image.crop_pct = "center", 0.875
         config.image.interpolation = "bicubic"
 
     config.augment.crop = "rrc"
-    config.augment.flip = 0.0 if arg == "digits" else 0.5
+    config.augment.flip = 0.0 if kind == "digits" else 0.5
     config.batch_size = 64 if kind == "folder" else 1024
     config.num_epochs = 100.0
     config.optim.name = "adamw"

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/pretrain.py:digits --workdir=workdirs/mim
     python main.py --config=configs/pretrain.py:cifar10 --config.tokenizer=workdirs/tokenizer ...
-    python main.py --config=configs/pretrain.py:folder=PATH,mae ...
+    python main.py --config=configs/pretrain.py:folder:PATH,mae ...
 
 and then fine-tunes: python main.py --config=configs/quickstart.py
 --config.pretrained=workdirs/mim ...
@@ -10,7 +10,7 @@ and then fine-tunes: python main.py --config=configs/quickstart.py
 Of these, digits predicts pixels (SimMIM); the others predict visual tokens and need
 --config.tokenizer, or another objective as a further argument: simmim, mae or data2vec. Pictures of
 a folder are found at any depth; the tenth that configs/image_folder.py tests on, if it is given the
-same folder, is left out. A size may follow the data: imagenet,large or folder=PATH,tiny,simmim;
+same folder, is left out. A size may follow the data: imagenet,large or folder:PATH,tiny,simmim;
 other sizes are flags: --config.model.image_size=192, --config.num_epochs=300.
 
 imagenet is the published recipe of BEiT (microsoft/unilm), 800 epochs of ImageNet-1k at batch size
@@ -30,12 +30,11 @@ _OBJECTIVES = ("tokens", "v2", "simmim", "mae", "data2vec")
 
 
 def get_config(arg=None):
-    """`arg`: digits, cifar10 (default), imagenet or folder=PATH, and perhaps a size, and perhaps
+    """`arg`: digits, cifar10 (default), imagenet or folder:PATH, and perhaps a size, and perhaps
     tokens, v2, simmim, mae or data2vec."""
-    arg, _, objective = (arg or "").rpartition(",")
-    if objective not in _OBJECTIVES:
-        arg, objective = f"{arg},{objective}".strip(","), ""
-    config, kind, size = common.unlabelled(arg, "pretrain")
+    data, size, objective = common.split_options(arg, common.UNLABELLED, common.SIZES, _OBJECTIVES)
+    kind = common.parse_data(data, *common.UNLABELLED)
+    config = common.unlabelled(data, kind, "pretrain")
     config.optim.name = "adamw"
     config.optim.learning_rate = 1.5e-3
     config.optim.end_value = 1e-5

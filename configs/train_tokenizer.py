@@ -2,7 +2,7 @@
 
     python main.py --config=configs/train_tokenizer.py:digits --workdir=workdirs/tokenizer
     python main.py --config=configs/train_tokenizer.py:cifar10 ...
-    python main.py --config=configs/train_tokenizer.py:folder=PATH --config.teacher=CHECKPOINT ...
+    python main.py --config=configs/train_tokenizer.py:folder:PATH --config.teacher=CHECKPOINT ...
 
 Without --config.teacher it learns to tell pixels; with one (a BEiT, ViT, DINO; a HuggingFace
 directory or hub id, or a workdir) it learns to tell that network's features, as in BEiT v2. Then
@@ -17,8 +17,10 @@ from configs import common
 
 
 def get_config(arg=None):
-    """`arg`: digits, cifar10 (default), imagenet or folder=PATH, and perhaps a size."""
-    config, kind, size = common.unlabelled(arg, "train_tokenizer")
+    """`arg`: digits, cifar10 (default), imagenet or folder:PATH, and perhaps a size."""
+    data, size = common.split_options(arg, common.UNLABELLED, common.SIZES)
+    kind = common.parse_data(data, *common.UNLABELLED)
+    config = common.unlabelled(data, kind, "train_tokenizer")
     config.optim.name = "adamw"
     config.optim.b2 = 0.99
     config.optim.weight_decay = 1e-4

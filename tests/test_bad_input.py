@@ -49,6 +49,11 @@ def test_unknown_config_key_that_resembles_none(refuses):
     assert "learning_rate" in message and "batch_size" not in message
 
 
+def test_config_key_below_a_setting(refuses):
+    message = refuses({"data.name.foo": 1})
+    assert message == "Unknown config key: 'foo'; data.name is a setting and has no keys\n"
+
+
 def test_unknown_flag_tells_how_settings_are_given(fails):
     message = fails("--config=configs/quickstart.py", "--workdir=w", "--epochs=3")
     assert message.startswith("Unknown command line flag 'epochs'; settings are --config.KEY=VALUE")
@@ -59,9 +64,9 @@ def test_unknown_group_of_config_keys(refuses):
     assert message.startswith("Unknown config key: 'optm'") and '"optim"' in message
 
 
-def test_a_workdir_without_a_model(start, tmp_path):
+def test_a_workdir_without_a_model(start, tmp_path, picture_folder):
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    arguments = ["--images", str(tmp_path), "--out", str(tmp_path / "out.csv")]
+    arguments = ["--images", str(picture_folder), "--out", str(tmp_path / "out.csv")]
     done = start("beit_jax.predict", "--checkpoint", tmp_path / "begun", *arguments).wait()
     assert done.status == 2 and "whose run has not come to a model yet" in done.output
 
@@ -196,6 +201,9 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"optim.freeze": "('layr_0/.*',)"}, ["layr_0/.*"]),
         ({"augment.crop": "random"}, ["Unknown config.augment.crop 'random'", "rrc", "squash"]),
         ({"model.patch_size": 3}, ["patch", "3", "8"]),
+        ({"model.image_size": 1.5}, ["image_size must be a number of pixels", "1.5"]),
+        ({"augment.scale": "a,b"}, ["config.augment.scale is ('a,b',)"]),
+        ({"image.mean": "a,b,c"}, ["config.image.mean is ('a,b,c',); expected numbers"]),
         ({"model.image_size": "big"}, ["image_size must be a number of pixels", "'big'"]),
         ({"model.dtype": "float8"}, ["float8", "bfloat16"]),
     ],

@@ -98,12 +98,9 @@ def test_checkpoint_decides_the_architecture(tmp_path, picture_folder, hf_direct
 
 
 def test_evaluation_agrees_with_transformers(tmp_path, picture_folder, hf_directory):
-    results = finetune(
-        tmp_path,
-        picture_folder,
-        hf_directory,
-        {"eval_only": True, "data.val": "", "data.test": "train"},
-    )
+    config = image_folder.get_config(f"{picture_folder},test")
+    config.update(pretrained=str(hf_directory), compile_cache="")
+    results = train.run(config, str(tmp_path))
     paths = [path for name in ("blue", "green", "red") for path in picture_folder.glob(f"{name}/*")]
     names, probability = predict_with_transformers(hf_directory, paths)
     label = np.array([names.index(path.parent.name) for path in paths])
@@ -144,6 +141,22 @@ def test_what_is_trained_is_an_argument(how, expected):
     assert config.data.name == f"folder:some,where{suffix}"
     if how not in ("", "other"):
         assert config.optim.learning_rate > 1e-4
+
+
+def test_misspelt_arguments_are_told(tmp_path):
+    """Beside a folder that is there; what is no folder may have commas."""
+    with pytest.raises(ValueError, match=f"Unknown 'Lora' after {tmp_path}; available: lora, bias"):
+        image_folder.get_config(f"{tmp_path},Lora")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a,b").mkdir()
+    assert image_folder.get_config(f"{tmp_path}/a,b").data.name == f"folder:{tmp_path}/a,b"
+
+
+def test_only_tests_where_the_folder_has_a_test(tmp_path, picture_folder):
+    for split in ("train", "test"):
+        shutil.copytree(picture_folder, tmp_path / split)
+    config = image_folder.get_config(f"{tmp_path},test")
+    assert (config.eval_only, config.data.val, config.data.test) == (True, "", "test")
 
 
 def test_few_steps_are_told(tmp_path, picture_folder, hf_directory, caplog):

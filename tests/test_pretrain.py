@@ -382,8 +382,8 @@ def test_squares_of_simmim_are_whole(monkeypatch):
         ("imagenet,v2", {"objective": "tokens", "num_epochs": 1600, "model.early_layers": 9}),
         ("imagenet,large,v2", {"preset": "large", "model.early_layers": 21}),
         ("imagenet,mae", {"objective": "mae", "batch_size": 4096, "optim.b2": 0.95}),
-        ("folder=a,b,mae", {"data.name": "folder:a,b", "objective": "mae", "batch_size": 256}),
-        ("folder=a,tiny,simmim", {"data.name": "folder:a", "preset": "tiny"}),
+        ("folder:a,b,mae", {"data.name": "folder:a,b", "objective": "mae", "batch_size": 256}),
+        ("folder:a,tiny,simmim", {"data.name": "folder:a", "preset": "tiny"}),
         ("data2vec", {"data.name": "cifar10", "model.layer_scale_init_value": 1e-4}),
     ],
 )
@@ -536,13 +536,15 @@ def test_reconstruction_of_a_damaged_config(runs, photos, tmp_path, capsys, cont
 
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])
 def test_sizes_are_arguments(recipe):
-    found = recipe.get_config("folder=a,b/c,tiny")
+    found = recipe.get_config("folder:a,b/c,tiny")
     assert (found.data.name, found.preset) == ("folder:a,b/c", "tiny")
     assert recipe.get_config("imagenet,large").preset == "large"
     small = recipe.get_config("cifar10,small")
     assert (small.preset, small.model.image_size, small.model.patch_size) == ("small", 32, 4)
-    assert recipe.get_config("folder=a,b").data.name == "folder:a,b"
+    assert recipe.get_config("folder:a,b").data.name == "folder:a,b"
     with pytest.raises(ValueError, match="one size"):
         recipe.get_config("digits,tiny")
-    with pytest.raises(ValueError, match="Unknown size 'huge'; available: tiny, small"):
+    with pytest.raises(ValueError, match="Unknown 'huge' after cifar10; available: tiny, small"):
         recipe.get_config("cifar10,huge")
+    with pytest.raises(ValueError, match="'folder=a'; available: cifar10, .*, folder:PATH"):
+        recipe.get_config("folder=a")

@@ -190,7 +190,7 @@ def test_knn_into_no_folder(tmp_path, start, workdir):
 def test_probes_see_the_pictures_of_fine_tuning(tmp_path, has_test):
     for name in ("train", "test")[: 1 + has_test]:
         (tmp_path / name).mkdir()
-    probe = linear_probe.get_config(f"folder={tmp_path}").data
+    probe = linear_probe.get_config(f"folder:{tmp_path}").data
     tuning = image_folder.get_config(str(tmp_path)).data
     assert probe.name == tuning.name
     assert (probe.train, probe.val, probe.test) == (tuning.train, tuning.val, tuning.test)

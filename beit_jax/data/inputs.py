@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from beit_jax import sharding
+from beit_jax import errors, sharding
 from beit_jax.data import folder, images, pipeline, sources
 
 
@@ -78,24 +78,24 @@ def _tell_of_unseen(found):
         if source.class_names != train.class_names:
             continue  # an error, told by who takes the splits
         own = set(source.labels())
-        if own - seen:
+        unseen, untested = (
+            [source.class_names[label] for label in sorted(labels)]
+            for labels in (own - seen, seen - own)
+        )
+        if unseen:
             logging.warning(
                 "The training split %r has no picture of %s, which %r has: they cannot be learnt.",
                 train.split,
-                _few(source.class_names, own - seen),
+                errors.few(unseen),
                 source.split,
             )
-        if seen - own:
+        if untested:
             logging.warning(
                 "The split %r has no picture of %s, of which its accuracy says nothing, and which "
                 "count as 0 in the means of precision, recall and F1.",
                 source.split,
-                _few(source.class_names, seen - own),
+                errors.few(untested),
             )
-
-
-def _few(names, chosen, most=8):
-    return ", ".join(names[i] for i in sorted(chosen)[:most]) + ", ..." * (len(chosen) > most)
 
 
 def _resident(source, config, mesh):

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from beit_jax.data import folder, images
+from beit_jax.data import folder, images, sources
 
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:
@@ -25,6 +25,19 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
         else:
             raise FileNotFoundError(f"There is no picture or folder {path}.")
     return found
+
+
+def as_source(paths: Sequence[pathlib.Path]) -> sources.Source:
+    """The files as a source without labels, which notes those that cannot be read."""
+    return sources.FileSource(
+        "files", "pictures", None, "record", root=pathlib.Path(), ids=paths, labels=None
+    )
+
+
+def unread(source: sources.Source) -> list[images.BadImageError]:
+    """An error for each picture of a source that could not be read."""
+    ids = map(source.id, range(len(source)))
+    return [images.BadImageError(x, source.bad_images[x]) for x in ids if x in source.bad_images]
 
 
 def read(

@@ -82,11 +82,16 @@ def check(config) -> None:
             raise ValueError(f"Unknown config.{key} {name!r}; available: {', '.join(known)}.")
     for key, most in (("scale", 1.0), ("ratio", np.inf)):
         pair = tuple(config.augment[key])
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+        is_pair = len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
+        if not is_pair or not 0 < pair[0] <= pair[1] <= most:
             raise ValueError(
                 f"config.augment.{key} is {pair}; expected two numbers above 0 and at most "
                 f"{most}, the smaller one first."
             )
+    for key in ("mean", "std"):
+        values = config.image[key] or ()
+        if not all(isinstance(x, int | float) for x in values):
+            raise ValueError(f"config.image.{key} is {tuple(values)}; expected numbers.")
     crop_pct = config.image.crop_pct
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"config.image.crop_pct is {crop_pct}; expected 0 < crop_pct <= 1.")

@@ -54,6 +54,7 @@ class CnnConfig:
         size = layers.pair_image_size(self)
         for name in ("conv_channels", "hidden_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        layers.expect_positive(self, "kernel_size", "conv_channels", "hidden_sizes")
         layers.expect_one_of(self, head=("classifier", "none"), dtype=layers.DTYPES)
         layers.expect(
             self,

@@ -9,6 +9,7 @@ import math
 import numbers
 import re
 import zlib
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -314,7 +315,7 @@ def resolve_dtype(dtype: str = "auto") -> str:
 def pair_image_size(config) -> tuple[int, int]:
     """Makes (height, width) of a frozen configuration's image_size; one number is a square."""
     size = config.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = tuple(size) if isinstance(size, Sequence) else (size, size)
     expect(
         config,
         len(size) == 2 and all(isinstance(x, numbers.Integral) and x > 0 for x in size),
@@ -331,10 +332,12 @@ def expect(config, condition: bool, message: str) -> None:
 
 
 def expect_positive(config, *names: str) -> None:
-    """Raises ValueError where a field of the configuration is not above 0."""
+    """Raises ValueError where a field of the configuration, a number or some, is not above 0."""
     for name in names:
         value = getattr(config, name)
-        expect(config, value > 0, f"{name} must be above 0, got {value!r}")
+        values = value if isinstance(value, tuple) else (value,)
+        is_positive = all(isinstance(x, numbers.Real) and x > 0 for x in values)
+        expect(config, is_positive, f"{name} must be above 0, got {value!r}")
 
 
 def expect_rate(config, **rates: float) -> None:

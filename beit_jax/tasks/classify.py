@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import architecture, fileio, losses, metrics, modules, plots
+from beit_jax import architecture, errors, fileio, losses, metrics, modules, plots
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import augment, images, views
@@ -52,8 +52,8 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         info = _model_info(config, class_names, start.info if start else None)
     elif list(info.class_names) != list(class_names):
         raise ValueError(
-            f"The model tells {len(info.class_names)} classes ({_few(info.class_names)}), "
-            f"{config.data.name} has {len(class_names)} ({_few(class_names)})."
+            f"The model tells {len(info.class_names)} classes ({errors.few(info.class_names, 4)}), "
+            f"{config.data.name} has {len(class_names)} ({errors.few(class_names, 4)})."
         )
     weights = class_weights(config.class_weights, data.class_counts)
     family = modules.load("models", info.model_name)
@@ -213,7 +213,8 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
     if num_labels != len(class_names):
         raise ValueError(
             f"config.model.num_labels is {num_labels}, {config.data.name} has {len(class_names)} "
-            f"classes ({_few(class_names)}); leave num_labels unset to take the number of the data."
+            f"classes ({errors.few(class_names, 4)}); leave num_labels unset to take the number of "
+            "the data."
         )
     return ModelInfo(
         model_name=model_name,
@@ -223,7 +224,3 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
         image=preprocessor.describe(start.image if start else None, config.image),
         pretrained=config.pretrained or None,
     )
-
-
-def _few(names, most=4):
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

@@ -1,0 +1,74 @@
+"""Pictures as vectors: python -m beit_jax.embed --checkpoint WORKDIR --images PATH --out FILE.npz
+
+Writes "path" [N] and "vector", float32 [N, F], for search, clustering or classifiers of others: the
+class token, where there is one, beside the mean of the patches, of one layer, as
+`beit_jax.knn` and probes read them. Pictures that cannot be read are named on stderr, left out, and
+make the exit status 3; bad arguments make it 2.
+"""
+
+import sys
+
+import numpy as np
+
+from beit_jax import command, fileio, inference, pretrained
+from beit_jax.data import images, pictures
+from beit_jax.models import features
+
+
+def embed(
+    start: pretrained.Pretrained,
+    paths,
+    *,
+    layer: int | None = None,
+    batch_size: int = 64,
+    dtype: str = "auto",
+) -> tuple[np.ndarray, np.ndarray, list[images.BadImageError]]:
+    """Vectors float32 [N, F] of picture files; the place among `paths` of each, [N], and an error
+    for each of the others.
+
+    Args:
+      start: the model.
+      paths: the files.
+      layer: counted from 0; None is the last. `features.pool` says what is read of it.
+      batch_size: of pictures, at most.
+      dtype: of the computation, as `config.model.dtype`.
+
+    Raises:
+      ValueError: there is no such layer.
+    """
+
+    def describe(model, params, image):
+        layers = features.layer_outputs(model, params, image)
+        last = len(layers) - 1
+        if layer is not None and not 0 <= layer <= last:
+            raise ValueError(f"The layer is {layer}; the network has layers 0 to {last}.")
+        return features.pool(layers[last if layer is None else layer], model.config.num_prefix)
+
+    source = pictures.as_source(paths)
+    found = inference.apply(describe, start, source, batch_size=batch_size, dtype=dtype)
+    return found.values, found.index, pictures.unread(source)
+
+
+def write(args, paths) -> list[images.BadImageError]:
+    """What `command.run` wants."""
+    start = pretrained.load(args.checkpoint)
+    vectors, index, bad = embed(
+        start, paths, layer=args.layer, batch_size=args.batch_size, dtype=args.dtype
+    )
+    names = np.array([str(paths[i]) for i in index], str)
+    with fileio.writing(args.out, binary=True) as file:
+        np.savez(file, path=names, vector=vectors)
+    return bad
+
+
+def main(argv=None) -> int:
+    """The command; returns the exit status."""
+    parser = command.make_parser("embed", __doc__, "vectors.npz")
+    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
+    parser.add_argument("--layer", type=int, help="counted from 0 (default: the last)")
+    command.add_batches(parser)
+    return command.run(parser, argv, write, ".npz", unit="vectors")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Vectors of pictures."""
+
+import numpy as np
+import pytest
+
+from beit_jax import embed, knn, pretrained
+from beit_jax.data import sources
+
+
+@pytest.fixture(scope="module")
+def workdir(train, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    train(path)
+    return path
+
+
+def command(workdir, pictures, out, *arguments):
+    paths = ["--checkpoint", str(workdir), "--images", str(pictures), "--out", str(out)]
+    return embed.main([*paths, *arguments])
+
+
+def test_vectors_are_the_features_of_knn(tmp_path, workdir, picture_folder):
+    start = pretrained.load(str(workdir))
+    source = sources.get_source(f"folder:{picture_folder}", "all")
+    layers, _ = knn.extract(start, source)
+    place = {str(picture_folder / source.id(i)): i for i in range(len(source))}
+    for arguments, expected in (((), layers[-1]), (("--layer", "0"), layers[0])):
+        assert command(workdir, picture_folder, tmp_path / "v.npz", *arguments) == 0
+        found = np.load(tmp_path / "v.npz")
+        assert found["vector"].dtype == np.float32 and len(set(found["path"])) == 60
+        unit = found["vector"] / np.linalg.norm(found["vector"], axis=1, keepdims=True)
+        rows = [place[path] for path in found["path"]]
+        np.testing.assert_allclose(unit, expected[rows], atol=1e-5)
+    assert np.abs(layers[-1] - layers[0]).max() > 0.01
+
+
+def test_bad_pictures_are_left_out(tmp_path, workdir, picture_folder, capsys):
+    good, bad = sorted(picture_folder.glob("red/*"))[:2], tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    paths = [str(good[0]), str(bad), str(good[1])]
+    out = str(tmp_path / "v.npz")
+    arguments = ["--checkpoint", str(workdir), "--out", out, "--images", *paths]
+    assert embed.main(arguments) == 3
+    found = np.load(out)
+    assert found["path"].tolist() == [paths[0], paths[2]] and len(found["vector"]) == 2
+    captured = capsys.readouterr()
+    assert f"not read: {bad}" in captured.err
+    assert captured.out == f"2 vectors, 1 not read: {out}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layer", "9"), "The layer is 9; the network has layers 0 to 1."),
+        (("--layer", "-1"), "The layer is -1; the network has layers 0 to 1."),
+    ],
+)
+def test_unknown_layers(tmp_path, workdir, picture_folder, capsys, arguments, message):
+    out = tmp_path / "v.npz"
+    assert command(workdir, picture_folder, out, *arguments) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_another_ending(tmp_path, workdir, picture_folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(workdir, picture_folder, tmp_path / "v.csv")
+    assert "expected a file ending in .npz" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command(workdir, picture_folder, tmp_path / "v.npz", "--batch-size", "0")
+    assert "argument --batch-size: 0 is less than 1" in capsys.readouterr().err
