@@ -5,8 +5,8 @@
 # make coverage lint format lock bench bench-gpu
 #
 # CPU=1 installs without CUDA, CUDA=cuda13 with CUDA 13; the default looks for an NVIDIA GPU.
-# PEERS=1 also installs what parity tests and benchmarks compare with, and tests otherwise skip:
-# torch and PEFT, and beside a GPU timm.
+# PEERS=1 also installs what tests otherwise skip: torch and PEFT, which parity tests and benchmarks
+# compare with, beside a GPU timm, and HuggingFace's datasets.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ CUDA ?= cuda12
 GPU := $(if $(CPU),,$(shell command -v nvidia-smi))
 # huge pages, and memory that is not given back between steps
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
-PEER_NAMES := torch peft $(if $(GPU),timm torchvision)
+PEER_NAMES := torch peft datasets $(if $(GPU),timm torchvision)
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 
 .PHONY: setup quickstart test test-slow coverage lint format lock bench bench-gpu story

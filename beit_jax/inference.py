@@ -9,7 +9,8 @@ import numpy as np
 from rich.progress import track
 
 from beit_jax import architecture, pretrained
-from beit_jax.data import pipeline, sources, views
+from beit_jax.data import pipeline, views
+from beit_jax.data.source import Source
 from beit_jax.models import layers
 
 
@@ -30,7 +31,7 @@ class Outputs(NamedTuple):
 def apply(
     function: Callable,
     start: pretrained.Pretrained,
-    source: sources.Source,
+    source: Source,
     *,
     batch_size: int,
     dtype: str = "auto",

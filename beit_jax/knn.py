@@ -15,11 +15,12 @@ import numpy as np
 
 from beit_jax import command, errors, fileio, inference, pretrained
 from beit_jax.data import images, sources
+from beit_jax.data.source import Source
 from beit_jax.models import features
 
 
 def extract(
-    start: pretrained.Pretrained, source: sources.Source, *, batch_size: int = 128
+    start: pretrained.Pretrained, source: Source, *, batch_size: int = 128
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The features of every layer, unit length, [L][N, F], and the labels [N] of a source.
 
@@ -74,7 +75,9 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
-    parser.add_argument("--data", required=True, help="digits, cifar10, tfds:NAME, folder:PATH")
+    parser.add_argument(
+        "--data", required=True, help="digits, cifar10, tfds:NAME, hf:NAME, folder:PATH"
+    )
     parser.add_argument("--data-dir", help="of tfds; or where PATH starts")
     parser.add_argument("--train", default="train", help="split of the neighbours (default: train)")
     parser.add_argument("--test", default="test", help="split that is classified (default: test)")

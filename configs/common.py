@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict, config_dict
 
 SIZES = ("tiny", "small", "base", "large")  # presets that may be arguments
+PREFIXES = ("folder:", "hf:", "tfds:")  # of data of one's own
 UNLABELLED = ("cifar10", "digits", "imagenet")  # data that may be
 
 
@@ -143,8 +144,10 @@ def get_config() -> ConfigDict:
     dvae.kl_steps = 5000
 
     config.data = data = ConfigDict()
-    data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, folder:PATH
+    data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, hf:NAME, folder:PATH
     data.data_dir = ""  # of tfds, "": TFDS_DATA_DIR or ~/tensorflow_datasets; or where PATH starts
+    data.image_key = config_dict.placeholder(str)  # of tfds, hf; None: image, or the only one
+    data.label_key = config_dict.placeholder(str)  # None: label, or the only one
     data.train = "train[:90%]"
     data.val = "train[90%:]"  # "" for no validation
     data.test = "test"  # "" for no final test
@@ -282,15 +285,15 @@ def _is_there(data):
 
 
 def parse_data(data: str, *names: str) -> str:
-    """The kind of data that an argument names: one of `names`, the first by default, or "folder".
+    """The kind of data that an argument names: one of `names`, the first by default, or "folder"
+    for pictures of one's own, which are in a folder or prepared for a library.
 
     Raises:
       ValueError: it is none of them.
     """
-    kind, _, path = data.partition(":")
-    if kind == "folder" and path:
-        return kind
-    return parse_arg(data, *names, "folder:PATH") or names[0]
+    if data.startswith(PREFIXES) and not data.endswith(":"):
+        return "folder"
+    return parse_arg(data, *names, "folder:PATH", "hf:NAME", "tfds:NAME") or names[0]
 
 
 def unlabelled(data: str, kind: str, task_name: str) -> ConfigDict:

@@ -7,7 +7,9 @@ PATH holds `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`, or is a
 columns image and label, and perhaps split. Classes are the folders' names. Splits of its own are
 kept: train, val and test; of train and one other, that one is the test and a tenth of train is for
 validation. Otherwise pictures are split 80 % / 10 % / 10 %, the same way on every machine. With
-fewer than some thousand pictures a smaller --config.batch_size leaves enough steps.
+fewer than some thousand pictures a smaller --config.batch_size leaves enough steps. PATH may also
+be hf:NAME or tfds:NAME, a data set of these libraries; then --config.data.train, val and test say
+which splits it has, where 80 % / 10 % / 10 % of its train are not wanted.
 
 The whole network is trained, after BEiT's own fine-tuning from a checkpoint that was fine-tuned
 before. `,lora`, `,bias` and `,head` train a part of it, at the higher learning rates that parts
@@ -28,9 +30,10 @@ def get_config(arg=None):
     """`arg`: the folder or CSV file, and perhaps lora, bias, head, pretrained, scratch or test."""
     path, how = common.split_options(arg, (), _HOW)
     config = common.get_config()
-    config.data.name = f"folder:{path}"
+    config.data.name = path if path.startswith(common.PREFIXES) else f"folder:{path}"
     config.pretrained = "microsoft/beit-base-patch16-224"
-    config.data.train, config.data.val, config.data.test = common.folder_splits(path)
+    splits = common.folder_splits(path.removeprefix("folder:"))
+    config.data.train, config.data.val, config.data.test = splits
 
     config.batch_size = 64
     config.num_epochs = 20.0

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from scipy import stats
 
 from beit_jax.data import images, sources, views
+from beit_jax.data.source import check
 from configs import common
 
 
@@ -168,7 +169,7 @@ def test_picture_folder_is_read_or_every_bad_file_is_named(tmp_path):
     (tmp_path / "good" / "rgb.jpg").write_bytes(encode(photo(12, 20), "JPEG"))  # the stem of a PNG
 
     source = sources.get_source(f"folder:{tmp_path}")
-    errors = {error.name: error.reason for error in sources.check(source, threads=2)}
+    errors = {error.name: error.reason for error in check(source, threads=2)}
     reasons = {name: word for name, (_, word) in bad_pictures().items()} | {"link.jpg": "no such"}
     assert set(errors) == {str(tmp_path / "bad" / name) for name in reasons}
     for name, word in reasons.items():

@@ -14,6 +14,7 @@ from PIL import Image
 from beit_jax import sharding
 from beit_jax.data import __main__ as command
 from beit_jax.data import images, inputs, sources
+from beit_jax.data.source import balanced_order, check, stratified_fold
 from configs import common
 
 
@@ -134,9 +135,9 @@ def test_every_stretch_of_a_folder_is_balanced_and_stable(tmp_path):
 def test_order_follows_the_ids_and_not_the_listing():
     names = [f"c{i % 3}/{i}.png" for i in range(50)]
     label = np.arange(50) % 3
-    order = sources.balanced_order(names, label)
+    order = balanced_order(names, label)
     shuffle = np.random.default_rng(0).permutation(50)
-    again = sources.balanced_order([names[i] for i in shuffle], label[shuffle])
+    again = balanced_order([names[i] for i in shuffle], label[shuffle])
     assert [names[i] for i in order] == [names[shuffle[i]] for i in again]
 
 
@@ -189,7 +190,7 @@ def test_names_that_are_not_utf_8(tmp_path):
         save(tmp_path / "1.png")
         os.rename(tmp_path / "1.png", os.path.join(folder, b"\xff.png"))
     source = sources.get_source(f"folder:{tmp_path}")
-    assert len(source) == 2 and not sources.check(source) and source.info.fingerprint
+    assert len(source) == 2 and not check(source) and source.info.fingerprint
 
 
 def test_flat_folders_have_no_labels(tmp_path):
@@ -376,7 +377,7 @@ def test_a_listed_picture_that_is_not_there_is_told_at_once(tmp_path):
 
 def test_folds_cover_every_example_once_and_evenly():
     whole = sources.get_source("digits", "train")
-    pairs = [sources.stratified_fold(whole, fold, 5) for fold in range(5)]
+    pairs = [stratified_fold(whole, fold, 5) for fold in range(5)]
     held_out = [ids(fold) for _, fold in pairs]
     assert sorted(itertools.chain(*held_out)) == sorted(ids(whole))
     for (rest, fold), names in zip(pairs, held_out, strict=True):
@@ -392,7 +393,7 @@ def test_folds_of_unlabelled_pictures(tmp_path):
     for i in range(7):
         save(tmp_path / f"{i}.png")
     source = sources.get_source(f"folder:{tmp_path}")
-    folds = [sources.stratified_fold(source, fold, 3)[1] for fold in range(3)]
+    folds = [stratified_fold(source, fold, 3)[1] for fold in range(3)]
     assert [len(fold) for fold in folds] == [3, 2, 2]
     assert folds[0].labels() is None and len({*ids(folds[0]), *ids(folds[1]), *ids(folds[2])}) == 7
 
@@ -400,7 +401,7 @@ def test_folds_of_unlabelled_pictures(tmp_path):
 @pytest.mark.parametrize(("fold", "folds"), [(5, 5), (-1, 5), (0, 1), (0, 2000)])
 def test_there_is_no_such_fold(fold, folds):
     with pytest.raises(ValueError, match=f"data.fold={fold} of data.folds={folds}: expected 2 to"):
-        sources.stratified_fold(sources.get_source("digits", "train"), fold, folds)
+        stratified_fold(sources.get_source("digits", "train"), fold, folds)
 
 
 def test_unknown_names_list_the_known(tmp_path):

@@ -11,6 +11,7 @@ import tqdm
 
 from beit_jax import errors
 from beit_jax.data import sources
+from beit_jax.data.source import Source, check
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def describe(source: sources.Source) -> None:
+def describe(source: Source) -> None:
     """Prints what is known without decoding."""
     info = source.info
     shape = " x ".join(map(str, info.image_shape)) if info.image_shape else "different sizes"
@@ -57,10 +58,10 @@ def describe(source: sources.Source) -> None:
     print(f"fingerprint {info.fingerprint}")
 
 
-def report_bad_images(source: sources.Source) -> int:
+def report_bad_images(source: Source) -> int:
     """Prints every picture that cannot be decoded; returns 1 if there is one."""
     with tqdm.tqdm(total=len(source), disable=None, unit="pictures") as bar:
-        errors = sources.check(source, progress=lambda done, _: bar.update(done - bar.n))
+        errors = check(source, progress=lambda done, _: bar.update(done - bar.n))
     for error in errors:
         print(error)
     print(f"{len(errors)} of {len(source)} pictures cannot be decoded")

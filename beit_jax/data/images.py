@@ -84,8 +84,9 @@ def open_image(image: Encoded) -> Image.Image:
     return Image.open(io.BytesIO(image), formats=_FORMATS)
 
 
-def read_size(file: str | os.PathLike) -> Size:
-    """Reads height and width from a file's header."""
+def read_size(image: Encoded) -> Size:
+    """Reads height and width from the header of an encoded picture."""
+    file = io.BytesIO(image) if isinstance(image, bytes) else image
     with Image.open(file, formats=_FORMATS) as image:
         if image.format == "PNG" and not _ORIENTED & image.info.keys():
             return image.height, image.width  # Pillow would decode it to look for more

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beit_jax import errors, sharding
-from beit_jax.data import folder, images, pipeline, sources
+from beit_jax.data import folder, hub, images, pipeline, sources
+from beit_jax.data.source import THREADS, FileSource, Source, stratified_fold
 
 
 class Split(NamedTuple):
@@ -23,7 +24,7 @@ class Split(NamedTuple):
       ids: index in `source` of each resident example, int [N], or None.
     """
 
-    source: sources.Source
+    source: Source
     resident: dict[str, jax.Array] | None
     num_examples: int
     ids: np.ndarray | None
@@ -53,12 +54,14 @@ def _open(config, names):
             data_dir=config.data_dir or None,
             on_bad_image=config.on_bad_image,
             labelled=config.labelled,
+            image_key=config.image_key,
+            label_key=config.label_key,
         )
 
     found = {}
     if config.folds:
         pool = source("+".join(filter(None, (config.train, config.val))))
-        fold = sources.stratified_fold(pool, config.fold, config.folds)
+        fold = stratified_fold(pool, config.fold, config.folds)
         found = dict(zip(("train", "val"), fold, strict=True))
     found |= {name: source(config[name]) for name in names if config[name] and name not in found}
     return {name: found[name] for name in names if name in found}
@@ -68,10 +71,9 @@ def _tell_of_unseen(found):
     """Warns, where labels are known at once, of classes that are evaluated and never learnt or
     learnt and never evaluated; tells which files of a folder are not read."""
     train = found.get("train")
-    if not isinstance(train, sources.FileSource):
-        return
-    folder.tell_ignored(train.name, train.ignored)
-    if train.class_names is None:
+    if isinstance(train, FileSource):
+        folder.tell_ignored(train.name, train.ignored)
+    if not isinstance(train, FileSource | hub.HubSource) or train.class_names is None:
         return
     seen = set(train.labels())
     for source in found.values():
@@ -99,7 +101,7 @@ def _tell_of_unseen(found):
 
 
 def _resident(source, config, mesh):
-    examples = pipeline.load_all(source, threads=config.threads or sources.THREADS)
+    examples = pipeline.load_all(source, threads=config.threads or THREADS)
     ids = examples.pop("index")
     resident = sharding.put(examples, sharding.replicated(mesh))
     return Split(source, resident, len(ids), ids)
@@ -147,7 +149,7 @@ def train_stream(
         scale=tuple(config.augment.scale),
         ratio=tuple(config.augment.ratio),
         pad=config.augment.pad,
-        threads=config.data.threads or sources.THREADS,
+        threads=config.data.threads or THREADS,
         prefetch=config.data.prefetch,
     )
     with closing(batches):
@@ -171,7 +173,7 @@ def eval_stream(
             renderings=renderings,
             crop=image["crop"],
             crop_pct=image["crop_pct"],
-            threads=config.data.threads or sources.THREADS,
+            threads=config.data.threads or THREADS,
             prefetch=config.data.prefetch,
         )
         with closing(batches):

@@ -3,7 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
-from beit_jax.data import folder, images, sources
+from beit_jax.data import folder, images
+from beit_jax.data.source import FileSource, Source
 
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:
@@ -27,14 +28,14 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
     return found
 
 
-def as_source(paths: Sequence[pathlib.Path]) -> sources.Source:
+def as_source(paths: Sequence[pathlib.Path]) -> Source:
     """The files as a source without labels, which notes those that cannot be read."""
-    return sources.FileSource(
+    return FileSource(
         "files", "pictures", None, "record", root=pathlib.Path(), ids=paths, labels=None
     )
 
 
-def unread(source: sources.Source) -> list[images.BadImageError]:
+def unread(source: Source) -> list[images.BadImageError]:
     """An error for each picture of a source that could not be read."""
     ids = map(source.id, range(len(source)))
     return [images.BadImageError(x, source.bad_images[x]) for x in ids if x in source.bad_images]

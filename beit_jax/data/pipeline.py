@@ -18,7 +18,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from beit_jax.data import images, sources
+from beit_jax.data import images
+from beit_jax.data.source import THREADS, Source, in_chunks
 
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
@@ -87,7 +88,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
 
 def train_batches(
-    source: sources.Source,
+    source: Source,
     order: Order,
     start_step: int = 0,
     *,
@@ -97,7 +98,7 @@ def train_batches(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     pad: int = 4,
-    threads: int = sources.THREADS,
+    threads: int = THREADS,
     prefetch: int = 2,
 ) -> Batches:
     """Batches for training, without end, from `start_step` on.
@@ -149,13 +150,13 @@ def train_batches(
 
 
 def eval_batches(
-    source: sources.Source,
+    source: Source,
     batch_size: int,
     *,
     renderings: images.Renderings,
     crop: str = "squash",
     crop_pct: float = 1.0,
-    threads: int = sources.THREADS,
+    threads: int = THREADS,
     prefetch: int = 2,
 ) -> Batches:
     """Every example once and in order, in batches of one size.
@@ -183,16 +184,16 @@ def eval_batches(
     return Batches(_dataset(examples, steps, rows, threads, prefetch))
 
 
-def fits(source: sources.Source, limit_bytes: int) -> bool:
+def fits(source: Source, limit_bytes: int) -> bool:
     """Whether all pictures have one shape and need at most `limit_bytes` as uint8."""
     shape = source.info.image_shape
     return shape is not None and len(source) * math.prod(shape) <= limit_bytes
 
 
 def load_all(
-    source: sources.Source,
+    source: Source,
     *,
-    threads: int = sources.THREADS,
+    threads: int = THREADS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Decodes a whole source whose pictures have one shape, to be kept in device memory.
@@ -219,7 +220,7 @@ def load_all(
                 good[index] = True
                 image[index], label[index] = decoded[0], decoded[1] or 0
 
-    sources.in_chunks(load, len(source), threads=threads, progress=progress)
+    in_chunks(load, len(source), threads=threads, progress=progress)
     if not good.any():
         raise source.none_left()
     batch = {"image": image, "label": label, "index": np.arange(len(source), dtype=np.int32)}

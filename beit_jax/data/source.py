@@ -1,0 +1,386 @@
+"""What a source of uint8 pictures and labels is, with random access; its parts and folds."""
+
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from beit_jax.data import images
+
+THREADS = min(os.cpu_count() or 1, 16)
+CHUNK = 64  # examples that a thread takes at once
+
+
+class SourceInfo(NamedTuple):
+    """What is known of a source before its pictures are decoded."""
+
+    name: str
+    split: str
+    num_examples: int
+    class_names: tuple[str, ...] | None  # None without labels
+    image_shape: tuple[int, int, int] | None  # H, W, 3; None where pictures differ
+    fingerprint: str  # changes with the split, the ids, the labels or the sizes of the files
+
+
+class Record(NamedTuple):
+    """An example that is not decoded."""
+
+    image: images.Encoded
+    label: int | None
+
+
+class Source:
+    """Random access to examples: {"image": uint8 [H, W, 3], "label": int}.
+
+    Without labels (`class_names` is None) there is no "label". A source can be read in many threads
+    at once.
+
+    Reading a picture that cannot be decoded raises. What the pipeline does about one is up to
+    `on_bad_image`: it raises for "error", and leaves the picture out for "skip", with a line in the
+    log, and for "record", where the caller tells of it.
+
+    Attributes:
+      bad_images: id -> reason, of every picture that was left out so far.
+    """
+
+    def __init__(
+        self, name: str, split: str, class_names: tuple[str, ...] | None, on_bad_image: str
+    ):
+        self.name, self.split, self.class_names = name, split, class_names
+        self.on_bad_image = on_bad_image
+        self.bad_images: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        image, label = self.decode(index, *self.fetch([index]))
+        return {"image": image} if label is None else {"image": image, "label": label}
+
+    def id(self, index: int) -> str:
+        """A name for the example: its file where it has one."""
+        raise NotImplementedError
+
+    def fetch(self, indices: Sequence[int]) -> list[Record]:
+        """The pictures as they are stored, with their labels."""
+        raise NotImplementedError
+
+    def labels(self) -> np.ndarray | None:
+        """All labels, int64 [N], without a look at the pictures; None without labels."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        index: int,
+        record: Record,
+        transform: Callable[[Image.Image], Any] = images.decode,
+    ) -> tuple[Any, int | None]:
+        """Returns `transform(picture)` and the label of a record that `fetch` gave for `index`.
+
+        Raises:
+          BadImageError: the picture cannot be decoded.
+          ValueError: the label is not the number of a class.
+        """
+        label = record.label
+        if label is not None and not 0 <= label < len(self.class_names):
+            raise ValueError(
+                f"{self.id(index)} has label {label}; {self.name} has {len(self.class_names)} "
+                f"classes, 0 to {len(self.class_names) - 1}"
+            )
+        with images.naming(lambda: self.id(index)):
+            return transform(images.open_image(record.image)), label
+
+    def refuse(self, error: images.BadImageError) -> None:
+        """Notes the error of a picture; raises it, with what to do about it, unless such are left
+        out."""
+        if self.on_bad_image == "error":
+            flags = "--check" if self.class_names else "--unlabelled --check"
+            error.add_note(
+                "--config.data.on_bad_image=skip goes on without such pictures; "
+                f"`python -m beit_jax.data {self.name} {flags}` lists all of them."
+            )
+            raise error
+        is_new = error.name not in self.bad_images
+        self.bad_images[error.name] = error.reason
+        if self.on_bad_image == "skip" and is_new:
+            logging.warning("skipped: %s", error)
+
+    def none_left(self) -> ValueError:
+        """The error to raise where not one picture can be decoded."""
+        return ValueError(
+            f"None of the {len(self)} pictures of {self.name} ({self.split}) can be decoded."
+        )
+
+    @functools.cached_property
+    def info(self) -> SourceInfo:
+        """For a folder this looks at every file's size, and at headers until two sizes differ."""
+        digest = hashlib.sha256()
+        for part in (self.split, *self._identity()):
+            digest.update(repr(part).encode())
+        return SourceInfo(
+            self.name,
+            self.split,
+            len(self),
+            self.class_names,
+            self._image_shape(),
+            digest.hexdigest()[:32],
+        )
+
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        raise NotImplementedError
+
+    def common_shape(self, encoded: Callable[[int], images.Encoded]) -> tuple[int, int, int] | None:
+        """H, W, 3 of all pictures, by their headers; None where two differ."""
+        shape = None
+        for index in range(len(self)):
+            try:
+                with images.naming(lambda index=index: self.id(index)):
+                    height, width = images.read_size(encoded(index))
+            except images.BadImageError as error:
+                self.refuse(error)
+                continue
+            if shape not in (None, (height, width, 3)):
+                return None
+            shape = (height, width, 3)
+        return shape
+
+    def _identity(self) -> Iterator:
+        """What the fingerprint is made of; the same on every machine."""
+        raise NotImplementedError
+
+
+class ArraySource(Source):
+    """Pictures in memory."""
+
+    def __init__(self, name, split, class_names, on_bad_image, *, image, labels, ids):
+        super().__init__(name, split, class_names, on_bad_image)
+        self._image, self._labels, self._ids = image, labels, ids
+
+    def __len__(self):
+        return len(self._image)
+
+    def id(self, index):
+        return self._ids[index]
+
+    def fetch(self, indices):
+        return [Record(self._image[i], label_at(self._labels, i)) for i in indices]
+
+    def labels(self):
+        return self._labels
+
+    def _image_shape(self):
+        return (*self._image.shape[1:3], 3)
+
+    def _identity(self):
+        yield self._image.tobytes()
+        yield [label_at(self._labels, i) for i in range(len(self))]
+
+
+class FileSource(Source):
+    """Pictures in files.
+
+    Attributes:
+      ignored: how many other files lie beside them, by ending: (".txt", 2), ...
+    """
+
+    def __init__(self, name, split, class_names, on_bad_image, *, root, ids, labels, ignored=()):
+        super().__init__(name, split, class_names, on_bad_image)
+        self._root, self._ids, self._labels, self.ignored = root, ids, labels, ignored
+
+    def __len__(self):
+        return len(self._ids)
+
+    def id(self, index):
+        return str(self._root / self._ids[index])
+
+    def fetch(self, indices):
+        return [Record(self._root / self._ids[i], label_at(self._labels, i)) for i in indices]
+
+    def labels(self):
+        return self._labels
+
+    def _image_shape(self):
+        return self.common_shape(lambda index: self._root / self._ids[index])
+
+    def _identity(self):
+        for index, id in enumerate(self._ids):
+            label = label_at(self._labels, index)
+            size = _file_size(self._root / id)
+            if size is None and self.on_bad_image == "error":
+                raise FileNotFoundError(
+                    f"{self.name} lists {self.id(index)}, which is not there; "
+                    "--config.data.on_bad_image=skip goes on without such pictures."
+                )
+            yield unicodedata.normalize("NFC", id), label, size
+
+
+class Subset(Source):
+    """Some examples of another source, whose split is then called `split`."""
+
+    def __init__(self, source: Source, indices: np.ndarray, split: str):
+        super().__init__(source.name, split, source.class_names, source.on_bad_image)
+        self._source, self._indices = source, indices
+        self.bad_images = source.bad_images
+
+    def __len__(self):
+        return len(self._indices)
+
+    def id(self, index):
+        return self._source.id(int(self._indices[index]))
+
+    def fetch(self, indices):
+        return self._source.fetch([int(self._indices[i]) for i in indices])
+
+    def decode(self, index, record, transform=images.decode):
+        return self._source.decode(int(self._indices[index]), record, transform)
+
+    def labels(self):
+        labels = self._source.labels()
+        return None if labels is None else labels[self._indices]
+
+    def _image_shape(self):
+        return self._source.info.image_shape
+
+    def _identity(self):
+        yield self._source.info.fingerprint
+        yield self._indices.tobytes()
+
+
+def stratified_fold(source: Source, fold: int, folds: int) -> tuple[Source, Source]:
+    """Splits a source for cross-validation: (all but the fold, the fold).
+
+    Folds are numbered from 0 and differ by one example at most, in every class and altogether; each
+    example is in one of them. Without labels every `folds`-th example is in a fold.
+
+    Raises:
+      ValueError: there is no such fold, or fewer than one example for each.
+    """
+    if not (2 <= folds <= len(source) and 0 <= fold < folds):
+        raise ValueError(
+            f"data.fold={fold} of data.folds={folds}: expected 2 to {len(source)} folds, one for "
+            f"each example of {source.name} at most, and a fold from 0 to folds - 1"
+        )
+    labels = source.labels()
+    order = np.arange(len(source)) if labels is None else np.argsort(labels, kind="stable")
+    fold_of = np.empty(len(source), np.int64)
+    fold_of[order] = np.arange(len(source)) % folds
+    name = f"{source.split}, fold {fold} of {folds}"
+    inside, outside = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+    return Subset(source, outside, f"all but {name}"), Subset(source, inside, name)
+
+
+def check(
+    source: Source, *, threads: int = THREADS, progress: Callable[[int, int], None] | None = None
+) -> list[images.BadImageError]:
+    """Decodes every picture and returns the errors, in the order of the examples."""
+    errors = {}
+
+    def try_to_decode(indices):
+        for index, record in zip(indices, source.fetch(indices), strict=True):
+            try:
+                source.decode(index, record)
+            except images.BadImageError as error:
+                errors[index] = error
+
+    in_chunks(try_to_decode, len(source), threads=threads, progress=progress)
+    return [errors[index] for index in sorted(errors)]
+
+
+def in_chunks(
+    function: Callable[[Sequence[int]], None],
+    count: int,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Calls `function` in threads with lists that hold each i < count once.
+
+    The first error ends it and is raised. `progress(done, count)` is called in the caller's thread.
+    """
+    chunks = [list(range(i, min(i + CHUNK, count))) for i in range(0, count, CHUNK)]
+    with futures.ThreadPoolExecutor(max(threads, 1)) as pool:
+        for chunk, _ in zip(chunks, pool.map(function, chunks), strict=True):
+            if progress:
+                progress(chunk[-1] + 1, count)
+
+
+def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, range]]:
+    """Reads a split in TFDS's syntax: the named splits and which of their examples.
+
+    Args:
+      split: such as "train[:90%]+test".
+      sizes: the number of examples of each split there is.
+      name: the data set, for messages.
+    """
+    infos = {
+        key: tfds.core.SplitInfo(name=key, shard_lengths=[size], num_bytes=0)
+        for key, size in sizes.items()
+    }
+    have = ", ".join(f"{key} ({size} examples)" for key, size in sizes.items())
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except ValueError as error:
+        problem = str(error).partition("\n")[0].rstrip(".")
+        hint = "" if len(sizes) > 1 else f"; parts of it are '{have.split()[0]}[:90%]' and so on"
+        raise ValueError(f"split={split!r} of {name}: {problem}. It has {have}{hint}") from None
+    rows = [
+        (part.splitname, range(*slice(part.from_, part.to).indices(sizes[part.splitname])))
+        for part in parts
+    ]
+    if not any(len(r) for _, r in rows):
+        raise ValueError(
+            f"split={split!r} of {name} selects no examples: it has {have}. Choose another part, "
+            "or leave this split out by an empty one, such as --config.data.val="
+        )
+    return rows
+
+
+def balanced_order(ids: Sequence[str], labels: np.ndarray | None) -> np.ndarray:
+    """A fixed shuffle of which every stretch has the same share of every class, to one example.
+
+    It depends on the ids and labels alone, not on the order that they come in. Returns int64 [N].
+    """
+    labels = np.zeros(len(ids), np.int64) if labels is None else labels
+    names = (unicodedata.normalize("NFC", id).encode(errors="surrogateescape") for id in ids)
+    digests = (hashlib.sha256(name).digest() for name in names)
+    keys = np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64)
+    order = np.lexsort((keys, labels))
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(ids)) - starts[labels[order]]
+    return order[np.lexsort((keys[order], (rank + 0.5) / counts[labels[order]]))]
+
+
+def expect_classes(
+    name: str, found: Sequence[str], expected: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The names found; raises ValueError where others are expected."""
+    if expected is not None and tuple(found) != tuple(expected):
+        raise ValueError(
+            f"{name} has the {len(found)} classes {', '.join(found)}; "
+            f"expected the {len(expected)} classes {', '.join(expected)}"
+        )
+    return tuple(found)
+
+
+def label_at(labels: np.ndarray | None, index: int) -> int | None:
+    """The label of an example; None without labels."""
+    return None if labels is None else int(labels[index])
+
+
+def _file_size(path: pathlib.Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,113 @@
+"""Data sets that TFDS has prepared as array_record, read without TensorFlow."""
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from beit_jax.data import cifar
+from beit_jax.data.source import CHUNK, Record, Source, expect_classes, select
+
+
+class TfdsSource(Source):
+    """A data set that TFDS has prepared as array_record; pictures are decoded here."""
+
+    def __init__(self, name, split, class_names, on_bad_image, *, builder, image_key, label_key):
+        super().__init__(name, split, class_names, on_bad_image)
+        self._image_key, self._label_key = image_key, label_key
+        features = builder.info.features
+        self._id_key = next((key for key in ("id", "file_name") if key in features), None)
+        self._shape = features[image_key].shape
+        self._version = builder.info.full_name
+        self._files = [
+            (os.path.basename(f.filename), os.path.getsize(f.filename), f.skip, f.take)
+            for f in builder.info.splits[split].file_instructions
+        ]
+        self._records = builder.as_data_source(
+            split, decoders={image_key: tfds.decode.SkipDecoding()}
+        )
+
+    def __len__(self):
+        return len(self._records)
+
+    def id(self, index):
+        id = self._records[index][self._id_key] if self._id_key else None
+        return id.decode() if isinstance(id, bytes) else f"{self.name} {self.split} {index}"
+
+    def fetch(self, indices):
+        labelled = self.class_names is not None
+        return [
+            Record(record[self._image_key], int(record[self._label_key]) if labelled else None)
+            for record in self._records.__getitems__(indices)  # 10 times faster than one by one
+        ]
+
+    def labels(self):
+        if self.class_names is None:
+            return None
+        chunks = (range(i, min(i + CHUNK, len(self))) for i in range(0, len(self), CHUNK))
+        return np.array([record.label for chunk in chunks for record in self.fetch(chunk)], int)
+
+    def _image_shape(self):
+        height, width = self._shape[:2]
+        return None if height is None or width is None else (height, width, 3)
+
+    def _identity(self):
+        yield self._version, self.class_names and self._label_key
+        yield self._files
+
+
+def open_source(
+    name, split, data_dir, *, image_key, label_key, labelled, class_names, on_bad_image
+) -> TfdsSource:
+    """Opens what TFDS calls `name`; see `sources.get_source`."""
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except tfds.core.DatasetNotFoundError:
+        raise ValueError(f"TFDS has no data set {name!r}, and {data_dir} has none") from None
+    except (AssertionError, ValueError) as error:  # of a version or a config
+        raise ValueError(f"tfds:{name}: {str(error).strip().partition(chr(10))[0]}") from None
+    if not builder.info.splits:
+        how = _how_to_prepare(name, data_dir)
+        raise FileNotFoundError(f"{name} is not prepared in {data_dir}: {how}")
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(
+            f"{builder.data_path} holds {builder.info.file_format.value} files, which have no "
+            f"random access: for array_record files in another directory, "
+            f"{_how_to_prepare(name, 'DIRECTORY')}"
+        )
+    features = builder.info.features
+    image_key, label_key = image_key or "image", label_key or "label"
+    _expect_feature(name, features, image_key, tfds.features.Image)
+    if labelled:
+        _expect_feature(name, features, label_key, tfds.features.ClassLabel)
+        class_names = expect_classes(name, features[label_key].names, class_names)
+    select(split, {key: info.num_examples for key, info in builder.info.splits.items()}, name)
+    return TfdsSource(
+        name,
+        split,
+        class_names if labelled else None,
+        on_bad_image,
+        builder=builder,
+        image_key=image_key,
+        label_key=label_key,
+    )
+
+
+def _how_to_prepare(name: str, data_dir: str | os.PathLike) -> str:
+    if name in cifar.NAMES:
+        return f"run `python -m beit_jax.data {name} --data-dir {data_dir}`"
+    return (
+        'where TensorFlow is installed, run `python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
+        '.download_and_prepare()"`'
+    )
+
+
+def _expect_feature(name: str, features: Mapping, key: str, kind: type) -> None:
+    if key not in features or not isinstance(features[key], kind):
+        have = [name for name, feature in features.items() if isinstance(feature, kind)]
+        raise ValueError(
+            f"{name} has no feature {key!r} of type {kind.__name__}; "
+            f"available: {', '.join(have) or 'none'}"
+        )

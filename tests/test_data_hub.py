@@ -1,0 +1,160 @@
+"""Data sets of HuggingFace's library, made here and read from directories."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from beit_jax import train
+from beit_jax.data import __main__ as command
+from beit_jax.data import hub, images, sources
+from configs import image_folder, linear_probe, pretrain
+
+datasets = pytest.importorskip("datasets")
+
+NAMES = ["cat", "dog", "owl"]
+SPLITS = {"train": 30, "validation": 6}
+
+
+def table(number, side=8, **columns):
+    """Pictures sorted by class, as data sets often are; the red of picture i is i."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (number, side, side, 3), np.uint8)
+    pixels[..., 0] = np.arange(number)[:, None, None]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
+    content = {"image": list(pixels), "label": list(np.arange(number) * len(NAMES) // number)}
+    for name, (kind, values) in columns.items():
+        features[name], content[name] = kind, values
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory that save_to_disk has left."""
+    path = tmp_path_factory.mktemp("hub") / "saved"
+    tables = {name: table(number) for name, number in SPLITS.items()}
+    datasets.DatasetDict(tables).save_to_disk(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """A directory of parquet files, as most repositories of the Hub are."""
+    path = tmp_path_factory.mktemp("hub") / "parquet"
+    path.mkdir()
+    for name, number in SPLITS.items():
+        table(number).to_parquet(path / f"{name}-00000-of-00001.parquet")
+    return path
+
+
+def reds(source):
+    return [int(source[i]["image"][0, 0, 0]) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_reads_pictures_and_labels(kind, request, tmp_path):
+    path = request.getfixturevalue(kind)
+    source = sources.get_source(f"hf:{path}", "train", data_dir=tmp_path)
+    assert source.class_names == tuple(NAMES) and len(source) == 30
+    assert source.info.image_shape == (8, 8, 3)
+    assert sorted(reds(source)) == list(range(30))
+    expected = table(30)
+    for i in range(len(source)):
+        row = int(source.id(i).rpartition("[")[2].rstrip("]"))
+        np.testing.assert_array_equal(source[i]["image"], np.asarray(expected[row]["image"]))
+        assert source[i]["label"] == expected[row]["label"] == source.labels()[i]
+
+
+def test_both_ways_of_keeping_it_are_the_same_data(saved, parquet, tmp_path):
+    a, b = (
+        sources.get_source(f"hf:{path}", "train", data_dir=tmp_path).info.fingerprint
+        for path in (saved, parquet)
+    )
+    assert a == b != sources.get_source(f"hf:{saved}", "validation").info.fingerprint
+
+
+def test_splits_have_all_classes_and_are_the_same_without_labels(saved):
+    parts = [sources.get_source(f"hf:{saved}", s) for s in ("train[:80%]", "train[80%:]")]
+    assert [collections.Counter(part.labels().tolist()) for part in parts] == [
+        {0: 8, 1: 8, 2: 8},
+        {0: 2, 1: 2, 2: 2},
+    ]
+    assert not set(reds(parts[0])) & set(reds(parts[1]))
+    blind = sources.get_source(f"hf:{saved}", "train[80%:]", labelled=False)
+    assert blind.class_names is None and blind.labels() is None and reds(blind) == reds(parts[1])
+    both = sources.get_source(f"hf:{saved}", "train[80%:]+validation")
+    assert len(both) == 12 and both.id(11).startswith(f"hf:{saved} validation[")
+
+
+def test_folder_of_pictures_keeps_files(tmp_path, picture_folder):
+    """Rows that are paths; the library takes class names from folders."""
+    source = sources.get_source(f"hf:{picture_folder}", "train", data_dir=tmp_path)
+    assert source.class_names == ("blue", "green", "red") and len(source) == 60
+    assert source.info.image_shape is None  # two sizes
+    assert source[0]["image"].dtype == np.uint8
+
+
+def test_bad_pictures_are_named(tmp_path):
+    rows = {"image": [{"bytes": b"no picture", "path": None}] * 2, "label": [0, 1]}
+    names = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": names})
+    broken = datasets.Dataset.from_dict(rows, features=features)
+    broken.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "data")
+    source = sources.get_source(f"hf:{tmp_path / 'data'}", "train")
+    with pytest.raises(images.BadImageError, match=r"cannot decode hf:.* train\[\d\]"):
+        source[0]
+
+
+def test_columns_of_other_names(tmp_path):
+    fine, coarse = (datasets.ClassLabel(names=n) for n in (NAMES, ["small", "large"]))
+    columns = {"fine": (fine, [0, 1, 2] * 2), "coarse": (coarse, [0, 1] * 3)}
+    two = table(6, **columns).remove_columns("label").rename_column("image", "img")
+    two.save_to_disk(tmp_path / "two")
+    name = f"hf:{tmp_path / 'two'}"
+    with pytest.raises(
+        ValueError, match="has no label 'label'; config.data.label_key .* fine, coarse"
+    ):
+        sources.get_source(name)
+    assert sources.get_source(name, label_key="coarse").class_names == ("small", "large")
+    with pytest.raises(ValueError, match="has no label 'corse'; config.data.label_key"):
+        sources.get_source(name, label_key="corse")
+    with pytest.raises(ValueError, match="has no image 'picture'; config.data.image_key .* img"):
+        sources.get_source(name, image_key="picture", label_key="fine")
+    assert len(sources.get_source(name, labelled=False)) == 6
+    two.remove_columns(["fine", "coarse"]).save_to_disk(tmp_path / "none")
+    name = f"hf:{tmp_path / 'none'}"
+    assert len(sources.get_source(name, labelled=False)) == 6
+    with pytest.raises(ValueError, match="has no label .* Available: none"):
+        sources.get_source(name)
+
+
+def test_what_is_not_there(saved, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="hf:.*empty.*Expected a data set of the Hub, for"):
+        sources.get_source(f"hf:{tmp_path / 'empty'}")
+    with pytest.raises(ValueError, match="It has train .30 examples., validation .6 examples."):
+        sources.get_source(f"hf:{saved}", "test")
+    with pytest.raises(ValueError, match="has the 3 classes cat, dog, owl; expected"):
+        sources.get_source(f"hf:{saved}", class_names=["cat", "dog"])
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    hub._tables.cache_clear()
+    with pytest.raises(ValueError, match="pip install datasets"):
+        sources.get_source(f"hf:{saved}")
+
+
+def test_is_described(saved, capsys):
+    assert command.main([f"hf:{saved}", "--split", "validation", "--check"]) == 0
+    assert "validation: 6 pictures, 8 x 8 x 3" in capsys.readouterr().out
+
+
+def test_recipes_take_it(saved, tmp_path):
+    assert pretrain.get_config("hf:some/set,tiny,mae").data.name == "hf:some/set"
+    assert linear_probe.get_config("tfds:beans").data.name == "tfds:beans"
+    config = image_folder.get_config(f"hf:{saved},scratch")
+    assert config.data.name == f"hf:{saved}"
+    config.preset, config.compile_cache, config.batch_size = "digits", "", 8
+    config.data.train, config.data.val, config.data.test = "train", "", "validation"
+    config.total_steps, config.optim.warmup, config.tensorboard = 2, "0", False
+    results = train.run(config, str(tmp_path / "run"))
+    assert results["test"]["count"] == 6
+    assert (tmp_path / "run" / "predictions.csv").read_text().count(f"hf:{saved} validation[") == 6
