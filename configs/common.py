@@ -69,6 +69,8 @@ def get_config() -> ConfigDict:
     model.use_distillation_token = config_dict.placeholder(bool)  # of vit: DeiT
     model.use_distillation_classifier = config_dict.placeholder(bool)  # of vit: DeiT's second head
     model.use_sincos_position_embeddings = config_dict.placeholder(bool)  # of vit: MAE's, fixed
+    model.use_class_and_mean = config_dict.placeholder(bool)  # of vit: the head reads both
+    model.num_register_tokens = config_dict.placeholder(int)  # of vit
     model.conv_channels = config_dict.placeholder(tuple)  # of cnn
     model.kernel_size = config_dict.placeholder(int)  # of cnn
     model.hidden_sizes = config_dict.placeholder(tuple)  # of cnn: dense layers

@@ -1,4 +1,4 @@
-"""ViT, DeiT, MAE and data2vec-vision of transformers, and ViTs in names of timm: logits, both
+"""ViT, DeiT, DINOv2, MAE, data2vec-vision of transformers, and ViTs in names of timm: logits, both
 directions, what is refused."""
 
 import json
@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from beit_jax import checkpoint, convert, modules, pretrained
 from beit_jax.convert import __main__ as command
-from beit_jax.convert import verify
+from beit_jax.convert import verify, vit
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -42,6 +42,16 @@ MODELS = {  # class, config, keywords of the class, family, model_type that is w
     "deit, teacher": (TEACHER, {}, {}, "vit", None),
     "deit, features": ("DeiTModel", {}, {}, "vit", None),
     "mae": ("ViTMAEModel", MAE | {"mask_ratio": 0.0}, {}, "vit", None),
+    "dinov2": ("Dinov2ForImageClassification", {}, {}, "vit", None),
+    "dinov2, features": ("Dinov2Model", {"mlp_ratio": 2}, {}, "vit", None),
+    "dinov2, registers": ("Dinov2WithRegistersForImageClassification", {}, {}, "vit", None),
+    "dinov2, registers, features": (
+        "Dinov2WithRegistersModel",
+        {"num_register_tokens": 3, "qkv_bias": False},
+        {},
+        "vit",
+        None,
+    ),
     "data2vec": (
         "Data2VecVisionForImageClassification",
         {"use_relative_position_bias": True},
@@ -67,6 +77,9 @@ def hf_model(name, **changes):
     model = hf_class(hf_class.config_class(**{**TINY, **config, **changes}), **keywords)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):  # which is not read, and written as zeros
+            torch.nn.init.zeros_(parameter)
     return model.eval()
 
 
@@ -234,7 +247,20 @@ def test_bad_weights(tmp_path):
         ({}, "deit", "use_distillation_token=False"),
         ({"use_distillation_token": True}, "vit", "use_distillation_token=True"),
         ({}, "vit_mae", "a head"),
-        ({}, "beit", "vit has no model_type 'beit'; available: deit, vit, vit_mae"),
+        ({"layer_scale_init_value": 1.0}, "vit", "layer_scale_init_value=1.0"),
+        ({"layer_scale_init_value": 1.0}, None, "use_class_and_mean=False and head='classifier'"),
+        ({"use_class_and_mean": True}, None, "use_class_and_mean=True"),
+        ({}, "dinov2_with_registers", "num_register_tokens=0"),
+        (
+            {"layer_scale_init_value": 1.0, "use_class_and_mean": True, "intermediate_size": 100},
+            None,
+            "no multiple of hidden_size",
+        ),
+        (
+            {},
+            "beit",
+            "vit has no model_type 'beit'; available: deit, dinov2, dinov2_with_registers, vit, ",
+        ),
     ],
 )
 def test_what_transformers_does_not_have(tmp_path, architecture, model_type, message):
@@ -248,9 +274,27 @@ def test_a_family_without_a_converter(tmp_path):
         convert.save_hf(tmp_path / "out", {}, {}, model_name="cnn")
 
 
-def test_config_json_defaults_are_those_of_transformers():
-    from beit_jax.convert import vit
+def test_swiglu_is_refused(tmp_path):
+    hf_model("dinov2", use_swiglu_ffn=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_swiglu_ffn .of the giant DINOv2. is not read"):
+        convert.load(tmp_path)
 
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
+def test_config_json_defaults_of_dinov2_are_those_of_transformers(kind):
+    name = "embeddings.patch_embeddings.projection.weight"
+    theirs = getattr(transformers, f"{kind}Config")()
+    config = {"model_type": theirs.model_type, "architectures": [f"{kind}Model"]}
+    ours = vit.architecture_of({name: np.zeros(1)}, config)
+    assert ours["intermediate_size"] == theirs.mlp_ratio * theirs.hidden_size
+    assert ours["layer_scale_init_value"] == theirs.layerscale_value
+    assert ours["num_register_tokens"] == getattr(theirs, "num_register_tokens", 0)
+    for key in ("patch_size", "layer_norm_eps", "qkv_bias", "num_hidden_layers"):
+        assert ours[key] == getattr(theirs, key), key
+    assert ours["image_size"] == (theirs.image_size, theirs.image_size)
+
+
+def test_config_json_defaults_are_those_of_transformers():
     name = "embeddings.patch_embeddings.projection.weight"
     ours = vit.architecture_of({name: np.zeros(1)}, {"architectures": ["ViTModel"]})
     theirs = transformers.ViTConfig()
@@ -260,7 +304,8 @@ def test_config_json_defaults_are_those_of_transformers():
 
 
 def timm_names(model):
-    """The state of a ViT or DeiT of transformers under timm's names, written out here anew."""
+    """The state of a ViT, DeiT or DINOv2 of transformers under the names of timm and of the
+    originals, written out here anew."""
     state = {name.partition(".")[2] if name.startswith(("vit.", "deit.")) else name: x
              for name, x in saved_state(model).items()}  # fmt: skip
     found = {
@@ -269,6 +314,15 @@ def timm_names(model):
     }
     if "embeddings.distillation_token" in state:
         found["dist_token"] = state.pop("embeddings.distillation_token")
+    if "embeddings.register_tokens" in state:
+        found["register_tokens"] = state.pop("embeddings.register_tokens")
+    of_vit = "embeddings.mask_token" not in state
+    if not of_vit:
+        found["mask_token"] = state.pop("embeddings.mask_token")
+        for i in range(model.config.num_hidden_layers):
+            for number in (1, 2):
+                scale = state.pop(f"encoder.layer.{i}.layer_scale{number}.lambda1")
+                found[f"blocks.{i}.ls{number}.gamma"] = scale
     for kind in ("weight", "bias"):
         projection = "embeddings.patch_embeddings.projection"
         found[f"patch_embed.proj.{kind}"] = state.pop(f"{projection}.{kind}")
@@ -288,11 +342,11 @@ def timm_names(model):
             if parts:
                 found[f"{block}.attn.qkv.{kind}"] = np.concatenate(parts)
             for theirs, name in (
-                ("norm1", "layernorm_before"),
+                ("norm1", "layernorm_before" if of_vit else "norm1"),
                 ("attn.proj", "attention.output.dense"),
-                ("norm2", "layernorm_after"),
-                ("mlp.fc1", "intermediate.dense"),
-                ("mlp.fc2", "output.dense"),
+                ("norm2", "layernorm_after" if of_vit else "norm2"),
+                ("mlp.fc1", "intermediate.dense" if of_vit else "mlp.fc1"),
+                ("mlp.fc2", "output.dense" if of_vit else "mlp.fc2"),
             ):
                 found[f"{block}.{theirs}.{kind}"] = state.pop(f"{layer}.{name}.{kind}")
     assert not state
@@ -308,7 +362,10 @@ def saved_state(model):
 WIDE = {"hidden_size": 128, "num_attention_heads": 2, "layer_norm_eps": 1e-6}  # heads of 64
 
 
-@pytest.mark.parametrize("name", ["vit", "dino", "deit", "deit, teacher"])
+@pytest.mark.parametrize(
+    "name",
+    ["vit", "dino", "deit", "deit, teacher", "dinov2, features", "dinov2, registers, features"],
+)
 def test_names_of_timm(tmp_path, name):
     model = hf_model(name, **WIDE)
     tensors = timm_names(model)

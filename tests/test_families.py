@@ -7,6 +7,7 @@ from flax import traverse_util
 from PIL import Image
 
 from beit_jax import checkpoint, modules, predict, pretrained, report, train
+from beit_jax.convert import __main__ as convert_command
 from beit_jax.models import layers
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
@@ -43,6 +44,7 @@ HF = {
     "vit": ("ViTForImageClassification", "vit", {}),
     "deit": ("DeiTForImageClassificationWithTeacher", "vit", {}),
     "mae": ("ViTMAEModel", "vit", {}),
+    "dinov2": ("Dinov2WithRegistersModel", "vit", {"mlp_ratio": 2}),
     "data2vec": (
         "Data2VecVisionForImageClassification",
         "beit",
@@ -139,7 +141,7 @@ def test_recipe_of_the_report():
     assert not vit_cifar10.get_config("modern").model.use_post_norm
 
 
-@pytest.mark.parametrize("name", ["deit", "mae", "data2vec"])
+@pytest.mark.parametrize("name", ["deit", "mae", "dinov2", "data2vec"])
 def test_from_a_checkpoint(tmp_path, hf_directories, pictures, name):
     """At another resolution; a classifier of the same classes is put in their order."""
     source, family = hf_directories(name), HF[name][1]
@@ -158,9 +160,12 @@ def test_from_a_checkpoint(tmp_path, hf_directories, pictures, name):
         elif path in expected:
             np.testing.assert_array_equal(array, expected[path], err_msg=path)
         else:
-            assert path.startswith("classifier/") and name == "mae"
+            assert path.startswith("classifier/") and name in ("mae", "dinov2")
     if name == "mae":
         assert info.architecture["use_sincos_position_embeddings"] is False
+    if name == "dinov2":  # the class token and the mean, as transformers' classifier reads them
+        assert actual["classifier/kernel"].shape == (2 * TINY["hidden_size"], 10)
+        assert convert_command.main(["to-hf", str(tmp_path), str(tmp_path / "hf"), "--verify"]) == 0
     rows = list(predict.predict([pretrained.load(str(tmp_path))], pictures[0][:2]))
     assert all(row["label"] in "0123456789" for row in rows)
 

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from beit_jax import optim
 from beit_jax.convert.hf_config import parameter_shapes
-from beit_jax.models import vit
+from beit_jax.models import features, vit
 
 TINY = {
     "hidden_size": 24,
@@ -192,17 +192,58 @@ def test_mean_pooling_is_of_the_patches(changes):
     np.testing.assert_array_equal(before, after)
 
 
+DINOV2 = {"layer_scale_init_value": 0.5, "num_register_tokens": 2, "use_class_and_mean": True}
+
+
+def test_registers_stand_before_the_patches_without_positions():
+    """They are in all layers, in no head, and in the way of no resized position."""
+    model = vit.Model(**TINY | DINOV2)
+    config, params = model.config, random_params(model)
+    assert config.num_prefix == 3
+    positions = params["embeddings"]["position_embeddings"]
+    assert positions.shape[1] == 1 + np.prod(config.grid)
+    image = random_image(config)
+    layers = features.layer_outputs(model, params, image)
+    assert layers[0].shape[1] == 3 + np.prod(config.grid)
+    without = vit.Model(**TINY | {**DINOV2, "num_hidden_layers": 0})
+    bare = {name: x for name, x in params.items() if not name.startswith("layer_")}
+    changed = {**bare["embeddings"], "register_tokens": bare["embeddings"]["register_tokens"] + 1}
+    np.testing.assert_array_equal(
+        without.apply({"params": bare}, image),
+        without.apply({"params": {**bare, "embeddings": changed}}, image),
+    )
+    larger = vit.Model(**TINY | DINOV2 | {"image_size": [2 * n for n in config.image_size]})
+    adapted = vit.adapt_params(params, config, larger.config)["embeddings"]
+    assert adapted["position_embeddings"].shape[1] == 1 + 4 * np.prod(config.grid)
+    np.testing.assert_array_equal(adapted["position_embeddings"][:, 0], positions[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_class_and_mean": True, "use_mean_pooling": True}, "is for one class token"),
+        ({"use_class_and_mean": True, "use_distillation_token": True}, "is for one class token"),
+        ({"layer_scale_init_value": 1.0, "use_post_norm": True}, "norms before the sums"),
+        ({"num_register_tokens": -1}, "num_register_tokens must be at least 0, got -1"),
+    ],
+)
+def test_what_does_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        vit.Model(**TINY | changes)
+
+
+@pytest.mark.parametrize("architecture", [{}, DINOV2], ids=["vit", "dinov2"])
 @pytest.mark.parametrize(
     "changes",
     [{"remat": "full"}, {"remat": "dots"}, {"attention": "plain"}, {"fold": False}],
     ids=str,
 )
-def test_same_gradient(changes):
-    post_norm = changes == {"remat": "dots"}
+def test_same_gradient(changes, architecture):
+    post_norm = changes == {"remat": "dots"} and not architecture
 
     def gradient(**changes):
         model = vit.Model(
-            **TINY | {"num_hidden_layers": 1} | changes,
+            **TINY | {"num_hidden_layers": 1} | architecture | changes,
             use_post_norm=post_norm,
             hidden_dropout_prob=0.2,
             drop_path_rate=0.3,
@@ -298,8 +339,8 @@ def test_for_finetuning():
         ),
         ({"head": "mim"}, "ViT: head must be one of classifier, none, got 'mim'"),
         (
-            {"layer_scale_init_value": 0.1},
-            "unknown architecture keys layer_scale_init_value; known",
+            {"use_mask_token": True},
+            "unknown architecture keys use_mask_token; known",
         ),
         ({"image_size": 15}, "multiple of patch_size 4"),
     ],

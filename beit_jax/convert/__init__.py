@@ -31,6 +31,8 @@ MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_ja
     "beit": "beit",
     "data2vec-vision": "beit",
     "deit": "vit",
+    "dinov2": "vit",
+    "dinov2_with_registers": "vit",
     "swin": "swin",
     "swinv2": "swinv2",
     "vit": "vit",

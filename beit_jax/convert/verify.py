@@ -51,7 +51,7 @@ def max_difference(
     options = {}
     if model_type == "vit_mae":
         options["mask_ratio"] = 0.0
-    elif model_type in ("swin", "swinv2"):
+    elif model_type.startswith(("swin", "dinov2")):
         pass  # their pooling has no parameters
     elif config.head == "none" and "pooler" not in params and "pooler_layernorm" not in params:
         options["add_pooling_layer"] = False

@@ -1,8 +1,8 @@
-"""ViT checkpoints of HuggingFace, as `save_pretrained` writes them: ViT (and DINO), DeiT, MAE; and
-those with the names of timm, which are also those of the original DeiT, DINO and MAE.
+"""ViT checkpoints of HuggingFace, as `save_pretrained` writes them: ViT (and DINO), DeiT, DINOv2,
+MAE; and those with the names of timm, which the original DeiT, DINO, DINOv2 and MAE have too.
 
 An architecture is the dict of keyword arguments of `beit_jax.models.vit.Model`. Of an MAE only the
-encoder is read; its decoder is left out.
+encoder is read; its decoder is left out, as are mask tokens, which pre-training alone uses.
 """
 
 import logging
@@ -19,45 +19,68 @@ from beit_jax.convert.hf_config import Tensors
 from beit_jax.convert.rules import CONV, FUSED_QKV, Rule, array, linear, norm
 from beit_jax.models import vit
 
-_PREFIXES = {"vit": "vit.", "deit": "deit.", "vit_mae": "vit."}  # by model_type
+_PREFIXES = {  # by model_type
+    "vit": "vit.",
+    "deit": "deit.",
+    "vit_mae": "vit.",
+    "dinov2": "dinov2.",
+    "dinov2_with_registers": "dinov2_with_registers.",
+}
 _LAYER = "{prefix}encoder.layer.{i}."
-_HF = [  # {prefix} is one of the above, or nothing in a model without a head
+_SHARED = [  # {prefix} is one of the above, or nothing in a model without a head
     *array("{prefix}embeddings.cls_token", "embeddings/cls_token"),
     *array("{prefix}embeddings.distillation_token", "embeddings/distillation_token"),
+    *array("{prefix}embeddings.register_tokens", "embeddings/register_tokens"),
     *array("{prefix}embeddings.position_embeddings", "embeddings/position_embeddings"),
     *linear("{prefix}embeddings.patch_embeddings.projection", "embeddings/patch_embeddings", CONV),
-    *norm(_LAYER + "layernorm_before", "layer_{i}/layernorm_before"),
     *linear(_LAYER + "attention.attention.query", "layer_{i}/attention/query"),
     *linear(_LAYER + "attention.attention.key", "layer_{i}/attention/key"),
     *linear(_LAYER + "attention.attention.value", "layer_{i}/attention/value"),
     *linear(_LAYER + "attention.output.dense", "layer_{i}/attention/output"),
-    *norm(_LAYER + "layernorm_after", "layer_{i}/layernorm_after"),
-    *linear(_LAYER + "intermediate.dense", "layer_{i}/mlp/fc1"),
-    *linear(_LAYER + "output.dense", "layer_{i}/mlp/fc2"),
     *norm("{prefix}layernorm", "layernorm"),
     *linear("{prefix}pooler.dense", "pooler"),
     *linear("{head}", "classifier"),
     *linear("distillation_classifier", "distillation_classifier"),
 ]
+_HF = [
+    *_SHARED,
+    *norm(_LAYER + "layernorm_before", "layer_{i}/layernorm_before"),
+    *norm(_LAYER + "layernorm_after", "layer_{i}/layernorm_after"),
+    *linear(_LAYER + "intermediate.dense", "layer_{i}/mlp/fc1"),
+    *linear(_LAYER + "output.dense", "layer_{i}/mlp/fc2"),
+]
+_DINOV2 = [
+    *_SHARED,
+    *norm(_LAYER + "norm1", "layer_{i}/layernorm_before"),
+    *array(_LAYER + "layer_scale1.lambda1", "layer_{i}/lambda_1"),
+    *norm(_LAYER + "norm2", "layer_{i}/layernorm_after"),
+    *linear(_LAYER + "mlp.fc1", "layer_{i}/mlp/fc1"),
+    *linear(_LAYER + "mlp.fc2", "layer_{i}/mlp/fc2"),
+    *array(_LAYER + "layer_scale2.lambda1", "layer_{i}/lambda_2"),
+]
 _QKV = ("attention/query", "attention/key", "attention/value")
 _TIMM = [
     *array("cls_token", "embeddings/cls_token"),
     *array("dist_token", "embeddings/distillation_token"),
+    *array("register_tokens", "embeddings/register_tokens"),
     *array("pos_embed", "embeddings/position_embeddings"),
     *linear("patch_embed.proj", "embeddings/patch_embeddings", CONV),
     *norm("blocks.{i}.norm1", "layer_{i}/layernorm_before"),
     Rule("blocks.{i}.attn.qkv.weight", tuple(f"layer_{{i}}/{x}/kernel" for x in _QKV), FUSED_QKV),
     Rule("blocks.{i}.attn.qkv.bias", tuple(f"layer_{{i}}/{x}/bias" for x in _QKV), FUSED_QKV),
     *linear("blocks.{i}.attn.proj", "layer_{i}/attention/output"),
+    *array("blocks.{i}.ls1.gamma", "layer_{i}/lambda_1"),
     *norm("blocks.{i}.norm2", "layer_{i}/layernorm_after"),
     *linear("blocks.{i}.mlp.fc1", "layer_{i}/mlp/fc1"),
     *linear("blocks.{i}.mlp.fc2", "layer_{i}/mlp/fc2"),
+    *array("blocks.{i}.ls2.gamma", "layer_{i}/lambda_2"),
     *norm("norm", "layernorm"),
     *norm("fc_norm", "pooler_layernorm"),
     *linear("head", "classifier"),
     *linear("head_dist", "distillation_classifier"),
 ]
-_DECODER = re.compile(r"decoder_.*|mask_token")  # of MAE's own files
+_DECODER = re.compile(r"decoder_.*|mask_token")  # of the originals
+_MASK_TOKEN = re.compile(r"(\w+\.)?embeddings\.mask_token")  # of DINOv2
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 _TEACHER = "DeiTForImageClassificationWithTeacher"
 _CLASSES = {
@@ -66,6 +89,10 @@ _CLASSES = {
     ("deit", "classifier"): "DeiTForImageClassification",
     ("deit", "none"): "DeiTModel",
     ("vit_mae", "none"): "ViTMAEModel",
+    ("dinov2", "classifier"): "Dinov2ForImageClassification",
+    ("dinov2", "none"): "Dinov2Model",
+    ("dinov2_with_registers", "classifier"): "Dinov2WithRegistersForImageClassification",
+    ("dinov2_with_registers", "none"): "Dinov2WithRegistersModel",
 }
 _DEFAULTS = {  # of ViTConfig, where they count: a config.json may leave any of them out
     "hidden_size": 768,
@@ -94,12 +121,13 @@ def to_params(
     Raises:
       ValueError: listing all that does not fit.
     """
-    if is_timm := _is_timm(tensors):
-        tensors = {name: x for name, x in tensors.items() if not _DECODER.fullmatch(name)}
+    table = _TIMM if _is_timm(tensors) else _DINOV2 if _is_dinov2(architecture) else _HF
+    left_out = _DECODER if table is _TIMM else _MASK_TOKEN
+    tensors = {name: x for name, x in tensors.items() if not left_out.fullmatch(name)}
     found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
     flat, unfilled = rules.to_params(
         tensors,
-        _rules(architecture, next(found, ""), _TIMM if is_timm else _HF),
+        _rules(architecture, next(found, ""), table),
         hf_config.parameter_shapes(vit.Model(**architecture)),
         drop=(*([drop] if isinstance(drop, str) else drop), "decoder"),
         reset=reset,
@@ -119,11 +147,16 @@ def to_hf(
     model = vit.Model(**architecture)
     model_type = model_type or _model_type(model.config)
     prefix = "" if model.config.head == "none" else _PREFIXES[model_type]
-    return rules.to_tensors(
+    is_dinov2 = _is_dinov2(architecture)
+    tensors = rules.to_tensors(
         traverse_util.flatten_dict(params, sep="/"),
-        _rules(architecture, prefix),
+        _rules(architecture, prefix, _DINOV2 if is_dinov2 else _HF),
         hf_config.parameter_shapes(model),
     )
+    if is_dinov2:  # wants one, which only masked pictures would use
+        shape = (1, model.config.hidden_size)
+        tensors[f"{prefix}embeddings.mask_token"] = np.zeros(shape, np.float32)
+    return tensors
 
 
 def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
@@ -161,6 +194,8 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
     if named & {*_CLASSES.values(), _TEACHER}:
         has_classifier = any(name.endswith(("Classification", "Teacher")) for name in named)
     has_pooler = not has_classifier and "pooler.dense.weight" in tensors
+    is_dinov2 = model_type.startswith("dinov2")
+    own = _dinov2_fields(config, has_classifier) if is_dinov2 else {}
     architecture = {
         **{key: hf_config.typed(config, key, default) for key, default in _DEFAULTS.items()},
         "image_size": hf_config.pair(config, "image_size", 224),
@@ -171,6 +206,7 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
         "use_distillation_classifier": model_type == "deit" and has_teacher,
         "use_sincos_position_embeddings": model_type == "vit_mae",
         "use_pooler": has_pooler,
+        **own,
     }
     if has_pooler and config.get("pooler_act", "tanh") != "tanh":
         raise ValueError(f"config.json: pooler_act must be 'tanh', got {config['pooler_act']!r}")
@@ -193,6 +229,11 @@ def architecture_to_hf(
     _check_exportable(model, model_type)
     # transformers 5 takes no int for a float
     values = {k: type(default)(getattr(model, k)) for k, default in _DEFAULTS.items()}
+    if _is_dinov2(architecture):
+        values["mlp_ratio"] = values.pop("intermediate_size") // model.hidden_size
+        values["layerscale_value"] = float(model.layer_scale_init_value)
+        if model.num_register_tokens:
+            values["num_register_tokens"] = model.num_register_tokens
     hf_class = _TEACHER if model.use_distillation_classifier else _CLASSES[model_type, model.head]
     return {
         "architectures": [hf_class],
@@ -239,10 +280,32 @@ def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
         "use_distillation_token": has_distillation_token,
         "use_distillation_classifier": "head_dist.weight" in shapes,
         "use_sincos_position_embeddings": "decoder_pos_embed" in shapes,
+        "layer_scale_init_value": float("blocks.0.ls1.gamma" in shapes),
+        "num_register_tokens": shapes.get("register_tokens", (1, 0))[1],
     }
 
 
-def _rules(architecture, prefix, table=_HF):
+def _dinov2_fields(config, has_classifier) -> dict[str, Any]:
+    """What of an architecture is DINOv2's own."""
+    if config.get("use_swiglu_ffn", False):
+        raise ValueError("config.json: use_swiglu_ffn (of the giant DINOv2) is not read")
+    ratio = hf_config.typed(config, "mlp_ratio", 4)
+    has_registers = config["model_type"] == "dinov2_with_registers"
+    return {
+        "intermediate_size": ratio * hf_config.typed(config, "hidden_size", 768),
+        "layer_norm_eps": hf_config.typed(config, "layer_norm_eps", 1e-6),
+        "patch_size": hf_config.patch_size(config, 16 if has_registers else 14),
+        "layer_scale_init_value": hf_config.typed(config, "layerscale_value", 1.0),
+        "num_register_tokens": hf_config.typed(config, "num_register_tokens", 4 * has_registers),
+        "use_class_and_mean": has_classifier,
+    }
+
+
+def _is_dinov2(architecture) -> bool:
+    return bool(architecture.get("layer_scale_init_value"))
+
+
+def _rules(architecture, prefix, table):
     head = _head(architecture.get("use_distillation_classifier", False))
     num_layers = vit.Model(**architecture).config.num_hidden_layers
     return rules.expand(table, num_layers, prefix=prefix, head=head)
@@ -255,6 +318,8 @@ def _head(has_teacher: bool) -> str:
 def _model_type(model) -> str:
     if model.use_distillation_token:
         return "deit"
+    if model.layer_scale_init_value:
+        return "dinov2_with_registers" if model.num_register_tokens else "dinov2"
     is_mae = model.use_sincos_position_embeddings and model.head == "none" and not model.use_pooler
     return "vit_mae" if is_mae else "vit"
 
@@ -267,6 +332,15 @@ def _check_exportable(model, model_type):
         problems.append(f"use_distillation_token={model.use_distillation_token}")
     if model_type == "vit_mae" and (model.head != "none" or model.use_pooler):
         problems.append("a head")
+    is_dinov2 = model_type.startswith("dinov2")
+    if bool(model.layer_scale_init_value) != is_dinov2:
+        problems.append(f"layer_scale_init_value={model.layer_scale_init_value}")
+    if bool(model.num_register_tokens) != (model_type == "dinov2_with_registers"):
+        problems.append(f"num_register_tokens={model.num_register_tokens}")
+    if model.use_class_and_mean != (is_dinov2 and model.head == "classifier"):
+        problems.append(f"use_class_and_mean={model.use_class_and_mean} and head={model.head!r}")
+    if is_dinov2 and model.intermediate_size % model.hidden_size:
+        problems.append(f"intermediate_size={model.intermediate_size}, no multiple of hidden_size")
     if problems:
         raise ValueError(
             f"transformers has no {model_type!r} model with {', '.join(problems)}: this network "

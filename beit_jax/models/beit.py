@@ -137,19 +137,12 @@ class Layer(nn.Module):
         mlp = Mlp(config, output_init, name="mlp")
 
         def branch(module, layernorm, scale, x):
-            x = layernorm(x, fold=fold)
-            if fold or scale is None:
-                x = module(x, scale=scale)
-            else:  # apart from the kernel, to whose result adapters add theirs
-                x = module(x)
-                x *= spread(scale, x.shape, x.dtype)
+            x = layers.scaled(module, layernorm(x, fold=fold), scale, fold=fold)
             return dropout(x, deterministic=deterministic)
 
         for i, (module, name) in enumerate([(attend, "before"), (mlp, "after")], start=1):
-            layernorm, scale = norm(config, f"layernorm_{name}"), None
-            if config.layer_scale_init_value:
-                initial = nn.initializers.constant(config.layer_scale_init_value)
-                scale = self.param(f"lambda_{i}", initial, (x.shape[-1],))
+            layernorm = norm(config, f"layernorm_{name}")
+            scale = layers.layer_scale(self, config, f"lambda_{i}")
             add = drop_path(config, self.index)
             own_branch = functools.partial(branch, module, layernorm, scale)
             x = add(x, own_branch, deterministic=deterministic)

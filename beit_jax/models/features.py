@@ -81,7 +81,7 @@ def seen_patches(config, weights: jax.Array) -> jax.Array:
     It reads the class token, and DeiT's distillation token, or the mean of all patches.
     """
     prefix = config.num_prefix
-    rows = slice(prefix, None) if config.use_mean_pooling else slice(prefix)
+    rows = slice(prefix, None) if config.use_mean_pooling else slice(config.num_read)
     seen = weights[..., rows, prefix:].mean(-2)
     return seen.reshape(*seen.shape[:-1], *config.grid)
 

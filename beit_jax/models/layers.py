@@ -9,7 +9,7 @@ import math
 import numbers
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -429,9 +429,14 @@ class TransformerConfig:
         expect_rate(self, drop_path_rate=self.drop_path_rate)
 
     @property
+    def num_read(self) -> int:
+        """Tokens that a head may read: the first ones."""
+        return 1
+
+    @property
     def num_prefix(self) -> int:
         """Tokens before the patches."""
-        return 1
+        return self.num_read
 
     @property
     def grid(self) -> Grid:
@@ -562,6 +567,22 @@ class Mlp(nn.Module):
         hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
         hidden = ACTIVATIONS[config.hidden_act](hidden)
         return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden, scale)
+
+
+def layer_scale(module: nn.Module, config: TransformerConfig, name: str) -> jax.Array | None:
+    """A parameter [D] of `module` that multiplies what a residual branch adds, or None without."""
+    if not config.layer_scale_init_value:
+        return None
+    initial = nn.initializers.constant(config.layer_scale_init_value)
+    return module.param(name, initial, (config.hidden_size,))
+
+
+def scaled(module: Callable, x, scale: jax.Array | None, *, fold: bool):
+    """module(x) * scale [D], the product folded into the module's kernel or after it."""
+    if fold or scale is None:
+        return module(x, scale=scale)
+    x = module(x)  # apart from the kernel, to whose result adapters add theirs
+    return x * spread(scale, x.shape, x.dtype)
 
 
 def patchify(image, size: int):

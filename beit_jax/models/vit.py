@@ -1,7 +1,7 @@
-"""ViT (arXiv:2010.11929) and its kin: DeiT (arXiv:2012.12877), DINO and MAE encoders, and the
-post-norm ViT for small pictures. Names as in transformers' `ViTConfig`.
+"""ViT (arXiv:2010.11929) and its kin: DeiT (arXiv:2012.12877), DINO, DINOv2 (arXiv:2304.07193) and
+MAE encoders, and the post-norm ViT for small pictures. Names as in transformers' `ViTConfig`.
 
-B batch, T tokens (class token, distillation token?, N patches), D hidden, K classes.
+B batch, T tokens (class token, distillation token?, registers, N patches), D hidden, K classes.
 """
 
 import dataclasses
@@ -88,6 +88,10 @@ class ViTConfig(layers.TransformerConfig):
       use_post_norm: norms after the sums of attention and MLP, as in arXiv:1706.03762, and no last
         norm.
       use_pooler: features of head "none" go through a tanh layer.
+      use_class_and_mean: features are the class token beside the mean of the patches, [B, 2 D], as
+        transformers' classifier on DINOv2 reads them.
+      layer_scale_init_value: where the scales of residual branches start; 0: there are none.
+      num_register_tokens: more tokens, without positions, that no head reads (arXiv:2309.16588).
     """
 
     FAMILY: ClassVar[str] = "ViT"
@@ -98,6 +102,9 @@ class ViTConfig(layers.TransformerConfig):
     use_sincos_position_embeddings: bool = False
     use_post_norm: bool = False
     use_pooler: bool = False
+    use_class_and_mean: bool = False
+    layer_scale_init_value: float = 0.0
+    num_register_tokens: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,15 +120,35 @@ class ViTConfig(layers.TransformerConfig):
         )
         layers.expect(
             self,
+            not (self.use_class_and_mean and (self.use_mean_pooling or self.num_read > 1)),
+            "use_class_and_mean is for one class token, not for use_mean_pooling",
+        )
+        layers.expect(
+            self,
+            not (self.layer_scale_init_value and self.use_post_norm),
+            "layer_scale_init_value is for norms before the sums, not for use_post_norm",
+        )
+        layers.expect(
+            self,
+            self.num_register_tokens >= 0,
+            f"num_register_tokens must be at least 0, got {self.num_register_tokens}",
+        )
+        layers.expect(
+            self,
             self.hidden_size % 4 == 0 or not self.use_sincos_position_embeddings,
             f"use_sincos_position_embeddings needs a hidden_size that is a multiple of 4, got "
             f"{self.hidden_size}",
         )
 
     @property
+    def num_read(self) -> int:
+        """Tokens that a head may read: the first ones."""
+        return 2 if self.use_distillation_token else 1
+
+    @property
     def num_prefix(self) -> int:
         """Tokens before the patches."""
-        return 2 if self.use_distillation_token else 1
+        return self.num_read + self.num_register_tokens
 
 
 class Layer(nn.Module):
@@ -141,8 +168,9 @@ class Layer(nn.Module):
         attend = functools.partial(attention, bias=None, deterministic=deterministic)
         fold = config.fold and not deterministic
 
-        def branch(module, layernorm, x):
-            x = module(layernorm(x, fold=fold) if layernorm else x)
+        def branch(module, layernorm, scale, x):
+            x = layernorm(x, fold=fold) if layernorm else x
+            x = layers.scaled(module, x, scale, fold=fold)
             return dropout(x, deterministic=deterministic)
 
         def residual(x, *parts):
@@ -150,14 +178,16 @@ class Layer(nn.Module):
             return add(x, functools.partial(branch, *parts), deterministic=deterministic)
 
         if config.use_post_norm:
-            x = norm(config, "attention_layernorm")(residual(x, attend, None))
-            return norm(config, "mlp_layernorm")(residual(x, mlp, None))
-        x = residual(x, attend, norm(config, "layernorm_before"))
-        return residual(x, mlp, norm(config, "layernorm_after"))
+            x = norm(config, "attention_layernorm")(residual(x, attend, None, None))
+            return norm(config, "mlp_layernorm")(residual(x, mlp, None, None))
+        scales = [layers.layer_scale(self, config, f"lambda_{i}") for i in (1, 2)]
+        x = residual(x, attend, norm(config, "layernorm_before"), scales[0])
+        return residual(x, mlp, norm(config, "layernorm_after"), scales[1])
 
 
 class Embeddings(nn.Module):
-    """Patches to tokens [B, T, D]: class and distillation token first, positions added."""
+    """Patches to tokens [B, T, D]: class and distillation token first, positions added; then the
+    registers between them and the patches."""
 
     config: ViTConfig
 
@@ -166,18 +196,23 @@ class Embeddings(nn.Module):
         config = self.config
         x = PatchEmbeddings(config, name="patch_embeddings")(image)
         batch, patches, width = x.shape
-        names = ("cls_token", "distillation_token")[: config.num_prefix]
+        names = ("cls_token", "distillation_token")[: config.num_read]
         tokens = [self.param(name, normal(config), (1, 1, width)) for name in names]
         tokens = [spread(t, (batch, 1, width), x.dtype) for t in tokens]
         x = jnp.concatenate([*tokens, x], axis=1)
-        shape = (1, config.num_prefix + patches, width)
+        shape = (1, config.num_read + patches, width)
         if config.use_sincos_position_embeddings:
-            initial = sincos_position_embeddings(config.grid, width, config.num_prefix)
+            initial = sincos_position_embeddings(config.grid, width, config.num_read)
             positions = self.param("position_embeddings", lambda rng: jnp.asarray(initial))
             positions = jax.lax.stop_gradient(positions)
         else:
             positions = self.param("position_embeddings", normal(config), shape)
         x += spread(positions, x.shape, x.dtype)
+        if config.num_register_tokens:
+            shape = (1, config.num_register_tokens, width)
+            registers = self.param("register_tokens", normal(config), shape)
+            registers = spread(registers, (batch, *shape[1:]), x.dtype)
+            x = jnp.concatenate([x[:, : config.num_read], registers, x[:, config.num_read :]], 1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -195,7 +230,7 @@ class ViT(nn.Module):
           deterministic: False applies dropout and drop path and needs the rng "dropout".
 
         Returns:
-          float32 logits [B, K] ("classifier") or features [B, D] ("none").
+          float32 logits [B, K] ("classifier") or features [B, D] or [B, 2 D] ("none").
         """
         config = self.config
         x = Embeddings(config, name="embeddings")(image, deterministic=deterministic)
@@ -208,6 +243,9 @@ class ViT(nn.Module):
         else:
             x = x if config.use_post_norm else norm(config, "layernorm")(x)
             features = x[:, 0].astype(jnp.float32)
+            if config.use_class_and_mean:
+                mean = x[:, config.num_prefix :].astype(jnp.float32).mean(1)
+                features = jnp.concatenate([features, mean], -1)
         if config.head == "none" or config.num_labels == 0:
             if not config.use_pooler:
                 return features
@@ -225,9 +263,13 @@ def Model(**architecture: Any) -> ViT:
 
 
 def for_finetuning(architecture: dict) -> dict:
-    """The architecture that fine-tunes a pretrained one: no pooler, and positions that learn, as in
-    MAE's own fine-tuning."""
-    return dict(architecture, use_pooler=False, use_sincos_position_embeddings=False)
+    """The architecture that fine-tunes a pretrained one: no pooler, positions that learn, as in
+    MAE's own fine-tuning, and of DINOv2 without a head all that transformers' classifier reads."""
+    new = dict(architecture, use_pooler=False, use_sincos_position_embeddings=False)
+    old = ViTConfig(**architecture)
+    if old.layer_scale_init_value and old.head == "none" and not old.use_mean_pooling:
+        new["use_class_and_mean"] = True
+    return new
 
 
 def adapt_params(params: dict, old: ViTConfig, new: ViTConfig, method: str = "unilm") -> dict:
@@ -243,6 +285,6 @@ def adapt_params(params: dict, old: ViTConfig, new: ViTConfig, method: str = "un
         old.grid,
         new.grid,
         method,
-        num_prefix=old.num_prefix,
+        num_prefix=old.num_read,
     )
     return {**params, "embeddings": embeddings}
