@@ -70,6 +70,8 @@ def main(argv):
     logging.captureWarnings(True)
     for chatty in ("absl", "jax", "matplotlib"):  # failed saves are told by checkpoint.py
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    for chatty in ("datasets", "fsspec", "httpx", "httpx2", "huggingface_hub", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         results = train.run(CONFIG.value, WORKDIR.value)
     except errors.KINDS as error:

@@ -65,13 +65,11 @@ def look(
     return Maps(image, np.concatenate(layers, 1), np.concatenate(rolled_out), bad)
 
 
-def draw(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
-    """What `command.run` wants."""
-    maps = look(pretrained.load(args.checkpoint), paths)
-    count = len(maps.layers)
-    layer = count - 1 if args.layer is None else args.layer
-    if not 0 <= layer < count:
-        raise ValueError(f"--layer is {layer}; the network has layers 0 to {count - 1}.")
+def act(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
+    """Writes `args.out`; returns the pictures that could not be read."""
+    start = pretrained.load(args.checkpoint)
+    layer = features.check_layer(args.layer, architecture.make_model(start.info))
+    maps = look(start, paths)
     heads = maps.layers[layer].swapaxes(0, 1)  # [heads, B, h, w]
     columns = {f"layer {layer}": heads.mean(0)}
     if args.heads:
@@ -96,7 +94,7 @@ def main(argv=None) -> int:
     command.add_limit(parser)
     parser.add_argument("--layer", type=int, help="counted from 0 (default: the last)")
     parser.add_argument("--heads", action="store_true", help="each head of that layer")
-    return command.run(parser, argv, draw, ".png")
+    return command.run(parser, argv, act, ".png")
 
 
 if __name__ == "__main__":

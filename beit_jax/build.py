@@ -29,8 +29,9 @@ class Plan(NamedTuple):
     keep_every: float
 
 
-def make_task(config, splits, workdir, mesh, step: int | None):
-    """The task of the config: of the model in the workdir, if it has a step, else of a new one.
+def make_task(config, splits, workdir, mesh, step: int | None, start=None):
+    """The task of the config: of the model in the workdir, if it has a step, else of a new one,
+    which begins with `start`, or else with what the config names.
 
     Raises:
       ValueError: task, data, architecture and weights do not fit each other.
@@ -43,12 +44,12 @@ def make_task(config, splits, workdir, mesh, step: int | None):
                 f"The splits differ in their classes: {name} ({config.data[name]}) has {others}, "
                 f"expected {class_names}."
             )
-    info, start = None, None
+    info = None
     if step is None:
         check_use(config)
     else:
         info = checkpoint.read_model_info(workdir)
-    if config.pretrained and (step is None or config.lora.rank):
+    if start is None and config.pretrained and (step is None or config.lora.rank):
         start = pretrained.load(config.pretrained, config.pretrained_revision)
     counts = None
     if class_names is not None and "train" in splits and config.class_weights != "none":

@@ -290,15 +290,7 @@ class Checkpointer:
         return next(iter(_best(self._scores, self.all_steps())), None)
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether `metrics` beat those of every step saved so far.
-
-        Raises:
-          ValueError: `best_metric` is not among them.
-        """
-        if self._metric not in metrics:
-            raise ValueError(
-                f"Unknown config.best_metric {self._metric!r}; available: {', '.join(metrics)}."
-            )
+        """Whether `metrics` beat those of every step saved so far."""
         score = self._score(metrics)
         scores = (self._scores.get(step) for step in self.all_steps())
         return score is not None and all(s is None or score > s for s in scores)

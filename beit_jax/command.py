@@ -1,10 +1,11 @@
-"""What commands have in common that make one file of the pictures they are given."""
+"""What commands have in common, those above all that make one file of pictures."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
-from beit_jax import errors, fileio
+from beit_jax import errors
 from beit_jax.data import images, pictures
 
 CHECKPOINT = "a workdir, HuggingFace directory or id"
@@ -27,6 +28,7 @@ def make_parser(name: str, doc: str, out: str) -> argparse.ArgumentParser:
         "--images", required=True, nargs="+", action="extend", help="pictures and folders of them"
     )
     parser.add_argument("--out", required=True, help=out)
+    parser.set_defaults(max_images=None)
     return parser
 
 
@@ -35,10 +37,39 @@ def add_limit(parser) -> None:
     parser.add_argument("--max-images", type=positive, default=16, help="drawn (default: 16)")
 
 
+def add_columns(parser) -> None:
+    """Adds --image-key and --label-key."""
+    for name in ("image", "label"):
+        parser.add_argument(f"--{name}-key", help=f"the column of the {name}, of tfds, hf and CSV")
+
+
 def add_batches(parser) -> None:
     """Adds --batch-size and --dtype."""
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+
+
+def check_out(parser, out: str) -> None:
+    """Ends the program of an argparse `parser`, with status 2, where the file `out` cannot be
+    written."""
+    if not os.path.isdir(os.path.dirname(out) or "."):
+        parser.error(f"--out {out}: there is no folder {os.path.dirname(out)}")
+    if os.path.exists(out) and not os.path.isfile(out):
+        parser.error(f"--out {out}: expected a file, found a folder or device of that name")
+    try:
+        with open(f"{out}.part", "w"):
+            os.remove(f"{out}.part")
+    except OSError as error:
+        parser.error(f"--out {out}: it cannot be written: {error.strerror}")
+
+
+def guard(parser, function: Callable[[], int]) -> int:
+    """The exit status that a function returns; 2, and a message, where its input is bad."""
+    try:
+        return function()
+    except errors.KINDS as error:
+        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
+        return 2
 
 
 def run(
@@ -57,16 +88,16 @@ def run(
     args = parser.parse_args(argv)
     if not args.out.endswith(endings):
         parser.error(f"--out {args.out}: expected a file ending in {' or '.join(endings)}")
-    fileio.check_out(parser, args.out)
-    try:
+    check_out(parser, args.out)
+
+    def call():
         found = pictures.find(args.images)
-        paths = found[: getattr(args, "max_images", None)]
+        paths = found[: args.max_images]
         bad = act(args, paths)
-    except errors.KINDS as error:
-        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
-        return 2
-    for error in bad:
-        print(f"not read: {error.name}: {error.reason}", file=sys.stderr)
-    of = f" of {len(found)} (see --max-images)" if len(found) > len(paths) else ""
-    print(f"{len(paths) - len(bad)} {unit}{of}, {len(bad)} not read: {args.out}")
-    return 3 if bad else 0
+        for error in bad:
+            print(f"not read: {error.name}: {error.reason}", file=sys.stderr)
+        of = f" of {len(found)} (see --max-images)" if len(found) > len(paths) else ""
+        print(f"{len(paths) - len(bad)} {unit}{of}, {len(bad)} not read: {args.out}")
+        return 3 if bad else 0
+
+    return guard(parser, call)

@@ -10,6 +10,7 @@ main.py, after the ones given by --common.
 
 import argparse
 import csv
+import functools
 import os
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from beit_jax import errors, fileio, plots, report
+from beit_jax import command, fileio, plots, report
 
 
 class Row(NamedTuple):
@@ -218,11 +219,36 @@ def run(name: str, flags: list[str], workdir: str) -> None:
       RuntimeError: it ended with an error.
     """
     flags = sorted(flags, key=lambda flag: not flag.startswith("--config="))  # it has to be first
-    command = [sys.executable, "main.py", f"--workdir={workdir}", *flags]
-    print(f"{name}: {shlex.join(command[1:])}", flush=True)
-    status = subprocess.run(command, check=False).returncode
+    arguments = ["main.py", f"--workdir={workdir}", *flags]
+    print(f"{name}: {shlex.join(arguments)}", flush=True)
+    status = subprocess.run([sys.executable, *arguments], check=False).returncode
     if status:
         raise RuntimeError(f"The run {name} ended with status {status}; its message is above.")
+
+
+def compare(args) -> int:
+    """Does what the arguments say; returns the exit status.
+
+    Raises:
+      ValueError: there is nothing to compare, or what there is does not compare.
+    """
+    runs = parse_runs(args.workdirs)
+    for text in args.run:
+        name, _, flags = (part.strip() for part in text.partition(":"))
+        if not flags or name in runs:
+            raise ValueError(f"--run {text!r}: expected NAME: FLAGS with a name of its own.")
+        runs[name] = [os.path.join(args.out, name)]
+        run(name, _split(args.common) + _split(flags), runs[name][0])
+    if not runs:
+        raise ValueError("Nothing to compare: give NAME=WORKDIR, or --run.")
+    rows = [read(name, workdirs, args.split) for name, workdirs in runs.items()]
+    if len({row.split for row in rows}) > 1:
+        found = ", ".join(f"{row.name}: {row.split}" for row in rows)
+        raise ValueError(f"The runs are not measured on the same split: {found}.")
+    write(rows, args.out)
+    with open(os.path.join(args.out, "comparison.md"), encoding="utf-8") as file:
+        print(file.read(), end="")
+    return 0
 
 
 def main(argv=None) -> int:
@@ -238,27 +264,7 @@ def main(argv=None) -> int:
     parser.add_argument("--run", action="append", default=[], metavar="NAME: FLAGS")
     parser.add_argument("--common", default="", metavar="FLAGS", help="of every --run")
     args = parser.parse_args(argv)
-    try:
-        runs = parse_runs(args.workdirs)
-        for text in args.run:
-            name, _, flags = (part.strip() for part in text.partition(":"))
-            if not flags or name in runs:
-                raise ValueError(f"--run {text!r}: expected NAME: FLAGS with a name of its own.")
-            runs[name] = [os.path.join(args.out, name)]
-            run(name, _split(args.common) + _split(flags), runs[name][0])
-        if not runs:
-            raise ValueError("Nothing to compare: give NAME=WORKDIR, or --run.")
-        rows = [read(name, workdirs, args.split) for name, workdirs in runs.items()]
-        if len({row.split for row in rows}) > 1:
-            found = ", ".join(f"{row.name}: {row.split}" for row in rows)
-            raise ValueError(f"The runs are not measured on the same split: {found}.")
-        write(rows, args.out)
-    except errors.KINDS as error:
-        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
-        return 2
-    with open(os.path.join(args.out, "comparison.md"), encoding="utf-8") as file:
-        print(file.read(), end="")
-    return 0
+    return command.guard(parser, functools.partial(compare, args))
 
 
 if __name__ == "__main__":

@@ -38,19 +38,17 @@ def embed(
     """
 
     def describe(model, params, image):
-        layers = features.layer_outputs(model, params, image)
-        last = len(layers) - 1
-        if layer is not None and not 0 <= layer <= last:
-            raise ValueError(f"The layer is {layer}; the network has layers 0 to {last}.")
-        return features.pool(layers[last if layer is None else layer], model.config.num_prefix)
+        number = features.check_layer(layer, model)
+        tokens = features.layer_outputs(model, params, image)[number]
+        return features.pool(tokens, model.config.num_prefix)
 
     source = pictures.as_source(paths)
-    found = inference.apply(describe, start, source, batch_size=batch_size, dtype=dtype)
+    found = inference.make(describe, start, batch_size=batch_size, dtype=dtype)(source)
     return found.values, found.index, pictures.unread(source)
 
 
-def write(args, paths) -> list[images.BadImageError]:
-    """What `command.run` wants."""
+def act(args, paths) -> list[images.BadImageError]:
+    """Writes `args.out`; returns the pictures that could not be read."""
     start = pretrained.load(args.checkpoint)
     vectors, index, bad = embed(
         start, paths, layer=args.layer, batch_size=args.batch_size, dtype=args.dtype
@@ -67,7 +65,7 @@ def main(argv=None) -> int:
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     parser.add_argument("--layer", type=int, help="counted from 0 (default: the last)")
     command.add_batches(parser)
-    return command.run(parser, argv, write, ".npz", unit="vectors")
+    return command.run(parser, argv, act, ".npz", unit="vectors")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import build, fileio, plots, report, sharding
+from beit_jax import build, fileio, plots, pretrained, report, sharding
 from beit_jax.data import inputs
 from beit_jax.state import take
 
@@ -62,11 +62,14 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     Raises:
       FileNotFoundError, ValueError: there is nothing to evaluate, or on.
     """
-    splits = inputs.open_splits(config.data, mesh, names=("val", "test"))
+    saver = stack.enter_context(build.make_checkpointer(config, workdir))
+    last, start, class_names = saver.latest_step(), None, None
+    if last is None and config.pretrained:
+        start = pretrained.load(config.pretrained, config.pretrained_revision)
+        class_names = pretrained.real_class_names(start.info)  # some may be in no picture
+    splits = inputs.open_splits(config.data, mesh, ("val", "test"), class_names)
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
-    saver = stack.enter_context(build.make_checkpointer(config, workdir))
-    last = saver.latest_step()
     if last is None and not config.pretrained:
         raise FileNotFoundError(
             f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."
@@ -74,7 +77,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     config = config.copy_and_resolve_references()
     if last is None:
         config.pretrained_reset = ()  # nothing may stay untrained
-    task = build.make_task(config, splits, workdir, mesh, last)
+    task = build.make_task(config, splits, workdir, mesh, last, start)
     step = None
     if last is None:
         params, model_state = jax.device_get(jax.jit(task.init)(jax.random.key(config.seed)))

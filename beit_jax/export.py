@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from beit_jax import architecture, errors, fileio, pretrained
+from beit_jax import architecture, command, fileio, pretrained
 from beit_jax.convert import files
 from beit_jax.models import layers
 from beit_jax.tasks import classify
@@ -120,6 +120,39 @@ def check_size(model: pretrained.Pretrained, dtype: str) -> None:
         )
 
 
+def export(args, here: str) -> int:
+    """Does what the arguments say, on a platform; returns the exit status."""
+    model = pretrained.load_classifier(args.checkpoint)
+    check_size(model, args.dtype)
+    size = args.size and tuple(args.size)
+    function, shape = make_classifier(model, size=size, dtype=args.dtype)
+    program = serialize(function, shape, args.platforms)
+    error = difference(program, model, shape, resized=not args.size)
+    if not error <= _TOLERANCE[args.dtype]:  # or nan
+        print(f"The program's logits are {error:.2g} off", file=sys.stderr)
+        return 1
+    description = {
+        "input": ["n", *shape],
+        "is_cropped_and_resized": not args.size,
+        "image": model.info.image,
+        "class_names": pretrained.class_names(model),
+        "model_name": model.info.model_name,
+        "dtype": args.dtype,
+        "platforms": args.platforms,
+        "exported_on": here,
+        "jax": jax.__version__,
+        "difference": error,
+    }
+    with files.new_directory(args.out) as directory:
+        (directory / PROGRAM).write_bytes(program)
+        fileio.write_json(directory / DESCRIPTION, description)
+    print(
+        f"{args.out}: {len(program):,} bytes; on {here} the logits differ from the float32 "
+        f"network's by {error:.1g} of the largest"
+    )
+    return 0
+
+
 def main(argv=None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -127,9 +160,7 @@ def main(argv=None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a workdir, or a HuggingFace directory or hub id"
-    )
+    parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     parser.add_argument("--out", required=True, help="a directory to write: new or empty")
     parser.add_argument(
         "--size",
@@ -151,40 +182,7 @@ def main(argv=None) -> int:
         )
     if os.path.exists(args.out) and not (os.path.isdir(args.out) and not os.listdir(args.out)):
         parser.error(f"--out {args.out} is there already: name a new or an empty directory")
-    try:
-        model = pretrained.load_classifier(args.checkpoint)
-        check_size(model, args.dtype)
-        function, shape = make_classifier(
-            model, size=args.size and tuple(args.size), dtype=args.dtype
-        )
-        program = serialize(function, shape, args.platforms)
-        error = difference(program, model, shape, resized=not args.size)
-        if not error <= _TOLERANCE[args.dtype]:  # or nan
-            print(f"{parser.prog}: the program's logits are {error:.2g} off", file=sys.stderr)
-            return 1
-        description = {
-            "input": ["n", *shape],
-            "is_cropped_and_resized": not args.size,
-            "image": model.info.image,
-            "class_names": pretrained.class_names(model),
-            "model_name": model.info.model_name,
-            "dtype": args.dtype,
-            "platforms": args.platforms,
-            "exported_on": here,
-            "jax": jax.__version__,
-            "difference": error,
-        }
-        with files.new_directory(args.out) as directory:
-            (directory / PROGRAM).write_bytes(program)
-            fileio.write_json(directory / DESCRIPTION, description)
-    except errors.KINDS as problem:
-        print(f"{parser.prog}: {errors.message(problem)}", file=sys.stderr)
-        return 2
-    print(
-        f"{args.out}: {len(program):,} bytes; on {here} the logits differ from the float32 "
-        f"network's by {error:.1g} of the largest"
-    )
-    return 0
+    return command.guard(parser, functools.partial(export, args, here))
 
 
 if __name__ == "__main__":

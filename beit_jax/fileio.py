@@ -38,20 +38,6 @@ def writing(path: str | os.PathLike, *, binary: bool = False) -> Iterator[IO]:
         raise
 
 
-def check_out(parser, out: str) -> None:
-    """Ends the program of an argparse `parser`, with status 2, where the file `out` cannot be
-    written."""
-    if not os.path.isdir(os.path.dirname(out) or "."):
-        parser.error(f"--out {out}: there is no folder {os.path.dirname(out)}")
-    if os.path.exists(out) and not os.path.isfile(out):
-        parser.error(f"--out {out}: expected a file, found a folder or device of that name")
-    try:
-        with open(f"{out}.part", "w"):
-            os.remove(f"{out}.part")
-    except OSError as error:
-        parser.error(f"--out {out}: it cannot be written: {error.strerror}")
-
-
 def read_json(path: str | os.PathLike, fix: str = "Download it again") -> dict[str, Any] | None:
     """Reads an object of JSON; None where there is no such file.
 

@@ -13,41 +13,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import command, errors, fileio, inference, pretrained
-from beit_jax.data import images, sources
+from beit_jax import command, fileio, inference, pretrained
+from beit_jax.data import sources
 from beit_jax.data.source import Source
 from beit_jax.models import features
 
 
-def extract(
-    start: pretrained.Pretrained, source: Source, *, batch_size: int = 128
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """The features of every layer, unit length, [L][N, F], and the labels [N] of a source.
-
-    Pictures that are skipped are in neither.
-
-    Raises:
-      ValueError: no picture is left.
-    """
-    found = inference.apply(_describe, start, source, batch_size=batch_size)
-    if not len(found.index):
-        raise source.none_left()
-    return found.values, found.label
-
-
-def _describe(model, params, image):
+def describe(model, params, image):
+    """The features of every layer, unit length, [L][B, F], of normalised pictures [B, H, W, C]."""
     layers = features.layer_outputs(model, params, image)
     pooled = (features.pool(x, model.config.num_prefix) for x in layers)
     return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
 
 
+def extract(apply, source: Source) -> tuple[list[np.ndarray], np.ndarray]:
+    """The features [L][N, F] and labels [N] of a source; pictures that are skipped are in neither.
+
+    `apply` is what `inference.make` makes of `describe`.
+
+    Raises:
+      ValueError: no picture is left.
+    """
+    found = apply(source)
+    if not len(found.index):
+        raise source.none_left()
+    return found.values, found.label
+
+
 def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, chunk=256) -> float:
     """Share of the rows of `test` [M, F] whose neighbours in `train` [N, F] vote for their label.
 
-    Rows have unit length. Of equal votes, the smallest label wins.
+    Rows have unit length, and k is at most N. Of equal votes, the smallest label wins.
     """
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    k, chunk = min(k, len(train)), min(chunk, len(test))
+    chunk = min(chunk, len(test))
     padded = np.pad(test, [(0, -len(test) % chunk), (0, 0)])
     train, train_labels = jax.device_put((train, train_labels))
     votes = [
@@ -67,6 +66,36 @@ def _vote(train, train_labels, rows, temperature, k, num_classes):
     return jnp.einsum("bk,bkc->bc", weight, is_label).argmax(-1)
 
 
+def run(args) -> int:
+    """Does what the arguments say; returns the exit status.
+
+    Raises:
+      ValueError: there is nothing to vote by, or on.
+    """
+    start = pretrained.load(args.checkpoint)
+    columns = {"image_key": args.image_key, "label_key": args.label_key}
+    options = {"data_dir": args.data_dir, "on_bad_image": args.on_bad_image, **columns}
+    splits = [sources.get_source(args.data, split, **options) for split in (args.train, args.test)]
+    for source in splits:
+        if source.class_names is None:
+            raise ValueError(f"{source.split} of {args.data} has no labels to vote for.")
+    apply = inference.make(describe, start, batch_size=args.batch_size)
+    (train, train_labels), (test, test_labels) = (extract(apply, source) for source in splits)
+    if args.k > len(train_labels):
+        raise ValueError(f"--k is {args.k}, and {args.train} has {len(train_labels)} pictures.")
+    pairs = zip(train, test, strict=True)
+    found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in pairs]
+    best = int(np.argmax(found))
+    print(f"{len(test_labels):,} pictures by their {args.k} nearest of {len(train_labels):,}")
+    for i, value in enumerate(found):
+        print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
+    if args.out:
+        count = {"num_train": len(train_labels), "num_test": len(test_labels)}
+        results = {"k": args.k, **count, "best_layer": best, "accuracy": found}
+        fileio.write_json(args.out, results)
+    return 0
+
+
 def main(argv=None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -75,10 +104,9 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
-    parser.add_argument(
-        "--data", required=True, help="digits, cifar10, tfds:NAME, hf:NAME, folder:PATH"
-    )
-    parser.add_argument("--data-dir", help="of tfds; or where PATH starts")
+    parser.add_argument("--data", required=True, help=", ".join(sources.NAMES))
+    parser.add_argument("--data-dir", help="of tfds, the cache of hf, or where folder:PATH starts")
+    command.add_columns(parser)
     parser.add_argument("--train", default="train", help="split of the neighbours (default: train)")
     parser.add_argument("--test", default="test", help="split that is classified (default: test)")
     parser.add_argument("--on-bad-image", choices=["error", "skip"], default="error")
@@ -89,41 +117,8 @@ def main(argv=None) -> int:
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args(argv)
     if args.out:
-        fileio.check_out(parser, args.out)
-    try:
-        start = pretrained.load(args.checkpoint)
-        splits = [
-            sources.get_source(
-                args.data, split, data_dir=args.data_dir, on_bad_image=args.on_bad_image
-            )
-            for split in (args.train, args.test)
-        ]
-        for source in splits:
-            if source.class_names is None:
-                raise ValueError(f"{source.split} of {args.data} has no labels to vote for.")
-        if args.k > len(splits[0]):
-            raise ValueError(f"--k is {args.k}, and {args.train} has {len(splits[0])} pictures.")
-        (train, train_labels), (test, test_labels) = (
-            extract(start, source, batch_size=args.batch_size) for source in splits
-        )
-        pairs = zip(train, test, strict=True)
-        found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in pairs]
-        best = int(np.argmax(found))
-        print(f"{len(test_labels):,} pictures by their {args.k} nearest of {len(train_labels):,}")
-        for i, value in enumerate(found):
-            print(f"layer {i:2}  accuracy {value:.4f}{'  best' if i == best else ''}")
-        if args.out:
-            count = {"num_train": len(train_labels), "num_test": len(test_labels)}
-            results = {"k": args.k, **count, "best_layer": best, "accuracy": found}
-            fileio.write_json(args.out, results)
-    except errors.KINDS as error:
-        if isinstance(error, images.BadImageError):  # whose notes are of main.py's flags
-            text = f"{error}; --on-bad-image=skip leaves it out"
-        else:
-            text = errors.message(error)
-        print(f"{parser.prog}: {text}", file=sys.stderr)
-        return 2
-    return 0
+        command.check_out(parser, args.out)
+    return command.guard(parser, functools.partial(run, args))
 
 
 if __name__ == "__main__":

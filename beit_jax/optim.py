@@ -50,13 +50,13 @@ def make_schedule(
     end_value: float = 0.0,
     warmup_steps: int = 0,
     warmup_init: float = 0.0,
-    decay_steps: int | None = None,
     steps_per_epoch: float | None = None,
 ) -> optax.Schedule:
     """Returns a function from the step, counted from 0, to the learning rate.
 
     The warm-up is unilm's `linspace(warmup_init, learning_rate, warmup_steps)`: it starts at
-    `warmup_init` and its last step has the full learning rate. Then follows, for `decay_steps`,
+    `warmup_init` and its last step has the full learning rate. Then follows, for the rest of the
+    run,
 
       "constant"     the learning rate;
       "linear"       a line to `end_value`;
@@ -71,7 +71,6 @@ def make_schedule(
       end_value: learning rate at the end of the decay and from there on.
       warmup_steps: length of the warm-up.
       warmup_init: learning rate of step 0, if there is a warm-up.
-      decay_steps: length of the decay; by default what the warm-up leaves of the run.
       steps_per_epoch: for "step-cosine" only.
 
     Raises:
@@ -86,7 +85,7 @@ def make_schedule(
         )
     if name == "step-cosine" and not steps_per_epoch:
         raise ValueError('schedule "step-cosine" needs steps_per_epoch; or use "cosine"')
-    decay_steps = max(decay_steps or total_steps - warmup_steps, 1)
+    decay_steps = max(total_steps - warmup_steps, 1)
 
     def decayed(step):
         if name == "step-cosine":

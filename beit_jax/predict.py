@@ -42,7 +42,7 @@ def predict(
     source = pictures.as_source(paths)
     mean = np.zeros((len(paths), len(names)), np.float32)
     for model, column in zip(models, columns, strict=True):
-        found = inference.apply(_softmax, model, source, batch_size=batch_size, dtype=dtype)
+        found = inference.make(_softmax, model, batch_size=batch_size, dtype=dtype)(source)
         mean[found.index] += found.values[:, column] / len(models)
     rows = []
     for index, path in enumerate(paths):
@@ -86,11 +86,11 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
         for row in rows:
             top = [value for pair in row["top"] for value in pair]
             top += [""] * (2 * top_k - len(top))
-            writer.writerow([row["path"], row["label"], top[1], *top, row["error"]])
+            writer.writerow([row["path"], row["label"], row["probability"], *top, row["error"]])
 
 
-def classify(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
-    """What `command.run` wants."""
+def act(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
+    """Writes `args.out`; returns the pictures that could not be read."""
     models = [pretrained.load_classifier(checkpoint) for checkpoint in args.checkpoint]
     top_k = min(args.top_k, len(pretrained.class_names(models[0])))
     rows = predict(models, paths, top_k=top_k, batch_size=args.batch_size, dtype=args.dtype)
@@ -110,7 +110,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--top-k", type=command.positive, default=5)
     command.add_batches(parser)
-    return command.run(parser, argv, classify, ".csv", ".json", unit="predictions")
+    return command.run(parser, argv, act, ".csv", ".json", unit="predictions")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,13 @@ def class_names(model: Pretrained) -> list[str]:
     return list(model.info.class_names or (f"LABEL_{i}" for i in range(count)))
 
 
+def real_class_names(info: ModelInfo) -> list[str] | None:
+    """The classes of a model; None where names such as LABEL_0 say nothing."""
+    names = info.class_names or []
+    is_real = names and not all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    return names if is_real else None
+
+
 def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
     """The model in a workdir; adapters are merged into the base that they belong to.
 
@@ -179,11 +186,9 @@ def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
 
     Names such as LABEL_0 say nothing and are taken for the same classes.
     """
-    old = start.info.class_names
+    old = real_class_names(start.info)
     heads = [name for name in start.params if name.endswith("classifier")]
     if not heads or old is None or list(old) == list(class_names):
-        return start
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in old):
         return start
     params = {name: value for name, value in start.params.items() if name not in heads}
     if sorted(old) == sorted(class_names) and len(set(old)) == len(old):

@@ -63,8 +63,8 @@ def _config(workdir) -> ConfigDict:
     return ConfigDict(content)
 
 
-def draw(args, paths) -> list[images.BadImageError]:
-    """What `command.run` wants."""
+def act(args, paths) -> list[images.BadImageError]:
+    """Writes `args.out`; returns the pictures that could not be read."""
     found, bad = reconstruct(args.checkpoint, paths)
     pretrain.draw_reconstructions(found, args.out)
     return bad
@@ -75,7 +75,7 @@ def main(argv=None) -> int:
     parser = command.make_parser("reconstruct", __doc__, "the sheet, a .png")
     parser.add_argument("--checkpoint", required=True, help="workdir of a pre-training run")
     command.add_limit(parser)
-    return command.run(parser, argv, draw, ".png")
+    return command.run(parser, argv, act, ".png")
 
 
 if __name__ == "__main__":

@@ -100,9 +100,8 @@ def _train(config, workdir, mesh, stack):
         evaluate.check_best_metric(task, config, mesh, splits["val"], state)
     stopped = stack.enter_context(catch_signals())
     steps = range(start_step, plan.total_steps)
-    stream = inputs.one_ahead(
-        inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)
-    )
+    stream = inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)
+    stream = stack.enter_context(contextlib.closing(inputs.one_ahead(stream)))
     train_step, facts = None, report.read_facts(workdir)
     facts["num_trainable_parameters"] = num_trainable
     trace = stack.enter_context(
@@ -153,7 +152,6 @@ def _train(config, workdir, mesh, stack):
             read(keep=0)
             with log.timer("save"):
                 saver.save(step, state, metrics=scores)
-    stream.close()
     if stopped:
         read(keep=0)
         saver.save(step, state)

@@ -17,10 +17,11 @@ _FIX = "Use another workdir"
 
 def check_place(workdir: str | os.PathLike, data: str, data_dir: str = "") -> None:
     """Raises ValueError where the workdir lies among the pictures of the data set "folder:PATH",
-    PATH from `data_dir` on: the figures that a run leaves would be pictures of the next."""
+    PATH from `data_dir` on, or "hf:PATH": the figures that a run leaves would be pictures of the
+    next."""
     kind, _, path = data.partition(":")
-    path = os.path.expanduser(os.path.join(data_dir, path))
-    if kind != "folder" or not os.path.isdir(path):
+    path = os.path.expanduser(os.path.join(data_dir, path) if kind == "folder" else path)
+    if kind not in ("folder", "hf") or not os.path.isdir(path):
         return
     path, place = os.path.realpath(path), os.path.realpath(workdir)
     if os.path.commonpath([path, place]) != path:

@@ -16,12 +16,12 @@ fine-tuning of Gani et al. (arXiv:2210.07240), 100 epochs at batch 256, AdamW 1e
 the place of AutoAugment, and each picture once an epoch, not three times.
 """
 
-from configs import common
+from configs import _shared, common
 
 
 def get_config(arg=None):
     """`arg`: "", "baseline", "runlocal" or "small"."""
-    arg = common.parse_arg(arg, "baseline", "runlocal", "small")
+    arg = _shared.parse_arg(arg, "baseline", "runlocal", "small")
     config = common.get_config()
     config.data.name = "cifar10"
     config.pretrained = "microsoft/beit-base-patch16-224"
@@ -39,7 +39,7 @@ def get_config(arg=None):
         config.optim.schedule = "constant"
     if arg == "runlocal":
         config.pretrained = ""
-        common.shrink(config)
+        _shared.shrink(config)
     if arg == "small":
         _small(config)
     return config

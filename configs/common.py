@@ -5,16 +5,7 @@ run (`"5%"`) or examples (`"50000ex"`); `"0"` is never. `None` in `model` and `i
 the checkpoint has it, or the preset.
 """
 
-import contextlib
-import csv
-import os
-from collections.abc import Sequence
-
 from ml_collections import ConfigDict, config_dict
-
-SIZES = ("tiny", "small", "base", "large")  # presets that may be arguments
-PREFIXES = ("folder:", "hf:", "tfds:")  # of data of one's own
-UNLABELLED = ("cifar10", "digits", "imagenet")  # data that may be
 
 
 def get_config() -> ConfigDict:
@@ -147,8 +138,9 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.name = "cifar10"  # digits, cifar10, cifar100, tfds:NAME, hf:NAME, folder:PATH
-    data.data_dir = ""  # of tfds, "": TFDS_DATA_DIR or ~/tensorflow_datasets; or where PATH starts
-    data.image_key = config_dict.placeholder(str)  # of tfds, hf; None: image, or the only one
+    # of tfds, "": TFDS_DATA_DIR or ~/tensorflow_datasets; the cache of hf; where folder:PATH starts
+    data.data_dir = ""
+    data.image_key = config_dict.placeholder(str)  # column; None: image, or the only one
     data.label_key = config_dict.placeholder(str)  # None: label, or the only one
     data.train = "train[:90%]"
     data.val = "train[90%:]"  # "" for no validation
@@ -226,110 +218,3 @@ def get_config() -> ConfigDict:
     config.mistakes = 36  # pictures on the sheet of most confident mistakes
     config.compile_cache = "~/.cache/beit_jax"  # "" is off
     return config.lock()
-
-
-def parse_arg(arg: str | None, *allowed: str) -> str:
-    """The argument after the colon of --config=FILE:ARG, "" for none.
-
-    Raises:
-      ValueError: it is not among `allowed`.
-    """
-    if arg and arg not in allowed:
-        available = ", ".join(allowed) or "none"
-        raise ValueError(f"Unknown config argument {arg!r}; available: {available}.")
-    return arg or ""
-
-
-def folder_splits(path: str | None) -> tuple[str, str, str]:
-    """What of a folder or CSV file is for training, validation and the test.
-
-    Splits of its own are kept; of train and one other, that one is the test and a tenth of train is
-    for validation. Without, pictures are split 80 % / 10 % / 10 %.
-    """
-    path, splits = os.path.expanduser(path or ""), set()
-    if path.lower().endswith(".csv") and os.path.isfile(path):
-        with contextlib.suppress(csv.Error):  # which the data set will tell
-            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-                splits = {row.get("split") for row in csv.DictReader(file, skipinitialspace=True)}
-    elif os.path.isdir(path):
-        splits = set(os.listdir(path))
-    val = next((name for name in ("val", "valid", "validation") if name in splits), None)
-    if "test" in splits and val:
-        return "train", val, "test"
-    if "test" in splits or val:
-        return "train[:90%]", "train[90%:]", "test" if "test" in splits else val
-    return "train[:80%]", "train[80%:90%]", "train[90%:]"
-
-
-def split_options(
-    arg: str | None, names: Sequence[str], *options: Sequence[str]
-) -> tuple[str, ...]:
-    """What an argument names, and of each of `options` the word that follows, or "".
-
-    ("folder:a,b", "", "mae") of "folder:a,b,mae", where the last of two options has "mae".
-
-    Raises:
-      ValueError: another word follows one of the `names`, or a path that is there.
-    """
-    words, chosen = (arg or "").split(","), []
-    for option in reversed(options):
-        chosen.insert(0, words.pop() if words and words[-1] in option else "")
-    data = ",".join(words)
-    before, comma, word = data.rpartition(",")
-    if comma and not _is_there(data) and (before in names or _is_there(before)):
-        known = ", then ".join(", ".join(option) for option in options)
-        raise ValueError(f"Unknown {word!r} after {before}; available: {known}.")
-    return data, *chosen
-
-
-def _is_there(data):
-    return os.path.exists(os.path.expanduser(data.removeprefix("folder:")))
-
-
-def parse_data(data: str, *names: str) -> str:
-    """The kind of data that an argument names: one of `names`, the first by default, or "folder"
-    for pictures of one's own, which are in a folder or prepared for a library.
-
-    Raises:
-      ValueError: it is none of them.
-    """
-    if data.startswith(PREFIXES) and not data.endswith(":"):
-        return "folder"
-    return parse_arg(data, *names, "folder:PATH", "hf:NAME", "tfds:NAME") or names[0]
-
-
-def unlabelled(data: str, kind: str, task_name: str) -> ConfigDict:
-    """A config for a task that looks at pictures only."""
-    config = get_config()
-    config.task_name = task_name
-    config.data.name = data or kind
-    config.data.labelled = False
-    config.best_metric, config.best_mode = "loss", "min"
-    config.augment.crop = "rrc"
-    return config
-
-
-def set_size(config: ConfigDict, kind: str, size: str) -> None:
-    """The preset of a size, in the place of the recipe's; small pictures keep small patches.
-
-    Raises:
-      ValueError: a size of digits, which have one network.
-    """
-    if not size:
-        return
-    if kind == "digits":
-        raise ValueError(f"Digits have one size of network, got {size!r}; leave it out.")
-    config.preset = size
-    if kind == "cifar10":
-        config.model.image_size, config.model.patch_size = 32, 4
-
-
-def shrink(config: ConfigDict) -> None:
-    """Makes a recipe a two-minute check on CPU: few pictures, a small network, two epochs."""
-    config.preset = "cifar"
-    config.data.train = "train[:2000]"
-    config.data.val = "train[-500:]"
-    config.data.test = "test[:500]"
-    config.num_epochs = 2.0
-    config.optim.learning_rate = 1e-3
-    config.log_every = "10"

@@ -17,23 +17,28 @@ want; `,pretrained` is for a checkpoint that has seen no labels yet, such as a r
 configs/pretrain.py: BEiT's rate for that (4e-3 for 1024 pictures of a batch) and layer decay, and
 more epochs. `,scratch` begins with nothing, at a rate for that, and --config.preset=tiny, small or
 base decides the size. None of these rates was chosen on data here. `,test` trains nothing: it
-measures the classifier of --config.pretrained, such as a finished workdir, on all pictures, or on
-those of a test where the folder has one.
+measures the classifier of --config.pretrained, such as a finished workdir, on the test of PATH, or
+on all pictures of a folder without one.
 """
 
-from configs import common
+from configs import _shared, common
 
 _HOW = ("lora", "bias", "head", "pretrained", "scratch", "test")
 
 
 def get_config(arg=None):
     """`arg`: the folder or CSV file, and perhaps lora, bias, head, pretrained, scratch or test."""
-    path, how = common.split_options(arg, (), _HOW)
+    path, how = _shared.split_words(arg, (), _HOW)
     config = common.get_config()
-    config.data.name = path if path.startswith(common.PREFIXES) else f"folder:{path}"
+    config.data.name = _shared.own_data(path)
     config.pretrained = "microsoft/beit-base-patch16-224"
-    splits = common.folder_splits(path.removeprefix("folder:"))
-    config.data.train, config.data.val, config.data.test = splits
+    if how == "test":
+        config.eval_only = True
+        is_folder = config.data.name.startswith("folder:")
+        _shared.set_splits(config, "train", "", "train" if is_folder else "test")
+        config.data.val = ""
+        return config
+    _shared.set_splits(config, "train[:80%]", "train[80%:90%]", "train[90%:]")
 
     config.batch_size = 64
     config.num_epochs = 20.0
@@ -59,10 +64,6 @@ def get_config(arg=None):
         config.num_epochs = 100.0
         config.optim.learning_rate = 5e-4
         config.optim.layer_decay = 1.0
-    elif how == "test":
-        config.eval_only = True
-        is_part = config.data.test.endswith("]")  # of a folder without a test
-        config.data.val, config.data.test = "", "train" if is_part else config.data.test
     elif how:
         _train_a_part(config, how)
     return config

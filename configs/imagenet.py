@@ -10,7 +10,7 @@ The data set is TFDS's imagenet2012 (--config.data.data_dir), prepared as array_
 None of these recipes was run here: they are the published ones.
 """
 
-from configs import common
+from configs import _shared, common
 
 #             batch  lr    min   warm ep  decay drop  wd    mix
 _RECIPES = {
@@ -38,7 +38,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def get_config(arg=None):
     """`arg`: a recipe, "base_ft22k" by default."""
-    arg = common.parse_arg(arg, *_RECIPES) or "base_ft22k"
+    arg = _shared.parse_arg(arg, *_RECIPES) or "base_ft22k"
     batch, rate, end, warmup, epochs, layer_decay, drop_path, decay, mix = _RECIPES[arg]
     config = common.get_config()
     config.data.name = "tfds:imagenet2012"

@@ -2,31 +2,31 @@
 
     python main.py --config=configs/linear_probe.py:DATA --config.pretrained=RUN --workdir=DIR
 
-DATA is digits, cifar10, cifar100, imagenet2012 or folder:PATH. AdamW with
+DATA is digits, cifar10, cifar100, imagenet or folder:PATH. AdamW with
 weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024 (64 of a folder),
 100 epochs, random resized crops and flips. results.json has the accuracy of each layer.
 `python -m beit_jax.knn` asks the same of the nearest neighbours, without training.
 """
 
-from configs import common
+from configs import _shared, common
 
 _SPLITS = {  # train, validation, test
     "cifar10": ("train[:90%]", "train[90%:]", "test"),
     "cifar100": ("train[:90%]", "train[90%:]", "test"),
     "digits": ("train[:90%]", "train[90%:]", "test"),
-    "imagenet2012": ("train[:99%]", "train[99%:]", "validation"),
+    "imagenet": ("train[:99%]", "train[99%:]", "validation"),
 }
+_SHARES = ("train[:80%]", "train[80%:90%]", "train[90%:]")  # of data without splits
 
 
 def get_config(arg=None):
     """`arg`: the data set, cifar10 by default."""
-    kind = common.parse_data(arg or "", *_SPLITS)
+    kind, data = _shared.parse_data(arg, tuple(_SPLITS))
     config = common.get_config()
     config.task_name = "linear_probe"
-    config.data.name = {"folder": arg, "imagenet2012": f"tfds:{arg}"}.get(kind, kind)
-    splits = _SPLITS.get(kind) or common.folder_splits(arg.removeprefix("folder:"))
-    config.data.train, config.data.val, config.data.test = splits
-    if kind == "imagenet2012":
+    config.data.name = "tfds:imagenet2012" if kind == "imagenet" else data
+    _shared.set_splits(config, *_SPLITS.get(kind, _SHARES))
+    if kind == "imagenet":
         config.image.crop, config.image.crop_pct = "center", 0.875
         config.image.interpolation = "bicubic"
 

@@ -23,7 +23,7 @@ objective wants (masks, regularisation, augmentation) and leave durations as the
 of ImageNet was run here.
 """
 
-from configs import common
+from configs import _shared
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OBJECTIVES = ("tokens", "v2", "simmim", "mae", "data2vec")
@@ -32,16 +32,17 @@ _OBJECTIVES = ("tokens", "v2", "simmim", "mae", "data2vec")
 def get_config(arg=None):
     """`arg`: digits, cifar10 (default), imagenet or folder:PATH, and perhaps a size, and perhaps
     tokens, v2, simmim, mae or data2vec."""
-    data, size, objective = common.split_options(arg, common.UNLABELLED, common.SIZES, _OBJECTIVES)
-    kind = common.parse_data(data, *common.UNLABELLED)
-    config = common.unlabelled(data, kind, "pretrain")
+    kind, data, size, objective = _shared.parse_data(
+        arg, _shared.UNLABELLED, _shared.SIZES, _OBJECTIVES
+    )
+    config = _shared.unlabelled(data, "pretrain")
     config.optim.name = "adamw"
     config.optim.learning_rate = 1.5e-3
     config.optim.end_value = 1e-5
     config.optim.weight_decay = 0.05
     config.optim.clip_norm = 3.0
     {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet, "folder": _folder}[kind](config)
-    common.set_size(config, kind, size)
+    _shared.set_size(config, kind, size)
     if objective:
         _set_objective(config, objective, kind, large=size == "large")
         if kind == "imagenet":

@@ -16,12 +16,12 @@ And the whole story of BEiT: a tokenizer, pre-training on pictures without label
     python -m beit_jax.compare workdirs/few workdirs/few_scratch --out workdirs/few_compared
 """
 
-from configs import common, pretrain, train_tokenizer
+from configs import _shared, common, pretrain, train_tokenizer
 
 
 def get_config(arg=None):
     """`arg`: "", "tokenizer", "pretrain" or "few"."""
-    arg = common.parse_arg(arg, "tokenizer", "pretrain", "few")
+    arg = _shared.parse_arg(arg, "tokenizer", "pretrain", "few")
     if arg == "tokenizer":
         return train_tokenizer.get_config("digits")
     if arg == "pretrain":

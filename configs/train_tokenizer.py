@@ -13,20 +13,19 @@ imagenet is the recipe of BEiT v2 (microsoft/unilm beit2/TOKENIZER.md), 100 epoc
 have a class token too, ours patches only. It was not run here.
 """
 
-from configs import common
+from configs import _shared
 
 
 def get_config(arg=None):
     """`arg`: digits, cifar10 (default), imagenet or folder:PATH, and perhaps a size."""
-    data, size = common.split_options(arg, common.UNLABELLED, common.SIZES)
-    kind = common.parse_data(data, *common.UNLABELLED)
-    config = common.unlabelled(data, kind, "train_tokenizer")
+    kind, data, size = _shared.parse_data(arg, _shared.UNLABELLED, _shared.SIZES)
+    config = _shared.unlabelled(data, "train_tokenizer")
     config.optim.name = "adamw"
     config.optim.b2 = 0.99
     config.optim.weight_decay = 1e-4
     config.optim.warmup = "5%"
     {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet, "folder": _folder}[kind](config)
-    common.set_size(config, kind, size)
+    _shared.set_size(config, kind, size)
     return config
 
 

@@ -20,12 +20,12 @@ it: only the last checkpoint is kept, and the final test is of that. None of thi
 full number of epochs here.
 """
 
-from configs import common
+from configs import _shared, common
 
 
 def get_config(arg=None):
     """`arg`: "", "cnn", "modern" or "runlocal"."""
-    arg = common.parse_arg(arg, "cnn", "modern", "runlocal")
+    arg = _shared.parse_arg(arg, "cnn", "modern", "runlocal")
     config = common.get_config()
     config.data.name = "cifar10"
     config.data.train, config.data.val, config.data.test = "train", "test", "test"
@@ -52,7 +52,7 @@ def get_config(arg=None):
     else:
         config.model.use_post_norm = True
     if arg == "runlocal":
-        common.shrink(config)
+        _shared.shrink(config)
         config.data.val = config.data.test
         config.eval_every = config.save_every = "1ep"
     return config

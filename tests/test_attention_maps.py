@@ -137,7 +137,7 @@ def test_command(classifier_directory, photos, tmp_path, capsys):
     assert attention_maps.main([*arguments, "--out", str(out)]) == 3
     assert f"not read: {broken}" in capsys.readouterr().err
     assert attention_maps.main([*arguments, "--out", str(out), "--layer", "9"]) == 2
-    assert "--layer is 9; the network has layers 0 to 3" in capsys.readouterr().err
+    assert "The layer is 9; the network has layers 0 to 3" in capsys.readouterr().err
 
 
 def test_batches_change_nothing(classifier_directory, photos):

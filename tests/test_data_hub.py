@@ -1,6 +1,7 @@
 """Data sets of HuggingFace's library, made here and read from directories."""
 
 import collections
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from beit_jax import train
 from beit_jax.data import __main__ as command
 from beit_jax.data import hub, images, sources
+from beit_jax.data.source import check
 from configs import image_folder, linear_probe, pretrain
 
 datasets = pytest.importorskip("datasets")
@@ -112,13 +114,13 @@ def test_columns_of_other_names(tmp_path):
     two.save_to_disk(tmp_path / "two")
     name = f"hf:{tmp_path / 'two'}"
     with pytest.raises(
-        ValueError, match="has no label 'label'; config.data.label_key .* fine, coarse"
+        ValueError, match="has no label 'label': .*--label-key. names .* fine, coarse"
     ):
         sources.get_source(name)
     assert sources.get_source(name, label_key="coarse").class_names == ("small", "large")
-    with pytest.raises(ValueError, match="has no label 'corse'; config.data.label_key"):
+    with pytest.raises(ValueError, match="has no label 'corse': --config.data.label_key"):
         sources.get_source(name, label_key="corse")
-    with pytest.raises(ValueError, match="has no image 'picture'; config.data.image_key .* img"):
+    with pytest.raises(ValueError, match="has no image 'picture': --config.data.image_key .* img"):
         sources.get_source(name, image_key="picture", label_key="fine")
     assert len(sources.get_source(name, labelled=False)) == 6
     two.remove_columns(["fine", "coarse"]).save_to_disk(tmp_path / "none")
@@ -128,14 +130,81 @@ def test_columns_of_other_names(tmp_path):
         sources.get_source(name)
 
 
+def test_labels_that_are_no_classes(tmp_path):
+    text = (datasets.Value("string"), ["a", "b"] * 3)
+    table(6, text=text).remove_columns("label").rename_column("text", "label").save_to_disk(
+        tmp_path / "text"
+    )
+    with pytest.raises(ValueError, match="The labels 'label' of .* no classes: class_encode_"):
+        sources.get_source(f"hf:{tmp_path / 'text'}")
+
+
+def test_splits_with_other_classes(tmp_path):
+    other = table(6).cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))
+    datasets.DatasetDict(train=table(6), test=other).save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match="no one list of classes: train has cat, .* test has owl"):
+        sources.get_source(f"hf:{tmp_path / 'two'}", "train+test")
+    assert sources.get_source(f"hf:{tmp_path / 'two'}", "test").class_names == ("owl", "dog", "cat")
+
+
+def test_missing_labels_and_pictures(tmp_path):
+    """-1 and nothing stand for no label, as in tests of the Hub."""
+    holes = table(6).to_dict()
+    holes["label"] = [0, -1, None, 1, 2, 2]
+    holes["image"][0] = None
+    features = table(1).features
+    path = tmp_path / "data"
+    datasets.Dataset.from_dict(holes, features=features).save_to_disk(path)
+    source = sources.get_source(f"hf:{path}", on_bad_image="skip")
+    row = {int(source.id(i).rpartition("[")[2].rstrip("]")): i for i in range(6)}
+    assert source.info.fingerprint and source.info.image_shape == (8, 8, 3)
+    assert sorted(source.labels()) == [-1, -1, 0, 1, 2, 2]
+    for number in (1, 2):
+        with pytest.raises(ValueError, match="has label -1; hf:.* has 3 classes, 0 to 2"):
+            source[row[number]]
+    with pytest.raises(images.BadImageError, match="the file is empty"):
+        source[row[0]]
+
+
+def test_a_missing_file_is_told(tmp_path, picture_folder):
+    folder = shutil.copytree(picture_folder, tmp_path / "pictures")
+    name, cache = f"hf:{folder}", {"data_dir": tmp_path / "cache"}
+    before = sources.get_source(name, **cache).info
+    (folder / "red" / "3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lists hf:.* train\[\d+\], which is not there"):
+        assert sources.get_source(name, **cache).info
+    after = sources.get_source(name, on_bad_image="skip", **cache)
+    assert after.info.fingerprint != before.fingerprint
+    assert len(check(after)) == 1
+
+
+def test_fingerprint_changes_with_any_picture(tmp_path):
+    found = set()
+    for name, side in (("a", 8), ("b", 9)):
+        content = table(600).to_dict()
+        content["image"][401] = table(1, side).to_dict()["image"][0]
+        path = tmp_path / name
+        datasets.Dataset.from_dict(content, features=table(1).features).save_to_disk(path)
+        found.add(sources.get_source(f"hf:{path}").info.fingerprint)
+    assert len(found) == 2
+
+
+def test_a_split_of_its_own_name(tmp_path):
+    """One table is train, whatever part of a data set it was."""
+    both = datasets.concatenate_datasets([table(6), table(6)])
+    assert len(both) == 12
+    both.save_to_disk(tmp_path / "a:b")
+    state = tmp_path / "a:b" / "state.json"
+    state.write_text(state.read_text().replace('"_split": null', '"_split": "train+test"'))
+    assert len(sources.get_source(f"hf:{tmp_path / 'a:b'}", "train[:50%]")) == 6
+
+
 def test_what_is_not_there(saved, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="hf:.*empty.*Expected a data set of the Hub, for"):
         sources.get_source(f"hf:{tmp_path / 'empty'}")
     with pytest.raises(ValueError, match="It has train .30 examples., validation .6 examples."):
         sources.get_source(f"hf:{saved}", "test")
-    with pytest.raises(ValueError, match="has the 3 classes cat, dog, owl; expected"):
-        sources.get_source(f"hf:{saved}", class_names=["cat", "dog"])
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     hub._tables.cache_clear()
     with pytest.raises(ValueError, match="pip install datasets"):

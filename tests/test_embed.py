@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from beit_jax import embed, knn, pretrained
+from beit_jax import embed, inference, knn, pretrained
 from beit_jax.data import sources
 
 
@@ -22,7 +22,7 @@ def command(workdir, pictures, out, *arguments):
 def test_vectors_are_the_features_of_knn(tmp_path, workdir, picture_folder):
     start = pretrained.load(str(workdir))
     source = sources.get_source(f"folder:{picture_folder}", "all")
-    layers, _ = knn.extract(start, source)
+    layers, _ = knn.extract(inference.make(knn.describe, start, batch_size=16), source)
     place = {str(picture_folder / source.id(i)): i for i in range(len(source))}
     for arguments, expected in (((), layers[-1]), (("--layer", "0"), layers[0])):
         assert command(workdir, picture_folder, tmp_path / "v.npz", *arguments) == 0

@@ -152,6 +152,19 @@ def test_misspelt_arguments_are_told(tmp_path):
     assert image_folder.get_config(f"{tmp_path}/a,b").data.name == f"folder:{tmp_path}/a,b"
 
 
+def test_measures_pictures_of_some_classes(tmp_path, picture_folder, finetuned, caplog):
+    """Of a model of three; a class that it does not have is told."""
+    config = image_folder.get_config(f"{tmp_path / 'some'},test")
+    config.update(pretrained=str(finetuned[0]), compile_cache="")
+    for name in ("green", "red"):
+        shutil.copytree(picture_folder / name, tmp_path / "some" / name)
+    results = train.run(config, str(tmp_path / "own"))
+    assert results["test"]["count"] == 40 and results["test"]["accuracy"] == 1.0
+    (tmp_path / "some" / "red").rename(tmp_path / "some" / "pink")
+    with pytest.raises(ValueError, match="classes pink that are not among the 3 expected: blue, "):
+        train.run(config, str(tmp_path / "other"))
+
+
 def test_only_tests_where_the_folder_has_a_test(tmp_path, picture_folder):
     for split in ("train", "test"):
         shutil.copytree(picture_folder, tmp_path / split)
@@ -191,11 +204,10 @@ def test_other_classes_get_a_new_head(tmp_path, picture_folder, hf_directory, ca
 
 
 def test_new_head_is_no_evaluation(tmp_path, picture_folder, hf_directory):
-    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
-    shutil.rmtree(pictures / "red")
-    message = r"classifier/kernel: .*, \[16, 2\] in the model"
+    message = r"classifier/kernel: .*, \[16, 10\] in the model"
+    changes = {"eval_only": True, "data.name": "digits"}
     with pytest.raises(ValueError, match=message) as error:
-        finetune(tmp_path / "run", pictures, hf_directory, {"eval_only": True})
+        finetune(tmp_path / "run", picture_folder, hf_directory, changes)
     assert "evaluate on pictures of the checkpoint's classes" in error.value.__notes__[0]
 
 

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "beit_jax").rglob("*.py"))
 SOURCES = [ROOT / "main.py", *PACKAGE, *sorted((ROOT / "configs").glob("*.py"))]
 LEAVES = ["losses", "metrics", "steps", "models"]
-CONFIGS = [p.stem for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "__init__"]
+CONFIGS = [p.stem for p in sorted((ROOT / "configs").glob("*.py")) if p.stem[0] != "_"]
 
 
 def parse(path):

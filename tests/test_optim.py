@@ -142,7 +142,7 @@ def test_step_cosine_with_warm_up_and_a_fractional_epoch():
 
 def test_linear_equals_torch():
     expected = torch_schedule(100, lambda s, opt: s.PolynomialLR(opt, 80, power=1))
-    schedule = optim.make_schedule("linear", learning_rate=0.1, total_steps=100, decay_steps=80)
+    schedule = optim.make_schedule("linear", learning_rate=0.1, total_steps=80)
     np.testing.assert_allclose(values(schedule, 100), expected, rtol=1e-5, atol=1e-8)
 
 

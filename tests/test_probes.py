@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from sklearn.neighbors import KNeighborsClassifier
 
-from beit_jax import checkpoint, compare, knn, pretrained, train
+from beit_jax import checkpoint, compare, inference, knn, pretrained, train
 from beit_jax.data import sources
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import beit, features
@@ -203,12 +203,13 @@ def test_knn_with_a_bad_picture(tmp_path, start, workdir, picture_folder):
     arguments = ("--checkpoint", workdir, "--data", f"folder:{folder}", "--test", "train[:6]")
     status, output = start("beit_jax.knn", *arguments).wait()
     assert status == 2
-    assert "broken.png" in output and "--on-bad-image=skip leaves it out" in output
+    assert "broken.png" in output and "--on-bad-image=skip) goes on without" in output
     status, output = start("beit_jax.knn", *arguments, "--on-bad-image=skip").wait()
     assert status == 0, output
     source = sources.get_source(f"folder:{folder}", "train", on_bad_image="skip")
     bad = [i for i in range(len(source)) if source.id(i).endswith("broken.png")]
-    features, labels = knn.extract(pretrained.load(str(workdir)), source, batch_size=16)
+    apply = inference.make(knn.describe, pretrained.load(str(workdir)), batch_size=16)
+    features, labels = knn.extract(apply, source)
     np.testing.assert_array_equal(labels, np.delete(source.labels(), bad))
     assert all(x.shape == (60, 32) for x in features)
 

@@ -7,10 +7,11 @@ python -m beit_jax.convert from-peft adapter_directory workdir
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
-from beit_jax import checkpoint, convert, errors, lora, pretrained
+from beit_jax import checkpoint, command, convert, lora, pretrained
 from beit_jax.convert import beit, files, peft, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
@@ -21,11 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 where `--verify` found a difference, 2 for bad input."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        return args.command(args)
-    except errors.KINDS as error:
-        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
-        return 2
+    return command.guard(parser, functools.partial(args.command, args))
 
 
 def _parser() -> argparse.ArgumentParser:

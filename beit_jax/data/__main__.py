@@ -5,17 +5,19 @@ python -m beit_jax.data folder:flowers --check        decodes every picture, lis
 """
 
 import argparse
+import functools
 import sys
 
 import tqdm
 
-from beit_jax import errors
+from beit_jax import command
 from beit_jax.data import sources
 from beit_jax.data.source import Source, check
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 for data that are absent or bad."""
+    """Returns the exit status: 0, 1 for pictures that cannot be decoded, or 2 for data that are not
+    there."""
     parser = argparse.ArgumentParser(
         prog="python -m beit_jax.data",
         description=__doc__,
@@ -28,20 +30,23 @@ def main(argv: list[str] | None = None) -> int:
         "--unlabelled", action="store_true", help="pictures at any depth, no labels"
     )
     parser.add_argument("--check", action="store_true", help="decode every picture")
-    args = parser.parse_args(argv)
-    try:
-        source = sources.get_source(
-            args.name,
-            args.split,
-            data_dir=args.data_dir,
-            on_bad_image="skip" if args.check else "error",
-            labelled=not args.unlabelled,
-        )
-        describe(source)
-        return report_bad_images(source) if args.check else 0
-    except errors.KINDS as error:
-        print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
-        return 1
+    command.add_columns(parser)
+    return command.guard(parser, functools.partial(run, parser.parse_args(argv)))
+
+
+def run(args) -> int:
+    """Does what the arguments say; returns the exit status."""
+    source = sources.get_source(
+        args.name,
+        args.split,
+        data_dir=args.data_dir,
+        on_bad_image="skip" if args.check else "error",
+        labelled=not args.unlabelled,
+        image_key=args.image_key,
+        label_key=args.label_key,
+    )
+    describe(source)
+    return report_bad_images(source) if args.check else 0
 
 
 def describe(source: Source) -> None:

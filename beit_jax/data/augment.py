@@ -175,23 +175,19 @@ def jitter_colors(
     brightness: float = 0.0,
     contrast: float = 0.0,
     saturation: float = 0.0,
-    hue: float = 0.0,
 ) -> jax.Array:
-    """torchvision's ColorJitter, for pictures [B, H, W, 3] in [0, 1].
+    """torchvision's ColorJitter without hue, for pictures [B, H, W, 3] in [0, 1].
 
-    Factors are drawn from [max(0, 1 - strength), 1 + strength], and a turn of the hue from
-    [-hue, hue]; so is the order of the changes.
+    Factors are drawn from [max(0, 1 - strength), 1 + strength]; so is the order of the changes.
 
     Raises:
-      ValueError: a strength is negative, `hue` above 0.5, or the pictures are not RGB.
+      ValueError: a strength is negative, or the pictures are not RGB.
     """
-    _check_not_negative(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-    if hue > 0.5 or image.shape[-1] != 3:
-        raise ValueError(f"Expected hue up to 0.5 and 3 channels, got {hue}, {image.shape[-1]}.")
+    _check_not_negative(brightness=brightness, contrast=contrast, saturation=saturation)
+    if image.shape[-1] != 3:
+        raise ValueError(f"Expected pictures of 3 channels, got {image.shape[-1]}.")
     strengths = {_brightness: brightness, _contrast: contrast, _saturation: saturation}
     changes = {op: (max(0.0, 1 - s), 1 + s) for op, s in strengths.items() if s}
-    if hue:
-        changes[_hue] = (-hue, hue)
     order_rng, *rngs = jax.random.split(rng, 1 + len(changes))
     batch = image.shape[0]
     factors = [
@@ -362,21 +358,6 @@ def _contrast(image, factor):
 def _saturation(image, factor):
     gray = _gray(image)
     return jnp.clip(gray + factor * (image - gray), 0, 1)
-
-
-def _hue(image, turn):
-    """Adds a turn to the hue of HSV."""
-    red, green, blue = jnp.moveaxis(image, -1, 0)
-    value = image.max(-1)
-    chroma = value - image.min(-1)
-    divisor = jnp.where(chroma > 0, chroma, 1)
-    sixth = jnp.select(
-        [value == red, value == green],
-        [(green - blue) / divisor, 2 + (blue - red) / divisor],
-        4 + (red - green) / divisor,
-    )
-    sixth = (jnp.asarray([5.0, 3.0, 1.0]) + sixth[..., None] + 6 * turn) % 6
-    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(sixth, 4 - sixth), 0, 1)
 
 
 def _gray(image):

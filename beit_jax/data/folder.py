@@ -32,6 +32,7 @@ class Files(NamedTuple):
 
     ids: Sequence[str]  # POSIX paths, relative to the listing's root
     labels: np.ndarray | None  # int32 [N]
+    groups: np.ndarray  # int [N], to be mixed evenly: the labels, also where they are left out
 
 
 class Listing(NamedTuple):
@@ -76,12 +77,18 @@ def list_folder(
     }
     others = (file for file in files if not file.lower().endswith(EXTENSIONS))
     endings = collections.Counter(os.path.splitext(file)[1].lower() or "other" for file in others)
-    listing = _listing(root, ids, labels, class_names, root)
+    tops = {name: [_top(i.removeprefix(prefixes[name])) for i in ids[name]] for name in ids}
+    listing = _listing(root, ids, labels, tops, class_names, root)
     return listing._replace(ignored=endings.most_common())
 
 
 def list_csv(
-    path: str | os.PathLike, *, labelled: bool = True, class_names: Sequence[str] | None = None
+    path: str | os.PathLike,
+    *,
+    labelled: bool = True,
+    class_names: Sequence[str] | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
 ) -> Listing:
     """Lists the pictures named in a CSV file with a header.
 
@@ -90,8 +97,9 @@ def list_csv(
 
     Args:
       path: the CSV file.
-      labelled: False leaves the column `label` unread.
+      labelled: False takes no labels.
       class_names: the classes in the order of their numbers; default: the sorted labels.
+      image_key, label_key: names of the columns, if others.
 
     Raises:
       FileNotFoundError: no such file.
@@ -102,28 +110,33 @@ def list_csv(
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        ids, labels = _read_csv(path, labelled)
+        ids, labels, groups = _read_csv(path, labelled, image_key, label_key)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"{path}: {error}; save it as a CSV file in UTF-8, with every quote closed"
         ) from None
-    return _listing(path.parent, ids, labels, class_names, path)
+    return _listing(path.parent, ids, labels, groups, class_names, path)
 
 
-def _read_csv(path: pathlib.Path, labelled: bool) -> tuple[dict, dict]:
-    """The pictures of each split, and their labels, or None."""
+def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
+    """The pictures of each split, their labels, or None, and what is to be mixed evenly."""
+    image_columns = _IMAGE_COLUMNS if image_key is None else (image_key,)
+    label_column = label_key or "label"
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True, strict=True)
         columns = reader.fieldnames or ()
-        image_column = next((c for c in _IMAGE_COLUMNS if c in columns), None)
-        if image_column is None:
-            raise ValueError(
-                f"{path}: the header must name one of the columns {', '.join(_IMAGE_COLUMNS)}; "
-                f"got {', '.join(columns) or 'nothing'}"
-            )
-        labelled = labelled and "label" in columns
-        needed = [image_column, *["label"] * labelled, *["split"] * ("split" in columns)]
-        ids, labels = {}, {}
+        image_column = next((c for c in image_columns if c in columns), None)
+        for wanted, is_there in (
+            (f"one of the columns {', '.join(image_columns)}", image_column is not None),
+            (f"the column {label_key}", label_key is None or label_key in columns),
+        ):
+            if not is_there:
+                found = ", ".join(columns) or "nothing"
+                raise ValueError(f"{path}: the header must name {wanted}; got {found}")
+        has_labels = label_column in columns
+        labelled = labelled and has_labels
+        needed = [image_column, *[label_column] * labelled, *["split"] * ("split" in columns)]
+        ids, labels, groups = {}, {}, {}
         for row in reader:
             if not all(row[column] for column in needed):
                 raise ValueError(f"{path}, line {reader.line_num}: {', '.join(needed)} needed")
@@ -131,10 +144,17 @@ def _read_csv(path: pathlib.Path, labelled: bool) -> tuple[dict, dict]:
                 raise ValueError(f"{path}, line {reader.line_num}: a path with a zero byte")
             split = row.get("split", "train")
             ids.setdefault(split, []).append(row[image_column])
-            labels.setdefault(split, []).append(row["label"] if labelled else None)
+            labels.setdefault(split, []).append(row[label_column] if labelled else None)
+            group = row[label_column] if has_labels else _top(row[image_column])
+            groups.setdefault(split, []).append(group or "")
     if not ids:
         raise ValueError(f"{path} has a header and no rows")
-    return ids, labels if labelled else dict.fromkeys(ids)
+    return ids, labels if labelled else dict.fromkeys(ids), groups
+
+
+def _top(id: str) -> str:
+    """The first folder of an id; "" where there is none."""
+    return id.rpartition("/")[0].partition("/")[0]
 
 
 def _find_files(root: pathlib.Path) -> Iterator[str]:
@@ -223,17 +243,16 @@ def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None
     return classes
 
 
-def _listing(root, ids, labels, class_names, where) -> Listing:
-    """Numbers the classes; `labels` are text, or None for a split without."""
-    found = {label for group in labels.values() if group for label in group}
-    if not found:
-        return Listing(root, {name: Files(ids[name], None) for name in ids}, None)
-    class_names, number = _number_classes(found, class_names, where)
-    numbered = {
-        name: None if group is None else np.array([number[label] for label in group], np.int32)
-        for name, group in labels.items()
-    }
-    return Listing(root, {name: Files(ids[name], numbered[name]) for name in ids}, class_names)
+def _listing(root, ids, labels, groups, class_names, where) -> Listing:
+    """Numbers classes and groups; `labels` are text, or None for a split without."""
+    found = {label for split in labels.values() if split for label in split}
+    class_names, number = _number_classes(found, class_names, where) if found else (None, {})
+    splits = {}
+    for name, own in labels.items():
+        numbered = None if own is None else np.array([number[label] for label in own], np.int32)
+        mixed = np.unique(groups[name], return_inverse=True)[1]
+        splits[name] = Files(ids[name], numbered, mixed)
+    return Listing(root, splits, class_names)
 
 
 def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -6,49 +6,41 @@ import pathlib
 
 import numpy as np
 
-from beit_jax.data.source import Record, Source, balanced_order, expect_classes, label_at, select
+from beit_jax.data.source import Record, Source, balanced_order, find_column, select
 
-_SAMPLE = 256  # pictures that tell one data set from another
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
+_UNKNOWN = -1  # label, or size
+_ROWS = 1024  # read at once
 
 
 class HubSource(Source):
-    """Rows of tables of pictures, decoded here."""
+    """Rows of tables, of which pictures are decoded here."""
 
-    def __init__(self, name, split, class_names, on_bad_image, *, images, labels, ids):
-        super().__init__(name, split, class_names, on_bad_image)
-        self._images, self._labels, self._ids = images, labels, ids
-
-    def __len__(self):
-        return len(self._images)
-
-    def id(self, index):
-        return self._ids[index]
+    def __init__(self, *args, pictures, sizes, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._pictures, self._sizes = pictures, sizes
 
     def fetch(self, indices):
-        (column,) = self._images[[int(i) for i in indices]].values()
-        return [
-            Record(_encoded(image), label_at(self._labels, i))
-            for i, image in zip(indices, column, strict=True)
-        ]
-
-    def labels(self):
-        return self._labels
-
-    def _image_shape(self):
-        return self.common_shape(lambda index: self.fetch([index])[0].image)
+        (column,) = self._pictures[[int(i) for i in indices]].values()
+        rows = zip(indices, map(_encoded, column), strict=True)
+        return [Record(picture, self.label(i)) for i, picture in rows]
 
     def _identity(self):
         yield self.class_names
-        yield None if self._labels is None else self._labels.tobytes()
-        yield len(self)
-        for record in self.fetch(np.unique(np.linspace(0, len(self) - 1, _SAMPLE, dtype=int))):
-            image = record.image
-            yield image if isinstance(image, bytes) else image.read_bytes()
+        for index, size in enumerate(self._sizes.tolist()):
+            if size == _UNKNOWN:  # a file beside the table, or nothing
+                picture = self.fetch([index])[0].image
+                size = self.size_of(picture, index) if picture else 0
+            yield self.label(index), size
 
 
-def _encoded(image):
-    return image["bytes"] if image["bytes"] is not None else pathlib.Path(image["path"])
+def _encoded(picture):
+    """A file's content, or its path; nothing, which cannot be decoded, where there is none."""
+    if picture is None:
+        return b""
+    if picture["bytes"] is None and picture["path"]:
+        return pathlib.Path(picture["path"])
+    return picture["bytes"] or b""
 
 
 def open_source(
@@ -59,56 +51,69 @@ def open_source(
     image_key: str | None,
     label_key: str | None,
     labelled: bool,
-    class_names,
     on_bad_image: str,
 ) -> HubSource:
-    """Opens what `datasets` calls NAME, or NAME:CONFIG; see `sources.get_source`.
+    """Opens hf:NAME or hf:NAME:CONFIG, as `datasets` calls them; see `sources.get_source`.
 
     The rows of each split are first put into a fixed order with the classes mixed evenly.
     """
-    tables = _tables(name, cache_dir and str(cache_dir))
-    name = f"hf:{name}"
-    features = next(iter(tables.values())).features
-    image_key = _column(name, features, "image", "Image", image_key)
-    label_key = _column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
-    if labelled:
-        class_names = expect_classes(name, features[label_key].names, class_names)
-    ids, pictures, labels = [], [], []
-    for key, part in select(split, {key: len(table) for key, table in tables.items()}, name):
-        places = [f"{key}[{row}]" for row in range(len(tables[key]))]
-        numbers = tables[key].with_format("numpy")
-        own = np.array(numbers[label_key][:], int) if label_key else None
-        chosen = balanced_order(places, own)[list(part)]  # the same with labels and without
-        ids += [f"{name} {places[row]}" for row in chosen]
-        pictures.append(tables[key].select_columns(image_key).select(chosen))
-        labels.append(own[chosen] if labelled else None)
+    tables = _tables(name.removeprefix("hf:"), cache_dir and str(cache_dir))
+    sizes = {key: len(table) for key, table in tables.items()}
+    ids, pictures, labels, lengths, classes = [], [], [], [], {}
+    for key, part in select(split, sizes, name):
+        table, features = tables[key], tables[key].features
+        image = find_column(name, features, "image", "Image", image_key)
+        wanted = label_key or "label"
+        if labelled and type(features.get(wanted)).__name__ == "Value":
+            raise ValueError(
+                f"The labels {wanted!r} of {name} are no classes: class_encode_column of a table "
+                "makes some of them, and its save_to_disk a directory for hf:DIRECTORY"
+            )
+        label = find_column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
+        own_labels, own_lengths = _read(_undecoded(table, image), image, label)
+        chosen = balanced_order([f"{key}[{i}]" for i in range(len(table))], own_labels)[list(part)]
+        ids += [f"{name} {key}[{row}]" for row in chosen]
+        pictures.append(_undecoded(table, image).select_columns(image).select(chosen))
+        lengths.append(own_lengths[chosen])
+        if labelled:
+            labels.append(own_labels[chosen])
+            classes[key] = tuple(features[label].names)
+    if len(set(classes.values())) > 1:
+        told = "; ".join(f"{key} has {', '.join(names)}" for key, names in classes.items())
+        raise ValueError(f"split={split!r} of {name} has no one list of classes: {told}")
     import datasets
 
-    undecoded = datasets.Image(decode=False)
     return HubSource(
         name,
         split,
-        class_names if labelled else None,
+        next(iter(classes.values())) if labelled else None,
         on_bad_image,
-        images=datasets.concatenate_datasets(pictures).cast_column(image_key, undecoded),
-        labels=np.concatenate(labels) if labelled else None,
+        pictures=datasets.concatenate_datasets(pictures),
+        sizes=np.concatenate(lengths),
         ids=ids,
+        labels=np.concatenate(labels) if labelled else None,
+        splits=sizes,
     )
 
 
-def _column(name, features, what, kind, key, *, is_needed=True):
-    """The column of that kind and name, else that of the usual name, else the only one; None where
-    there is none and it is not needed."""
-    available = [key for key, feature in features.items() if type(feature).__name__ == kind]
-    wanted = key or (available[0] if len(available) == 1 else what)
-    if wanted in available:
-        return wanted
-    if key is None and not is_needed:
-        return None
-    raise ValueError(
-        f"{name} has no {what} {wanted!r}; config.data.{what}_key names another of its columns of "
-        f"type {kind}. Available: {', '.join(available) or 'none'}."
-    )
+def _undecoded(table, image_key):
+    import datasets
+
+    return table.cast_column(image_key, datasets.Image(decode=False))
+
+
+def _read(table, image_key, label_key):
+    """The labels of all rows, or None, and the bytes of their pictures, int [N]; -1: unknown."""
+    import pyarrow.compute as pc
+
+    columns = [key for key in (image_key, label_key) if key]
+    labels, lengths = [], []
+    for rows in table.select_columns(columns).with_format("arrow").iter(_ROWS):
+        content = pc.struct_field(rows[image_key], "bytes")
+        lengths.append(pc.fill_null(pc.binary_length(content), _UNKNOWN).to_numpy())
+        if label_key:
+            labels.append(pc.fill_null(rows[label_key], _UNKNOWN).to_numpy())
+    return np.concatenate(labels) if label_key else None, np.concatenate(lengths)
 
 
 @functools.lru_cache(maxsize=4)
@@ -118,8 +123,9 @@ def _tables(name, cache_dir):
         import datasets
     except ImportError:
         raise ValueError(f"hf:{name} is read by a package: pip install datasets") from None
-    path, _, config = name.partition(":")
-    path = os.path.expanduser(path)
+    path, config = os.path.expanduser(name), ""
+    if not os.path.exists(path):
+        path, _, config = path.partition(":")
     try:
         if any(os.path.isfile(os.path.join(path, file)) for file in _SAVED):
             tables = datasets.load_from_disk(path)
@@ -132,5 +138,5 @@ def _tables(name, cache_dir):
             "is needed, or a directory of pictures, parquet files or save_to_disk."
         ) from error
     if isinstance(tables, datasets.Dataset):
-        tables = {str(tables.split or "train"): tables}
+        tables = {"train": tables}
     return {str(key): table for key, table in tables.items()}

@@ -1,6 +1,7 @@
 """The splits of a config as input to the step: kept on the device whole, or batch by batch."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -10,8 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beit_jax import errors, sharding
-from beit_jax.data import folder, hub, images, pipeline, sources
-from beit_jax.data.source import THREADS, FileSource, Source, stratified_fold
+from beit_jax.data import folder, images, pipeline, sources
+from beit_jax.data.source import THREADS, Source, stratified_fold
+
+_WORD = re.compile(r"[^\W\d][\w-]*")  # such as the names in train[:90%]+test
 
 
 class Split(NamedTuple):
@@ -30,8 +33,11 @@ class Split(NamedTuple):
     ids: np.ndarray | None
 
 
-def open_splits(config, mesh: Mesh, names=("train", "val", "test")) -> dict[str, Split]:
-    """Opens the splits that the config names, `config` being its part `data`.
+def open_splits(
+    config, mesh: Mesh, names=("train", "val", "test"), class_names=None
+) -> dict[str, Split]:
+    """Opens the splits that the config names, `config` being its part `data`; `class_names` as of
+    `sources.get_source`.
 
     Where each split has pictures of one size that need at most `resident_bytes`, all splits go to
     the device.
@@ -39,14 +45,15 @@ def open_splits(config, mesh: Mesh, names=("train", "val", "test")) -> dict[str,
     Raises:
       FileNotFoundError, ValueError: there is no such data set, split, fold or picture.
     """
-    found = _open(config, names)
-    _tell_of_unseen(found)
+    found = _open(config, names, class_names)
+    if found:
+        _tell_of_unseen(found, config)
     if not all(pipeline.fits(source, config.resident_bytes) for source in found.values()):
         return {name: Split(source, None, len(source), None) for name, source in found.items()}
     return {name: _resident(source, config, mesh) for name, source in found.items()}
 
 
-def _open(config, names):
+def _open(config, names, class_names):
     def source(split):
         return sources.get_source(
             config.name,
@@ -54,6 +61,7 @@ def _open(config, names):
             data_dir=config.data_dir or None,
             on_bad_image=config.on_bad_image,
             labelled=config.labelled,
+            class_names=class_names,
             image_key=config.image_key,
             label_key=config.label_key,
         )
@@ -67,13 +75,17 @@ def _open(config, names):
     return {name: found[name] for name in names if name in found}
 
 
-def _tell_of_unseen(found):
-    """Warns, where labels are known at once, of classes that are evaluated and never learnt or
-    learnt and never evaluated; tells which files of a folder are not read."""
+def _tell_of_unseen(found, config):
+    """Tells which files are not read and which splits are not used, and, where labels are known at
+    once, warns of classes that are evaluated and never learnt or learnt and never evaluated."""
+    first = next(iter(found.values()))
+    folder.tell_ignored(first.name, first.ignored)
+    named = {word for name in ("train", "val", "test") for word in _WORD.findall(config[name])}
+    unused = [name for name in first.splits if name not in named and "all" not in named]
+    if unused and config.labelled:
+        logging.info("%s has splits that are not used: %s.", first.name, ", ".join(unused))
     train = found.get("train")
-    if isinstance(train, FileSource):
-        folder.tell_ignored(train.name, train.ignored)
-    if not isinstance(train, FileSource | hub.HubSource) or train.class_names is None:
+    if train is None or train.class_names is None or not train.knows_labels:
         return
     seen = set(train.labels())
     for source in found.values():

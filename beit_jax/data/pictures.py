@@ -4,7 +4,8 @@ import pathlib
 from collections.abc import Sequence
 
 from beit_jax.data import folder, images
-from beit_jax.data.source import FileSource, Source
+from beit_jax.data.files import FileSource
+from beit_jax.data.source import Source
 
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:

@@ -194,7 +194,6 @@ def load_all(
     source: Source,
     *,
     threads: int = THREADS,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Decodes a whole source whose pictures have one shape, to be kept in device memory.
 
@@ -204,7 +203,6 @@ def load_all(
     Args:
       source: what to decode.
       threads: that decode.
-      progress: called with the number of examples done and of all, now and then.
     """
     shape = source.info.image_shape
     if shape is None:
@@ -220,7 +218,7 @@ def load_all(
                 good[index] = True
                 image[index], label[index] = decoded[0], decoded[1] or 0
 
-    in_chunks(load, len(source), threads=threads, progress=progress)
+    in_chunks(load, len(source), threads=threads)
     if not good.any():
         raise source.none_left()
     batch = {"image": image, "label": label, "index": np.arange(len(source), dtype=np.int32)}

@@ -18,6 +18,10 @@ from beit_jax.data import images
 
 THREADS = min(os.cpu_count() or 1, 16)
 CHUNK = 64  # examples that a thread takes at once
+_SKIP = (
+    "--config.data.on_bad_image=skip (of other commands --on-bad-image=skip) goes on without such "
+    "pictures"
+)
 
 
 class SourceInfo(NamedTuple):
@@ -50,17 +54,32 @@ class Source:
 
     Attributes:
       bad_images: id -> reason, of every picture that was left out so far.
+      ignored: how many other files lie beside the pictures, by ending: (".txt", 2), ...
+      splits: the names of all that the data set has.
+      knows_labels: whether `labels` can tell them at once.
     """
 
+    ignored: Sequence[tuple[str, int]] = ()
+    knows_labels = True
+
     def __init__(
-        self, name: str, split: str, class_names: tuple[str, ...] | None, on_bad_image: str
+        self,
+        name: str,
+        split: str,
+        class_names: tuple[str, ...] | None,
+        on_bad_image: str,
+        *,
+        ids: Sequence[str] = (),
+        labels: np.ndarray | None = None,
+        splits: Sequence[str] = (),
     ):
         self.name, self.split, self.class_names = name, split, class_names
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.splits = on_bad_image, tuple(splits)
         self.bad_images: dict[str, str] = {}
+        self._ids, self._labels = ids, labels
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self._ids)
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -70,15 +89,19 @@ class Source:
 
     def id(self, index: int) -> str:
         """A name for the example: its file where it has one."""
-        raise NotImplementedError
+        return self._ids[index]
 
     def fetch(self, indices: Sequence[int]) -> list[Record]:
         """The pictures as they are stored, with their labels."""
         raise NotImplementedError
 
     def labels(self) -> np.ndarray | None:
-        """All labels, int64 [N], without a look at the pictures; None without labels."""
-        raise NotImplementedError
+        """All labels, int [N], without a look at the pictures; None without labels."""
+        return self._labels
+
+    def label(self, index: int) -> int | None:
+        """The label of an example; None without labels."""
+        return None if self._labels is None else int(self._labels[index])
 
     def decode(
         self,
@@ -107,8 +130,7 @@ class Source:
         if self.on_bad_image == "error":
             flags = "--check" if self.class_names else "--unlabelled --check"
             error.add_note(
-                "--config.data.on_bad_image=skip goes on without such pictures; "
-                f"`python -m beit_jax.data {self.name} {flags}` lists all of them."
+                f"{_SKIP}; `python -m beit_jax.data {self.name} {flags}` lists all of them."
             )
             raise error
         is_new = error.name not in self.bad_images
@@ -124,7 +146,7 @@ class Source:
 
     @functools.cached_property
     def info(self) -> SourceInfo:
-        """For a folder this looks at every file's size, and at headers until two sizes differ."""
+        """This may look at the size of every file, and at headers until two pictures differ."""
         digest = hashlib.sha256()
         for part in (self.split, *self._identity()):
             digest.update(repr(part).encode())
@@ -138,100 +160,49 @@ class Source:
         )
 
     def _image_shape(self) -> tuple[int, int, int] | None:
-        raise NotImplementedError
-
-    def common_shape(self, encoded: Callable[[int], images.Encoded]) -> tuple[int, int, int] | None:
         """H, W, 3 of all pictures, by their headers; None where two differ."""
         shape = None
-        for index in range(len(self)):
-            try:
-                with images.naming(lambda index=index: self.id(index)):
-                    height, width = images.read_size(encoded(index))
-            except images.BadImageError as error:
-                self.refuse(error)
-                continue
-            if shape not in (None, (height, width, 3)):
-                return None
-            shape = (height, width, 3)
+        for start in range(0, len(self), CHUNK):
+            indices = range(start, min(start + CHUNK, len(self)))
+            for index, record in zip(indices, self.fetch(indices), strict=True):
+                try:
+                    with images.naming(lambda index=index: self.id(index)):
+                        height, width = images.read_size(record.image)
+                except images.BadImageError as error:
+                    self.refuse(error)
+                    continue
+                if shape not in (None, (height, width, 3)):
+                    return None
+                shape = (height, width, 3)
         return shape
+
+    def size_of(self, path: pathlib.Path, index: int) -> int | None:
+        """Bytes of the file of an example; None where it is not there and may be left out.
+
+        Raises:
+          FileNotFoundError: it is not there.
+        """
+        try:
+            return path.stat().st_size
+        except OSError:
+            if self.on_bad_image != "error":
+                return None
+        raise FileNotFoundError(f"{self.name} lists {self.id(index)}, which is not there; {_SKIP}.")
 
     def _identity(self) -> Iterator:
         """What the fingerprint is made of; the same on every machine."""
         raise NotImplementedError
 
 
-class ArraySource(Source):
-    """Pictures in memory."""
-
-    def __init__(self, name, split, class_names, on_bad_image, *, image, labels, ids):
-        super().__init__(name, split, class_names, on_bad_image)
-        self._image, self._labels, self._ids = image, labels, ids
-
-    def __len__(self):
-        return len(self._image)
-
-    def id(self, index):
-        return self._ids[index]
-
-    def fetch(self, indices):
-        return [Record(self._image[i], label_at(self._labels, i)) for i in indices]
-
-    def labels(self):
-        return self._labels
-
-    def _image_shape(self):
-        return (*self._image.shape[1:3], 3)
-
-    def _identity(self):
-        yield self._image.tobytes()
-        yield [label_at(self._labels, i) for i in range(len(self))]
-
-
-class FileSource(Source):
-    """Pictures in files.
-
-    Attributes:
-      ignored: how many other files lie beside them, by ending: (".txt", 2), ...
-    """
-
-    def __init__(self, name, split, class_names, on_bad_image, *, root, ids, labels, ignored=()):
-        super().__init__(name, split, class_names, on_bad_image)
-        self._root, self._ids, self._labels, self.ignored = root, ids, labels, ignored
-
-    def __len__(self):
-        return len(self._ids)
-
-    def id(self, index):
-        return str(self._root / self._ids[index])
-
-    def fetch(self, indices):
-        return [Record(self._root / self._ids[i], label_at(self._labels, i)) for i in indices]
-
-    def labels(self):
-        return self._labels
-
-    def _image_shape(self):
-        return self.common_shape(lambda index: self._root / self._ids[index])
-
-    def _identity(self):
-        for index, id in enumerate(self._ids):
-            label = label_at(self._labels, index)
-            size = _file_size(self._root / id)
-            if size is None and self.on_bad_image == "error":
-                raise FileNotFoundError(
-                    f"{self.name} lists {self.id(index)}, which is not there; "
-                    "--config.data.on_bad_image=skip goes on without such pictures."
-                )
-            yield unicodedata.normalize("NFC", id), label, size
-
-
 class Subset(Source):
     """Some examples of another source, whose split is then called `split`."""
 
     def __init__(self, source: Source, indices: np.ndarray, split: str):
-        super().__init__(source.name, split, source.class_names, source.on_bad_image)
+        names = source.class_names
+        super().__init__(source.name, split, names, source.on_bad_image, splits=source.splits)
         self._source, self._indices = source, indices
-        self.bad_images = source.bad_images
+        self.bad_images, self.ignored = source.bad_images, source.ignored
+        self.knows_labels = source.knows_labels
 
     def __len__(self):
         return len(self._indices)
@@ -351,7 +322,8 @@ def balanced_order(ids: Sequence[str], labels: np.ndarray | None) -> np.ndarray:
 
     It depends on the ids and labels alone, not on the order that they come in. Returns int64 [N].
     """
-    labels = np.zeros(len(ids), np.int64) if labels is None else labels
+    labels = np.zeros(len(ids)) if labels is None else labels
+    labels = np.unique(labels, return_inverse=True)[1]
     names = (unicodedata.normalize("NFC", id).encode(errors="surrogateescape") for id in ids)
     digests = (hashlib.sha256(name).digest() for name in names)
     keys = np.array([int.from_bytes(digest[:8]) for digest in digests], np.uint64)
@@ -362,25 +334,36 @@ def balanced_order(ids: Sequence[str], labels: np.ndarray | None) -> np.ndarray:
     return order[np.lexsort((keys[order], (rank + 0.5) / counts[labels[order]]))]
 
 
-def expect_classes(
-    name: str, found: Sequence[str], expected: Sequence[str] | None
-) -> tuple[str, ...]:
-    """The names found; raises ValueError where others are expected."""
-    if expected is not None and tuple(found) != tuple(expected):
-        raise ValueError(
-            f"{name} has the {len(found)} classes {', '.join(found)}; "
-            f"expected the {len(expected)} classes {', '.join(expected)}"
-        )
-    return tuple(found)
+def find_column(
+    name: str,
+    features: Mapping[str, Any],
+    what: str,
+    kind: str,
+    key: str | None,
+    *,
+    is_needed: bool = True,
+) -> str | None:
+    """The column of a data set that is called `key`, or else by its usual name, or the only one.
 
+    Args:
+      name: the data set, for messages.
+      features: of each column, by a class of TFDS or `datasets`.
+      what: "image" or "label", the usual names.
+      kind: name of the class that the column's feature has to be of.
+      key: its name, if it is known.
+      is_needed: whether it is an error that there is none, or not one alone; else None.
 
-def label_at(labels: np.ndarray | None, index: int) -> int | None:
-    """The label of an example; None without labels."""
-    return None if labels is None else int(labels[index])
-
-
-def _file_size(path: pathlib.Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
+    Raises:
+      ValueError: there is no such column.
+    """
+    available = [column for column, x in features.items() if type(x).__name__ == kind]
+    wanted = key or (available[0] if len(available) == 1 else what)
+    if wanted in available:
+        return wanted
+    if key is None and not is_needed:
         return None
+    raise ValueError(
+        f"{name} has no {what} {wanted!r}: --config.data.{what}_key (of other commands "
+        f"--{what}-key) names the column, one of type {kind}. "
+        f"Available: {', '.join(available) or 'none'}"
+    )

@@ -1,20 +1,22 @@
 """Data sets that TFDS has prepared as array_record, read without TensorFlow."""
 
 import os
-from collections.abc import Mapping
+import pathlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from beit_jax.data import cifar
-from beit_jax.data.source import CHUNK, Record, Source, expect_classes, select
+from beit_jax.data.source import CHUNK, Record, Source, find_column, select
 
 
 class TfdsSource(Source):
     """A data set that TFDS has prepared as array_record; pictures are decoded here."""
 
+    knows_labels = False
+
     def __init__(self, name, split, class_names, on_bad_image, *, builder, image_key, label_key):
-        super().__init__(name, split, class_names, on_bad_image)
+        super().__init__(name, split, class_names, on_bad_image, splits=builder.info.splits)
         self._image_key, self._label_key = image_key, label_key
         features = builder.info.features
         self._id_key = next((key for key in ("id", "file_name") if key in features), None)
@@ -58,35 +60,40 @@ class TfdsSource(Source):
 
 
 def open_source(
-    name, split, data_dir, *, image_key, label_key, labelled, class_names, on_bad_image
+    name: str,
+    split: str,
+    data_dir: pathlib.Path,
+    *,
+    image_key: str | None,
+    label_key: str | None,
+    labelled: bool,
+    on_bad_image: str,
 ) -> TfdsSource:
-    """Opens what TFDS calls `name`; see `sources.get_source`."""
+    """Opens tfds:NAME, or cifar10 and cifar100; see `sources.get_source`."""
+    theirs = name.removeprefix("tfds:")
     try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+        builder = tfds.builder(theirs, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
-        raise ValueError(f"TFDS has no data set {name!r}, and {data_dir} has none") from None
+        raise ValueError(f"TFDS has no data set {theirs!r}, and {data_dir} has none") from None
     except (AssertionError, ValueError) as error:  # of a version or a config
-        raise ValueError(f"tfds:{name}: {str(error).strip().partition(chr(10))[0]}") from None
+        raise ValueError(f"tfds:{theirs}: {str(error).strip().partition(chr(10))[0]}") from None
     if not builder.info.splits:
-        how = _how_to_prepare(name, data_dir)
-        raise FileNotFoundError(f"{name} is not prepared in {data_dir}: {how}")
+        how = _how_to_prepare(theirs, data_dir)
+        raise FileNotFoundError(f"{theirs} is not prepared in {data_dir}: {how}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
             f"{builder.data_path} holds {builder.info.file_format.value} files, which have no "
             f"random access: for array_record files in another directory, "
-            f"{_how_to_prepare(name, 'DIRECTORY')}"
+            f"{_how_to_prepare(theirs, 'DIRECTORY')}"
         )
     features = builder.info.features
-    image_key, label_key = image_key or "image", label_key or "label"
-    _expect_feature(name, features, image_key, tfds.features.Image)
-    if labelled:
-        _expect_feature(name, features, label_key, tfds.features.ClassLabel)
-        class_names = expect_classes(name, features[label_key].names, class_names)
+    image_key = find_column(name, features, "image", "Image", image_key)
+    label_key = find_column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
     select(split, {key: info.num_examples for key, info in builder.info.splits.items()}, name)
     return TfdsSource(
         name,
         split,
-        class_names if labelled else None,
+        tuple(features[label_key].names) if labelled else None,
         on_bad_image,
         builder=builder,
         image_key=image_key,
@@ -102,12 +109,3 @@ def _how_to_prepare(name: str, data_dir: str | os.PathLike) -> str:
         f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record')"
         '.download_and_prepare()"`'
     )
-
-
-def _expect_feature(name: str, features: Mapping, key: str, kind: type) -> None:
-    if key not in features or not isinstance(features[key], kind):
-        have = [name for name, feature in features.items() if isinstance(feature, kind)]
-        raise ValueError(
-            f"{name} has no feature {key!r} of type {kind.__name__}; "
-            f"available: {', '.join(have) or 'none'}"
-        )

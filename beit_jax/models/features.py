@@ -45,6 +45,18 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
     return [found[index][:, : _num_tokens(model)] for index in sorted(found)]
 
 
+def check_layer(layer: int | None, model) -> int:
+    """The number of a layer, from 0; None is the last.
+
+    Raises:
+      ValueError: there is no such layer.
+    """
+    last = model.config.num_hidden_layers - 1
+    if layer is not None and not 0 <= layer <= last:
+        raise ValueError(f"The layer is {layer}; the network has layers 0 to {last}.")
+    return last if layer is None else layer
+
+
 def attention_maps(model, params, image) -> list[jax.Array]:
     """How each token weighs all tokens in the attention of each layer, float32 [B, H, T, T].
 

@@ -77,9 +77,9 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         return sums, {"weight": batch["weight"]}
 
     def draw(workdir, results, outputs, split, params, model_state):
-        chosen = outputs["index"][:_PICTURES]
-        if objective.reconstruct is None or not len(chosen):
+        if objective.reconstruct is None:
             return
+        chosen = outputs["index"][:_PICTURES]
         batch = views.first_pictures(split, info.image, renderings, chosen)
         rows = np.arange(len(chosen))
         reconstruct = make_reconstruction(info, objective, size, resized)

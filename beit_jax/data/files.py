@@ -1,0 +1,73 @@
+"""Pictures in the files of a folder or of a CSV list, see `folder.py`."""
+
+import pathlib
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from beit_jax.data import folder
+from beit_jax.data.source import Record, Source, balanced_order, select
+
+
+class FileSource(Source):
+    """Pictures in files, whose ids are relative to `root`."""
+
+    def __init__(self, *args, root, ignored=(), **kwargs):
+        super().__init__(*args, **kwargs)
+        self._root, self.ignored = root, ignored
+
+    def id(self, index):
+        return str(self._root / self._ids[index])
+
+    def fetch(self, indices):
+        return [Record(self._root / self._ids[i], self.label(i)) for i in indices]
+
+    def _identity(self):
+        for index, id in enumerate(self._ids):
+            size = self.size_of(self._root / id, index)
+            yield unicodedata.normalize("NFC", id), self.label(index), size
+
+
+def open_source(
+    name: str,
+    split: str,
+    path: pathlib.Path,
+    *,
+    labelled: bool,
+    class_names: Sequence[str] | None,
+    columns: dict[str, str],
+    on_bad_image: str,
+) -> FileSource:
+    """Opens a folder or CSV file; see `sources.get_source`."""
+    options = {"labelled": labelled, "class_names": class_names}
+    if path.suffix.lower() == ".csv":
+        listing = folder.list_csv(path, **options, **columns)
+    elif columns:
+        given = ", ".join(f"{key}={value!r}" for key, value in columns.items())
+        raise ValueError(f"{name} is a folder, which has no columns; got {given}")
+    else:
+        listing = folder.list_folder(path, **options)
+    ids, labels, sizes = [], [], {key: len(files.ids) for key, files in listing.splits.items()}
+    for key, part in select(split, sizes, name):
+        files = listing.splits[key]
+        chosen = balanced_order(files.ids, files.groups)[list(part)]
+        ids += [files.ids[i] for i in chosen]
+        labels.append(None if files.labels is None else files.labels[chosen])
+    unlabelled = [part is None for part in labels]
+    if any(unlabelled) and not all(unlabelled):
+        raise ValueError(
+            f"split={split!r} of {name} is in part without labels; set labelled=False "
+            "(of beit_jax.data: --unlabelled)"
+        )
+    return FileSource(
+        name,
+        split,
+        None if unlabelled[0] else listing.class_names,
+        on_bad_image,
+        root=listing.root,
+        ids=ids,
+        labels=None if unlabelled[0] else np.concatenate(labels),
+        ignored=listing.ignored,
+        splits=sizes,
+    )
