@@ -25,9 +25,13 @@ def parse_flags(argv):
         message = str(error).strip().splitlines()[-1]
         sys.exit(f"{message}; settings are --config.KEY=VALUE, see configs/common.py")
     except flags.Error as error:
-        sys.exit(str(error).strip().splitlines()[-1])
+        message = str(error).strip().splitlines()[-1]
+        if "other than None" in message:
+            message = "Expected python main.py --config=configs/NAME.py --workdir=DIR; " + message
+        sys.exit(message)
     except OSError as error:
-        available = ", ".join(sorted(map(str, pathlib.Path("configs").glob("[!_]*.py"))))
+        recipes = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+        available = ", ".join(recipe for recipe in recipes if recipe != "configs/common.py")
         sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {available}")
     except (AttributeError, KeyError, TypeError) as error:
         # of the last name of a key, of one before it, or of one that stands below a setting

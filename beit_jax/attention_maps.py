@@ -76,14 +76,15 @@ def act(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
         columns = {f"layer {layer}, head {i}": head for i, head in enumerate(heads)}
     columns["rollout"] = maps.rollout
     bad = {error.name for error in maps.bad}
-    names = [path.name for path in paths if str(path) not in bad]
+    names = [f"{path.parent.name}/{path.name}" for path in paths if str(path) not in bad]
     cells, captions = [], []
     for i, (name, image) in enumerate(zip(names, maps.image, strict=True)):
         cells += [image, *(plots.heat(image, weights[i]) for weights in columns.values())]
         captions += [name, *columns]
     across = 1 + len(columns)
     across *= max(1, 6 // across)
-    plots.contact_sheet(cells, captions, args.out, title="Attention maps", columns=across)
+    title = "Attention, each map from its smallest weight (dark) to its largest (bright)"
+    plots.contact_sheet(cells, captions, args.out, title=title, columns=across)
     return maps.bad
 
 

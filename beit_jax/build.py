@@ -50,7 +50,12 @@ def make_task(config, splits, workdir, mesh, step: int | None, start=None):
     else:
         info = checkpoint.read_model_info(workdir)
     if start is None and config.pretrained and (step is None or config.lora.rank):
-        start = pretrained.load(config.pretrained, config.pretrained_revision)
+        try:
+            start = pretrained.load(config.pretrained, config.pretrained_revision)
+        except FileNotFoundError as error:
+            if step is not None:
+                error.add_note(f"It is the base that the adapters in {workdir} belong to.")
+            raise
     counts = None
     if class_names is not None and "train" in splits and config.class_weights != "none":
         labels = splits["train"].source.labels()
@@ -107,6 +112,10 @@ def check(config) -> None:
     ):
         if value not in known:
             raise ValueError(f"config.{key} is {value!r}; available: {', '.join(known)}.")
+    if config.data.fold and not config.data.folds:
+        raise ValueError(
+            f"config.data.fold is {config.data.fold}, and config.data.folds is 0: say of how many."
+        )
     for key in ("label_smoothing", "ema_decay"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"config.{key} is {config[key]}; expected 0 <= {key} < 1.")

@@ -1,6 +1,7 @@
 """What commands have in common, those above all that make one file of pictures."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def check_out(parser, out: str) -> None:
 
 def guard(parser, function: Callable[[], int]) -> int:
     """The exit status that a function returns; 2, and a message, where its input is bad."""
+    logging.basicConfig(format="%(message)s")
     try:
         return function()
     except errors.KINDS as error:

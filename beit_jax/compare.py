@@ -3,7 +3,8 @@
 Writes DIR/comparison.md, .csv and .png: accuracy with its confidence interval, curves, parameters,
 memory and speed, side by side. NAME=WORKDIR,WORKDIR,... are runs of one kind (seeds, folds), of
 which the mean is taken. Low and high are a 95 % interval: Wilson's of one run, Student's of the
-mean of several; of the test, or of the validation with `--split val` or where there is no test.
+mean of several, with the error of the choice of pictures where it is the same for all; of the test,
+or of the validation with `--split val` or where there is no test.
 `--run "NAME: FLAGS"` first makes a run, or goes on with it, in DIR/NAME: FLAGS are those of
 main.py, after the ones given by --common.
 """
@@ -11,6 +12,7 @@ main.py, after the ones given by --common.
 import argparse
 import csv
 import functools
+import math
 import os
 import shlex
 import subprocess
@@ -31,13 +33,15 @@ class Row(NamedTuple):
       name: as given.
       split: that it is measured on: test, or else val.
       accuracy: the mean of several runs.
-      low, high: a 95 % interval: Wilson's of one run, Student's of the mean of several.
+      low, high: a 95 % interval: Wilson's of one run; of the mean of several Student's, and where
+        all were measured on the same pictures with the error of that choice besides.
       num_runs: how many.
       num_parameters, num_trainable_parameters: of the network.
       step_memory_mib: that the compiled training step needs, on one device.
       step_ms: milliseconds per training step.
       images_per_second: trained on, without compilation, evaluation and saving.
-      curve: (step, validation accuracy) of the first run.
+      curve: (step, validation accuracy), the mean of the runs at steps that all have.
+      num_pictures: that each run was measured on.
       pictures: checksums of what the runs were measured on, where they left them.
     """
 
@@ -53,6 +57,7 @@ class Row(NamedTuple):
     step_ms: float | None
     images_per_second: float | None
     curve: list[tuple[int, float]]
+    num_pictures: int | None = None
     pictures: frozenset[str] = frozenset()
 
 
@@ -61,6 +66,7 @@ COLUMNS = {  # title: (field of Row, format)
     "low": ("low", "{:.4f}"),
     "high": ("high", "{:.4f}"),
     "runs": ("num_runs", "{}"),
+    "pictures": ("num_pictures", "{:,}"),
     "parameters": ("num_parameters", "{:,}"),
     "trainable": ("num_trainable_parameters", "{:,}"),
     "step memory (MiB)": ("step_memory_mib", "{:,.0f}"),
@@ -71,7 +77,10 @@ COLUMNS = {  # title: (field of Row, format)
 
 _ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
 _FIX = "Restore it, or leave that run out"
-_INTERVALS = "Low and high: 95 % interval, Wilson's of one run, Student's of the mean of several."
+_INTERVALS = (
+    "Low and high: 95 % interval, Wilson's of one run; of the mean of several Student's, with the "
+    "error of the choice of pictures besides where it is the same for all."
+)
 
 
 def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
@@ -88,16 +97,21 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
         raise ValueError(f"{name}: some of these runs have a test and some a validation only.")
     accuracy = np.array([test["accuracy"] for test in tests])
     low, high = tests[0]["accuracy_low"], tests[0]["accuracy_high"]
+    split, counts = splits.pop(), {test.get("count") for test in tests}
+    pictures = {_pictures(*pair, split) for pair in zip(workdirs, results, strict=True)}
     if len(accuracy) > 1:
         error = accuracy.std(ddof=1) / len(accuracy) ** 0.5
         half = scipy.stats.t.ppf(0.975, len(accuracy) - 1) * error
+        if (
+            len(pictures) == 1 and None not in pictures
+        ):  # their choice is in no difference between the runs
+            half = math.hypot(half, (high - low) / 2)
         low, high = max(0.0, accuracy.mean() - half), min(1.0, accuracy.mean() + half)
 
     def mean(key, scale=1.0):
         values = [r[key] for r in results if r.get(key) is not None]
         return float(np.mean(values)) * scale if values else None
 
-    speed, split = mean("images_per_second"), splits.pop()
     return Row(
         name=name,
         split=split,
@@ -109,14 +123,24 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
         num_trainable_parameters=results[0].get("num_trainable_parameters"),
         step_memory_mib=mean("step_memory_bytes", 2**-20),
         step_ms=mean("seconds_per_step", 1e3),
-        images_per_second=speed,
-        curve=[
-            (line["step"], line["val/accuracy"])
-            for line in report.read_metrics(workdirs[0])
-            if line.get("val/accuracy") is not None
-        ],
-        pictures=frozenset(filter(None, (_pictures(workdir, split) for workdir in workdirs))),
+        images_per_second=mean("images_per_second"),
+        curve=_curve(workdirs),
+        num_pictures=round(min(counts)) if len(counts) == 1 and None not in counts else None,
+        pictures=frozenset(filter(None, pictures)),
     )
+
+
+def _curve(workdirs):
+    runs = [
+        {
+            line["step"]: line["val/accuracy"]
+            for line in report.read_metrics(workdir)
+            if line.get("val/accuracy") is not None
+        }
+        for workdir in workdirs
+    ]
+    steps = sorted(set.intersection(*map(set, runs)))
+    return [(step, float(np.mean([run[step] for run in runs]))) for step in steps]
 
 
 def _results(workdir):
@@ -131,9 +155,10 @@ def _results(workdir):
     return results
 
 
-def _pictures(workdir, split):
-    content = fileio.read_json(Path(workdir, "data.json"), _FIX)  # an evaluation only has none
-    return content and content.get(split)
+def _pictures(workdir, results, split):
+    """The checksum of the pictures that a run was measured on; None where it left none."""
+    content = results.get("pictures") or fileio.read_json(Path(workdir, "data.json"), _FIX)
+    return (content or {}).get(split)
 
 
 def _evaluated(workdir, results, split):
@@ -176,7 +201,8 @@ def write(rows: list[Row], directory: str) -> None:
         for line in (header, ruler, *lines):
             file.write(f"| {' | '.join(line)} |\n")
         file.write(f"\nAccuracy on {splits}. {_INTERVALS}\n")
-        if len({row.pictures for row in rows if row.pictures}) > 1:
+        differ = len({row.pictures for row in rows if row.pictures}) > 1
+        if differ or len({row.num_pictures for row in rows}) > 1:
             file.write("\nNot all rows were measured on the same pictures.\n")
     with fileio.writing(f"{path}.csv") as file:
         writer = csv.writer(file)

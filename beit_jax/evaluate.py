@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import build, fileio, plots, pretrained, report, sharding
+from beit_jax import workdir as workdirs
 from beit_jax.data import inputs
 from beit_jax.state import take
 
@@ -65,7 +66,8 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     saver = stack.enter_context(build.make_checkpointer(config, workdir))
     last, start, class_names = saver.latest_step(), None, None
     if last is None and config.pretrained:
-        start = pretrained.load(config.pretrained, config.pretrained_revision)
+        load = pretrained.load_classifier if config.task_name == "classify" else pretrained.load
+        start = load(config.pretrained, config.pretrained_revision)
         class_names = pretrained.real_class_names(start.info)  # some may be in no picture
     splits = inputs.open_splits(config.data, mesh, ("val", "test"), class_names)
     if not splits:
@@ -114,6 +116,8 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
             tensorboard=config.tensorboard,
         )
     )
+    for name in workdirs.changed_data(workdir, splits):
+        log.info(f"The pictures of {name} are others than those of the run.")
     log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
     evaluator = make_evaluator(task, config, mesh)
     step, facts = step or 0, report.read_facts(workdir)
@@ -147,6 +151,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
     if len({line["step"] for line in lines}) > 1:  # more than an evaluation
         plots.curves(lines, os.path.join(workdir, "curves.png"))
     skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
+    results["pictures"] = {name: s.source.info.fingerprint for name, s in splits.items()}
     results["num_skipped"] = max(skipped, facts.get("num_skipped") or 0)  # an earlier start's
     results["seconds"] = facts.get("seconds") or log.times()
     results["environment"] = facts.get("environment") or report.environment()

@@ -79,6 +79,8 @@ def run(args) -> int:
     for source in splits:
         if source.class_names is None:
             raise ValueError(f"{source.split} of {args.data} has no labels to vote for.")
+    if shared := splits[1].shared_with(splits[0]):
+        print(f"{shared:,} pictures are their own neighbours: {args.test} shares them.")
     apply = inference.make(describe, start, batch_size=args.batch_size)
     (train, train_labels), (test, test_labels) = (extract(apply, source) for source in splits)
     if args.k > len(train_labels):

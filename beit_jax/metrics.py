@@ -84,7 +84,7 @@ def summarize_classification(sums, class_names=None) -> dict:
       class_names: K names, or None for "0", "1", ...
 
     Returns:
-      Floats: loss, accuracy, top5_accuracy, precision, recall, f1,
+      Floats: loss, accuracy, top5_accuracy (of more than five classes), precision, recall, f1,
       expected_calibration_error (Guo et al., arXiv:1706.04599), accuracy_low and accuracy_high
       (Wilson's 95 % interval), count; and for reports: calibration, a list with a dict (count,
       confidence, accuracy) per bin that is not empty; per_class, a list with a dict (name,
@@ -122,7 +122,7 @@ def summarize_classification(sums, class_names=None) -> dict:
         "accuracy": accuracy,
         "accuracy_low": accuracy_low,
         "accuracy_high": accuracy_high,
-        "top5_accuracy": float(sums["correct5"]) / count,
+        **({"top5_accuracy": float(sums["correct5"]) / count} if len(support) > 5 else {}),
         "precision": float(precision.mean()),
         "recall": float(recall.mean()),
         "f1": float(f1.mean()),

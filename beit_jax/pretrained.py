@@ -1,5 +1,6 @@
 """Where a run starts from: weights of others or of an earlier run, fitted to a new architecture."""
 
+import collections
 import logging
 import os
 import re
@@ -74,9 +75,9 @@ def workdir_and_step(source: str) -> tuple[str | None, str | int]:
     raise ValueError(f"{source} ends in @{step}; expected @best, @latest or @ and a number.")
 
 
-def load_classifier(source: str) -> Pretrained:
+def load_classifier(source: str, revision: str = "") -> Pretrained:
     """As `load`; raises ValueError, too, where the model has no classifier."""
-    model = load(source)
+    model = load(source, revision)
     if "classifier" not in model.params:
         raise ValueError(f"{source} is no classifier; fine-tune it first.")
     return model
@@ -173,12 +174,24 @@ def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, metho
             + "\n".join(problems)
             + "\nChange config.model, or name what may be left out in config.pretrained_reset."
         )
-    logging.info("new parameters: %s", ", ".join(sorted(set(fresh) - fitting)) or "none")
-    logging.info("dropped parameters: %s", ", ".join(sorted(set(loaded) - fitting)) or "none")
+    logging.info("new parameters: %s", _listed(set(fresh) - fitting))
+    logging.info("dropped parameters: %s", _listed(set(loaded) - fitting))
     if old.grid != new.grid:
         logging.info("positions resized from %s to %s by %s", old.grid, new.grid, method)
     params = {name: loaded[name] if name in fitting else fresh[name] for name in fresh}
     return traverse_util.unflatten_dict(jax.tree.map(np.asarray, params), sep="/")
+
+
+def _listed(names) -> str:
+    """The names; of many below one module, how many."""
+    groups = collections.defaultdict(list)
+    for name in sorted(names):
+        groups[name.partition("/")[0]].append(name)
+    parts = (
+        f"{top}/* ({len(group)})" if len(group) > 2 else ", ".join(group)
+        for top, group in groups.items()
+    )
+    return ", ".join(parts) or "none"
 
 
 def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:

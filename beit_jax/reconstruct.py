@@ -2,7 +2,8 @@
 PATH --out FILE.png
 
 Each picture as the network sees it, with the masked patches grey, and with them predicted: as
-pixels, or as visual tokens that the tokenizer decodes. Pictures that cannot be read are named on
+pixels, or as visual tokens, of which the tokenizer decodes all, and beside that all of its own
+tokens. Pictures that cannot be read are named on
 stderr, left out, and make the exit status 3; bad arguments make it 2.
 """
 
@@ -19,8 +20,9 @@ from beit_jax.tasks import pretrain
 
 def reconstruct(
     workdir, paths: list[pathlib.Path], *, step="best"
-) -> tuple[list[np.ndarray], list[images.BadImageError]]:
-    """Originals, masked and predicted pictures, each uint8 [B, h, w, C], of picture files.
+) -> tuple[dict[str, np.ndarray], list[images.BadImageError]]:
+    """Originals, masked and predicted pictures, each uint8 [B, h, w, C], of picture files, by
+    caption.
 
     Those that cannot be read are left out; beside the pictures are their errors.
 

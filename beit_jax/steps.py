@@ -13,7 +13,7 @@ import math
 import re
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(st|ep|ex|%|)\s*")
-_FORMS = 'an int (steps) or text such as "1000st", "10ep", "50000ex", "5%"'
+_FORMS = 'an int (steps) or text such as "1000", "10ep", "50000ex", "5%"'
 
 
 def to_steps(

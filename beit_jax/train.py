@@ -166,7 +166,7 @@ def _train(config, workdir, mesh, stack):
     params, model_state = state.eval_params, state.model_state
     if saver.best_step() not in (None, step):
         step, params, model_state = evaluate.load_best(saver, mesh)
-        log.info(f"The test is of step {step}, the best by val/{config.best_metric}.")
+        log.info(f"Evaluates step {step}, the best by val/{config.best_metric}.")
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = config.batch_size / log.images_per_second

@@ -55,6 +55,7 @@ def open_workdir(
         raise ValueError(f"The workdir {workdir} cannot be made: {error.strerror}.") from error
     config = json.loads(json.dumps(fileio.jsonable(config)))
     path = os.path.join(workdir, "config.json")
+    _check_config(workdir, config, allow_change)  # before anything is left in it
     with _lock(workdir):
         _check_config(workdir, config, allow_change)
         if not _has_begun(workdir):
@@ -75,15 +76,26 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
     """
     path = os.path.join(workdir, "data.json")
     if os.path.exists(path) and _has_begun(workdir):
-        stored = fileio.read_json(path, _FIX)
-        changed = [name for name in fingerprints if stored.get(name) != fingerprints[name]]
-        if changed:
+        if changed := _changed(path, fingerprints):
             raise ValueError(
                 f"The data of {', '.join(changed)} have changed since {workdir} was begun: "
                 "pictures were added, removed or replaced, or a tokenizer or teacher trained on. "
                 "Restore them, or use another workdir."
             )
     fileio.write_json(path, dict(fingerprints))
+
+
+def changed_data(workdir: str | os.PathLike, splits: Mapping[str, Any]) -> list[str]:
+    """Names of the splits whose data are others than those of the run in the workdir, if any."""
+    path = os.path.join(workdir, "data.json")
+    if not os.path.exists(path):
+        return []
+    return _changed(path, {name: split.source.info.fingerprint for name, split in splits.items()})
+
+
+def _changed(path, fingerprints):
+    stored = fileio.read_json(path, _FIX)
+    return [name for name in fingerprints if stored.get(name) != fingerprints[name]]
 
 
 @contextlib.contextmanager
@@ -112,8 +124,13 @@ def _lock(workdir):
 
 def _check_config(workdir, config, allow_change):
     path = os.path.join(workdir, "config.json")
-    if os.path.exists(path) and _has_begun(workdir):
-        stored = fileio.read_json(path, _FIX)
+    stored = fileio.read_json(path, _FIX)
+    if not {"architecture", "architectures", "model_type"}.isdisjoint(stored or ()):
+        raise ValueError(
+            f"{path} is that of a checkpoint: use another workdir; --config.pretrained takes a "
+            "checkpoint as a start."
+        )
+    if stored is not None and (_has_begun(workdir) or _is_measured(workdir)):
         _compare(workdir, _flatten(stored), _flatten(config), allow_change)
     elif not os.path.exists(path):
         entries = os.scandir(workdir)
@@ -123,6 +140,10 @@ def _check_config(workdir, config, allow_change):
                 f"{workdir} holds {', '.join(sorted(others)[:4])} but no config.json: it was not "
                 "made by a run. Use another workdir; --config.pretrained takes one as a start."
             )
+
+
+def _is_measured(workdir):
+    return os.path.exists(os.path.join(workdir, "results.json"))
 
 
 def _has_begun(workdir):

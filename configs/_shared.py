@@ -40,8 +40,8 @@ def split_words(arg: str | None, names: Sequence[str], *options: Sequence[str]) 
     data = ",".join(words)
     before, comma, word = data.rpartition(",")
     if comma and not _is_there(data) and (before in names or _is_there(before)):
-        known = ", then ".join(", ".join(option) for option in options) or "none"
-        raise ValueError(f"Unknown {word!r} after {before}; available: {known}.")
+        known = ", then ".join(f"one of {', '.join(option)}" for option in options) or "nothing"
+        raise ValueError(f"After {before} may follow {known}; got {word!r} beside or before it.")
     return data, *chosen
 
 
@@ -55,6 +55,8 @@ def parse_data(arg: str | None, names: Sequence[str], *options: Sequence[str]) -
     data, *chosen = split_words(arg, names, *options)
     if data.startswith(_PREFIXES) and not data.endswith(":"):
         return "folder", data, *chosen
+    if data not in names and os.path.exists(os.path.expanduser(data)):
+        raise ValueError(f"Unknown config argument {data!r}; a folder is folder:{data}.")
     kind = parse_arg(data, *names, "folder:PATH", "hf:NAME", "tfds:NAME") or names[0]
     return kind, kind, *chosen
 

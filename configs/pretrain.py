@@ -145,7 +145,8 @@ def _imagenet(config):
 
 
 def _folder(config):
-    config.data.train, config.data.val, config.data.test = "train[:80%]", "train[80%:90%]", ""
+    _shared.set_splits(config, "train[:80%]", "train[80%:90%]", "")
+    config.data.test = ""
     config.preset = "small"
     config.augment.scale = (0.2, 1.0)
     config.augment.color_jitter = 0.4

@@ -196,6 +196,7 @@ def test_stray_argument(flags, fails, tmp_path):
             {"best_metric": "acuracy", "data.val": "train[400:450]"},
             ["'acuracy'", "available: loss, accuracy"],
         ),
+        ({"data.fold": 1}, ["config.data.fold is 1", "config.data.folds is 0"]),
         ({"accumulate_steps": 0}, ["config.accumulate_steps is 0"]),
         ({"accumulate_steps": 3}, ["config.batch_size is 32", "3 micro-batches", "such as 30"]),
         ({"optim.freeze": "('layr_0/.*',)"}, ["layr_0/.*"]),

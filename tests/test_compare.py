@@ -46,8 +46,8 @@ def test_table_and_figure(tmp_path, make_run, capsys):
         "| BEiT | 0.9000 | 0.8800 | 0.9200 | 1 | 123,456 | – | – | – | – |",
         "| small | 0.7000 | 0.6800 | 0.7200 | 1 | 1,000 | 10 | 3 | 250.0 | 120.5 |",
         "",
-        "Accuracy on test. Low and high: 95 % interval, Wilson's of one run, Student's of the mean "
-        "of several.",
+        "Accuracy on test. Low and high: 95 % interval, Wilson's of one run; of the mean of several "
+        "Student's, with the error of the choice of pictures besides where it is the same for all.",
     ]
     rows = read_csv(tmp_path / "out" / "comparison.csv")
     assert rows["BEiT"]["num_parameters"] == "123456" and rows["BEiT"]["step_ms"] == ""
@@ -60,6 +60,9 @@ def test_other_pictures_are_told(tmp_path, make_run, capsys):
         with open(f"{workdir}/data.json", "w") as file:
             json.dump({"train": workdir, "test": checksum}, file)
     told = "Not all rows were measured on the same pictures."
+    measured = make_run("d", 0.5, pictures={"test": "other"})
+    assert compare.main([workdirs[0], measured, "--out", str(tmp_path / "out")]) == 0
+    assert told in capsys.readouterr().out
     assert compare.main([*workdirs, "--out", str(tmp_path / "out")]) == 0
     assert told in capsys.readouterr().out
     assert compare.main([*workdirs[:2], "--out", str(tmp_path / "out")]) == 0
@@ -86,6 +89,11 @@ def test_several_runs_are_one_row(make_run):
     assert row.accuracy == pytest.approx(np.mean(accuracy))
     student = scipy.stats.ttest_1samp(accuracy, 0).confidence_interval(0.95)
     assert (row.low, row.high) == pytest.approx(tuple(student))
+    assert row.curve == [(step, pytest.approx(0.84 * step / 30)) for step in (10, 20, 30)]
+    same = [make_run(f"seed{i}", a, pictures={"test": "x"}) for i, a in enumerate(accuracy)]
+    row = compare.read("seeds", same)
+    half = np.hypot((student.high - student.low) / 2, 0.02)
+    assert (row.low, row.high) == pytest.approx((0.84 - half, 0.84 + half))
 
 
 def test_the_figure_shows_each_run(tmp_path, make_run):

@@ -343,9 +343,13 @@ def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
     )
     assert unseen.startswith("The split 'test' has no picture of dog, of which its accuracy says")
     caplog.clear()
-    config.val = config.test = "train"
+    config.train, config.val, config.test = "train[:50%]", "train[50%:]", ""
     inputs.open_splits(config, sharding.make_mesh())
     assert not caplog.records
+    config.train, config.val = "train[:2]", "train[1:]"
+    inputs.open_splits(config, sharding.make_mesh())
+    message = "config.data.val 'train[1:]' has 1 pictures of config.data.train 'train[:2]', which"
+    assert any(text.startswith(message) for text in caplog.messages)
 
 
 def test_files_that_are_not_read_are_told(tmp_path, caplog):
@@ -399,7 +403,11 @@ def test_there_is_no_such_fold(fold, folds):
 
 
 def test_unknown_names_list_the_known(tmp_path):
-    for name in ("cifar", "folder:", "tfds:"):
+    with pytest.raises(ValueError, match="names no folder; expected .*image_folder.py:PATH"):
+        sources.get_source("folder:")
+    with pytest.raises(ValueError, match=f"a folder or CSV file is folder:{tmp_path}"):
+        sources.get_source(str(tmp_path))
+    for name in ("cifar", "tfds:"):
         with pytest.raises(ValueError, match=f"{name}.; available: digits, cifar10, .*folder:PATH"):
             sources.get_source(name)
     for name in ("tfds:cifar10:9.9.9", "tfds:cifar10/foo"):

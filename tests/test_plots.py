@@ -237,4 +237,4 @@ def test_the_marked_layer_is_the_chosen_one(tmp_path):
     figure = plots.layers([0.1, 0.9, 0.5], 2, str(tmp_path / "layers.png"), title="probe")
     mark = figure.axes[0].lines[1]
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2], [0.5])
-    assert mark.get_label() == "layer 2"
+    assert mark.get_label() == "layer 2, chosen"

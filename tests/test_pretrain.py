@@ -544,7 +544,17 @@ def test_sizes_are_arguments(recipe):
     assert recipe.get_config("folder:a,b").data.name == "folder:a,b"
     with pytest.raises(ValueError, match="one size"):
         recipe.get_config("digits,tiny")
-    with pytest.raises(ValueError, match="Unknown 'huge' after cifar10; available: tiny, small"):
+    with pytest.raises(ValueError, match="After cifar10 may follow one of tiny, .* got 'huge'"):
         recipe.get_config("cifar10,huge")
     with pytest.raises(ValueError, match="'folder=a'; available: cifar10, .*, folder:PATH"):
         recipe.get_config("folder=a")
+    with pytest.raises(ValueError, match="a folder is folder:configs"):
+        recipe.get_config("configs")
+
+
+@pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])
+def test_a_test_of_its_own_is_left_whole(recipe, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    data = recipe.get_config(f"folder:{tmp_path}").data
+    assert (data.train, data.val, data.test) == ("train[:90%]", "train[90%:]", "")

@@ -375,6 +375,32 @@ def test_evaluates_pretrained_only(tmp_path, train, finished):
     assert not losses(tmp_path)
 
 
+def test_measured_workdirs_are_no_others(tmp_path, train, finished):
+    """What has measured one model measures no other; nor does a checkpoint become a workdir."""
+    changes = ALL | {"eval_only": True, "pretrained": str(finished[0])}
+    train(tmp_path / "own", changes)
+    train(tmp_path / "own", changes)
+    with pytest.raises(ValueError, match="belongs to a run with another config"):
+        train(tmp_path / "own", changes | {"data.test": "test[:10]"})
+    (tmp_path / "hf").mkdir()
+    content = '{"model_type": "beit"}'
+    (tmp_path / "hf" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json is that of a checkpoint: use another"):
+        train(tmp_path / "hf", ALL)
+    assert [x.name for x in (tmp_path / "hf").iterdir()] == ["config.json"]
+    assert (tmp_path / "hf" / "config.json").read_text() == content
+
+
+def test_other_pictures_of_an_evaluation_are_told(tmp_path, train, finished, caplog):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    content = json.loads((workdir / "data.json").read_text())
+    (workdir / "data.json").write_text(json.dumps(content | {"test": "others"}))
+    caplog.set_level("INFO")
+    train(workdir, ALL | {"eval_only": True})
+    assert "The pictures of test are others than those of the run." in caplog.text
+    assert "The pictures of val" not in caplog.text
+
+
 def test_nothing_to_evaluate(tmp_path, train):
     with pytest.raises(FileNotFoundError, match="has no checkpoint to evaluate"):
         train(tmp_path / "empty", {"eval_only": True, "data.test": "test[:100]"})

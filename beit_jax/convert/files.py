@@ -184,11 +184,16 @@ def _weights_in(directory: Path) -> Path:
     for name in _WEIGHTS:
         if (directory / name).exists():
             return directory / name
-    found = ", ".join(sorted(path.name for path in directory.iterdir())[:10]) or "nothing"
+    names = sorted(path.name for path in directory.iterdir())
+    found, fix = ", ".join(names[:10]) or "nothing", "the directory of a checkpoint, or its file"
+    if "adapter_config.json" in names:
+        fix = "what `python -m beit_jax.convert from-peft` makes of these adapters"
+    elif "model.json" in names:
+        fix = "this workdir to what takes workdirs: it needs no conversion"
     raise fileio.FileFormatError(
         directory,
         f"holds no weights; looked for {', '.join(_WEIGHTS)}; found {found}",
-        "Give the directory of a checkpoint, or its file",
+        f"Give {fix}",
     )
 
 

@@ -40,7 +40,7 @@ def run(args) -> int:
         args.name,
         args.split,
         data_dir=args.data_dir,
-        on_bad_image="skip" if args.check else "error",
+        on_bad_image="record" if args.check else "error",
         labelled=not args.unlabelled,
         image_key=args.image_key,
         label_key=args.label_key,

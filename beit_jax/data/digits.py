@@ -33,8 +33,8 @@ def open_source(split: str, *, labelled: bool, on_bad_image: str) -> ArraySource
     order = balanced_order(ids, digits.target)
     train = len(order) * 8 // 10
     splits = {"train": order[:train], "test": order[train:]}
-    rows = select(split, {key: len(part) for key, part in splits.items()}, "digits")
-    chosen = np.concatenate([splits[key][list(part)] for key, part in rows])
+    parts = select(split, {key: len(part) for key, part in splits.items()}, "digits")
+    chosen = np.concatenate([splits[key][list(part)] for key, part in parts])
     return ArraySource(
         "digits",
         split,
@@ -43,5 +43,6 @@ def open_source(split: str, *, labelled: bool, on_bad_image: str) -> ArraySource
         image=image[chosen],
         labels=digits.target[chosen] if labelled else None,
         ids=[ids[i] for i in chosen],
+        parts=parts,
         splits=splits,
     )

@@ -49,7 +49,8 @@ def open_source(
     else:
         listing = folder.list_folder(path, **options)
     ids, labels, sizes = [], [], {key: len(files.ids) for key, files in listing.splits.items()}
-    for key, part in select(split, sizes, name):
+    parts = select(split, sizes, name)
+    for key, part in parts:
         files = listing.splits[key]
         chosen = balanced_order(files.ids, files.groups)[list(part)]
         ids += [files.ids[i] for i in chosen]
@@ -69,5 +70,6 @@ def open_source(
         ids=ids,
         labels=None if unlabelled[0] else np.concatenate(labels),
         ignored=listing.ignored,
+        parts=parts,
         splits=sizes,
     )

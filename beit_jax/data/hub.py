@@ -60,7 +60,8 @@ def open_source(
     tables = _tables(name.removeprefix("hf:"), cache_dir and str(cache_dir))
     sizes = {key: len(table) for key, table in tables.items()}
     ids, pictures, labels, lengths, classes = [], [], [], [], {}
-    for key, part in select(split, sizes, name):
+    parts = select(split, sizes, name)
+    for key, part in parts:
         table, features = tables[key], tables[key].features
         image = find_column(name, features, "image", "Image", image_key)
         wanted = label_key or "label"
@@ -92,6 +93,7 @@ def open_source(
         sizes=np.concatenate(lengths),
         ids=ids,
         labels=np.concatenate(labels) if labelled else None,
+        parts=parts,
         splits=sizes,
     )
 

@@ -47,7 +47,7 @@ def open_splits(
     """
     found = _open(config, names, class_names)
     if found:
-        _tell_of_unseen(found, config)
+        _tell(found, config)
     if not all(pipeline.fits(source, config.resident_bytes) for source in found.values()):
         return {name: Split(source, None, len(source), None) for name, source in found.items()}
     return {name: _resident(source, config, mesh) for name, source in found.items()}
@@ -75,9 +75,9 @@ def _open(config, names, class_names):
     return {name: found[name] for name in names if name in found}
 
 
-def _tell_of_unseen(found, config):
-    """Tells which files are not read and which splits are not used, and, where labels are known at
-    once, warns of classes that are evaluated and never learnt or learnt and never evaluated."""
+def _tell(found, config):
+    """Tells which files are not read and which splits are not used; warns of pictures that are
+    learnt and evaluated, and, where labels are known at once, of classes that are not both."""
     first = next(iter(found.values()))
     folder.tell_ignored(first.name, first.ignored)
     named = {word for name in ("train", "val", "test") for word in _WORD.findall(config[name])}
@@ -85,7 +85,18 @@ def _tell_of_unseen(found, config):
     if unused and config.labelled:
         logging.info("%s has splits that are not used: %s.", first.name, ", ".join(unused))
     train = found.get("train")
-    if train is None or train.class_names is None or not train.knows_labels:
+    if train is None:
+        return
+    for name in ("val", "test"):
+        if name in found and (shared := found[name].shared_with(train)):
+            logging.warning(
+                "config.data.%s %r has %d pictures of config.data.train %r, which are learnt.",
+                name,
+                found[name].split,
+                shared,
+                train.split,
+            )
+    if train.class_names is None or not train.knows_labels:
         return
     seen = set(train.labels())
     for source in found.values():

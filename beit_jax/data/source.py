@@ -55,6 +55,7 @@ class Source:
     Attributes:
       bad_images: id -> reason, of every picture that was left out so far.
       ignored: how many other files lie beside the pictures, by ending: (".txt", 2), ...
+      parts: the splits of the data set that it is of, and which of their examples.
       splits: the names of all that the data set has.
       knows_labels: whether `labels` can tell them at once.
     """
@@ -71,10 +72,11 @@ class Source:
         *,
         ids: Sequence[str] = (),
         labels: np.ndarray | None = None,
+        parts: Sequence[tuple[str, range]] = (),
         splits: Sequence[str] = (),
     ):
         self.name, self.split, self.class_names = name, split, class_names
-        self.on_bad_image, self.splits = on_bad_image, tuple(splits)
+        self.on_bad_image, self.parts, self.splits = on_bad_image, parts, tuple(splits)
         self.bad_images: dict[str, str] = {}
         self._ids, self._labels = ids, labels
 
@@ -137,6 +139,15 @@ class Source:
         self.bad_images[error.name] = error.reason
         if self.on_bad_image == "skip" and is_new:
             logging.warning("skipped: %s", error)
+
+    def shared_with(self, other: "Source") -> int:
+        """How many examples are in another split of the same data set too."""
+        return sum(
+            len(range(max(a.start, b.start), min(a.stop, b.stop)))
+            for split, a in self.parts
+            for other_split, b in other.parts
+            if split == other_split
+        )
 
     def none_left(self) -> ValueError:
         """The error to raise where not one picture can be decoded."""

@@ -39,8 +39,8 @@ def get_source(
       split: in the syntax of TFDS.
       data_dir: where TFDS keeps its data sets (default: `TFDS_DATA_DIR`, or TFDS's own) and
         `datasets` its cache, or what the path of a folder is relative to.
-      on_bad_image: what the pipeline does about a picture that cannot be decoded: "error", or
-        "skip", which takes the next one and counts.
+      on_bad_image: what the pipeline does about a picture that cannot be decoded: "error";
+        "skip", which takes the next one and counts; or "record", the same without a word.
       labelled: False leaves the labels out, and takes a folder's pictures at any depth.
       class_names: of a folder or CSV file, the classes in the order of their numbers, as a model
         knows them; some of them may have no picture.
@@ -52,8 +52,8 @@ def get_source(
       FileNotFoundError: the data are not there; says how to get them.
       ValueError: no such data set, split, column or class; says which there are.
     """
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image={on_bad_image!r}; expected 'error' or 'skip'")
+    if on_bad_image not in ("error", "skip", "record"):
+        raise ValueError(f"on_bad_image={on_bad_image!r}; expected 'error', 'skip' or 'record'")
     kind, _, rest = name.partition(":")
     options = {"labelled": labelled, "on_bad_image": on_bad_image}
     columns = {"image_key": image_key, "label_key": label_key}
@@ -74,6 +74,10 @@ def get_source(
     if name in cifar.NAMES or (kind == "tfds" and rest):
         data_dir = pathlib.Path(data_dir or cifar.default_data_dir()).expanduser()
         return tfds_source.open_source(name, split, data_dir, **columns, **options)
+    if name == "folder:":
+        raise ValueError("folder: names no folder; expected --config=configs/image_folder.py:PATH")
+    if os.path.exists(os.path.expanduser(name)):
+        raise ValueError(f"no data set {name!r}; a folder or CSV file is folder:{name}")
     raise ValueError(
         f"no data set {name!r}; available: {', '.join(NAMES)}. Any data set of TFDS is tfds:NAME, "
         "any of HuggingFace hf:NAME, and any folder or CSV list of pictures folder:PATH "

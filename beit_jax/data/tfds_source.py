@@ -15,8 +15,8 @@ class TfdsSource(Source):
 
     knows_labels = False
 
-    def __init__(self, name, split, class_names, on_bad_image, *, builder, image_key, label_key):
-        super().__init__(name, split, class_names, on_bad_image, splits=builder.info.splits)
+    def __init__(self, *args, builder, image_key, label_key, **kwargs):
+        super().__init__(*args, **kwargs)
         self._image_key, self._label_key = image_key, label_key
         features = builder.info.features
         self._id_key = next((key for key in ("id", "file_name") if key in features), None)
@@ -24,10 +24,10 @@ class TfdsSource(Source):
         self._version = builder.info.full_name
         self._files = [
             (os.path.basename(f.filename), os.path.getsize(f.filename), f.skip, f.take)
-            for f in builder.info.splits[split].file_instructions
+            for f in builder.info.splits[self.split].file_instructions
         ]
         self._records = builder.as_data_source(
-            split, decoders={image_key: tfds.decode.SkipDecoding()}
+            self.split, decoders={image_key: tfds.decode.SkipDecoding()}
         )
 
     def __len__(self):
@@ -89,7 +89,8 @@ def open_source(
     features = builder.info.features
     image_key = find_column(name, features, "image", "Image", image_key)
     label_key = find_column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
-    select(split, {key: info.num_examples for key, info in builder.info.splits.items()}, name)
+    sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
+    parts = select(split, sizes, name)
     return TfdsSource(
         name,
         split,
@@ -98,6 +99,8 @@ def open_source(
         builder=builder,
         image_key=image_key,
         label_key=label_key,
+        parts=parts,
+        splits=sizes,
     )
 
 

@@ -34,6 +34,7 @@ class Objective(NamedTuple):
         masked patches as predicted; or None.
       target: how `Views.target` is rendered, or None.
       tokenize: (frozen, pictures as `Views.target`) -> tokens int [B, N]; or None.
+      detokenize: (frozen, tokens) -> pictures as of `reconstruct`; or None.
     """
 
     init: Callable
@@ -43,6 +44,7 @@ class Objective(NamedTuple):
     reconstruct: Callable | None
     target: Rendering | None = None
     tokenize: Callable | None = None
+    detokenize: Callable | None = None
 
 
 def apply_options(rng) -> dict:

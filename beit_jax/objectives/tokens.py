@@ -91,7 +91,9 @@ def make(config, model) -> Objective:
         token = tokenize(frozen, views.target)
         predicted = predict(params, views, masks, None)[0].argmax(-1)
         rows = jnp.arange(token.shape[0])[:, None]
-        token = token.at[rows, masks.index].set(predicted.astype(token.dtype))
+        return detokenize(frozen, token.at[rows, masks.index].set(predicted.astype(token.dtype)))
+
+    def detokenize(frozen, token):
         return tokenizer.model.apply(frozen["tokenizer"], token, method="decode")
 
     return Objective(
@@ -104,6 +106,7 @@ def make(config, model) -> Objective:
             tuple(t.image_size), config.tokenizer_interpolation or tokenizer.interpolation
         ),
         tokenize=tokenize,
+        detokenize=detokenize,
     )
 
 

@@ -206,7 +206,9 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
         fields = architecture.preset(family, config.preset)
     else:
         fields = family.for_finetuning(start.architecture)
-        if config.preset != "base":
+        sizes = family.PRESETS.get(config.preset, {})
+        differ = any(fields.get(key, value) != value for key, value in sizes.items())
+        if config.preset != "base" and differ:
             logging.info("The checkpoint decides the size, not config.preset %r.", config.preset)
     overrides = architecture.overrides(config)
     num_labels = overrides.setdefault("num_labels", len(class_names))

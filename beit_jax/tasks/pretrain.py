@@ -191,8 +191,9 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
 
 
 def make_reconstruction(info, objective: Objective, size, resized: bool):
-    """Returns f(params, frozen, batch, rows of the bank [B]) -> list of three pictures
-    uint8 [B, h, w, C]: as the model sees it, masked, and predicted."""
+    """Returns f(params, frozen, batch, rows of the bank [B]) -> {caption: pictures
+    uint8 [B, h, w, C]}: as the model sees them, masked, and predicted, the masked patches or the
+    tokens of masked patches; and those that the tokens without a mask would give."""
 
     @jax.jit
     def pictures(params, frozen, batch, rows):
@@ -201,9 +202,10 @@ def make_reconstruction(info, objective: Objective, size, resized: bool):
         mean, std = (jnp.asarray(info.image[key]) for key in ("mean", "std"))
         original = seen.image * std + mean
         predicted = objective.reconstruct(params, frozen, seen, masks)
-        if objective.target is None:
-            predicted = predicted * std + mean
-        return original, masks.index, predicted
+        if objective.tokenize is None:
+            return original, masks.index, {"prediction": predicted * std + mean}
+        own = objective.detokenize(frozen, objective.tokenize(frozen, seen.target))
+        return original, masks.index, {"from its tokens": own, "masked ones predicted": predicted}
 
     def reconstruct(params, frozen, batch, rows):
         original, index, predicted = jax.device_get(pictures(params, frozen, batch, rows))
@@ -212,17 +214,19 @@ def make_reconstruction(info, objective: Objective, size, resized: bool):
         patch = info.architecture["patch_size"]
         hidden = hidden.repeat(patch, 1).repeat(patch, 2)
         masked = np.where(hidden, 0.5, original)
-        return [np.uint8(np.clip(x, 0, 1) * 255 + 0.5) for x in (original, masked, predicted)]
+        found = {"original": original, "masked": masked, **predicted}
+        return {key: np.uint8(np.clip(x, 0, 1) * 255 + 0.5) for key, x in found.items()}
 
     return reconstruct
 
 
 def draw_reconstructions(pictures, path: str) -> None:
-    """Draws rows of original, masked and predicted pictures."""
-    rows = list(zip(*pictures, strict=True))
+    """Draws a row for each picture, of what `make_reconstruction` tells of it."""
+    rows = list(zip(*pictures.values(), strict=True))
     sheet = [_rgb(image) for row in rows for image in row]
-    captions = ["original", "masked", "prediction"] * len(rows)
-    plots.contact_sheet(sheet, captions, path, title="Masked patches as predicted")
+    across = len(pictures) * max(1, 6 // len(pictures))
+    options = {"title": "Masked patches as predicted", "columns": across}
+    plots.contact_sheet(sheet, list(pictures) * len(rows), path, **options)
 
 
 def _rgb(image):
