@@ -77,7 +77,7 @@ COLUMNS = {  # title: (field of Row, format)
 
 _ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
 _FIX = "Restore it, or leave that run out"
-_INTERVALS = (
+INTERVALS = (
     "Low and high: 95 % interval, Wilson's of one run; of the mean of several Student's, with the "
     "error of the choice of pictures besides where it is the same for all."
 )
@@ -102,9 +102,7 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
     if len(accuracy) > 1:
         error = accuracy.std(ddof=1) / len(accuracy) ** 0.5
         half = scipy.stats.t.ppf(0.975, len(accuracy) - 1) * error
-        if (
-            len(pictures) == 1 and None not in pictures
-        ):  # their choice is in no difference between the runs
+        if len(pictures) == 1 and None not in pictures:  # a choice that no difference shows
             half = math.hypot(half, (high - low) / 2)
         low, high = max(0.0, accuracy.mean() - half), min(1.0, accuracy.mean() + half)
 
@@ -200,7 +198,7 @@ def write(rows: list[Row], directory: str) -> None:
         ruler = ["---", *["---:"] * (len(header) - 1)]
         for line in (header, ruler, *lines):
             file.write(f"| {' | '.join(line)} |\n")
-        file.write(f"\nAccuracy on {splits}. {_INTERVALS}\n")
+        file.write(f"\nAccuracy on {splits}. {INTERVALS}\n")
         differ = len({row.pictures for row in rows if row.pictures}) > 1
         if differ or len({row.num_pictures for row in rows}) > 1:
             file.write("\nNot all rows were measured on the same pictures.\n")

@@ -46,8 +46,7 @@ def test_table_and_figure(tmp_path, make_run, capsys):
         "| BEiT | 0.9000 | 0.8800 | 0.9200 | 1 | 123,456 | – | – | – | – |",
         "| small | 0.7000 | 0.6800 | 0.7200 | 1 | 1,000 | 10 | 3 | 250.0 | 120.5 |",
         "",
-        "Accuracy on test. Low and high: 95 % interval, Wilson's of one run; of the mean of several "
-        "Student's, with the error of the choice of pictures besides where it is the same for all.",
+        f"Accuracy on test. {compare.INTERVALS}",
     ]
     rows = read_csv(tmp_path / "out" / "comparison.csv")
     assert rows["BEiT"]["num_parameters"] == "123456" and rows["BEiT"]["step_ms"] == ""
