@@ -40,7 +40,8 @@ class Row(NamedTuple):
       step_memory_mib: that the compiled training step needs, on one device.
       step_ms: milliseconds per training step.
       images_per_second: trained on, without compilation, evaluation and saving.
-      curve: (step, validation accuracy), the mean of the runs at steps that all have.
+      curve: (step, validation accuracy), the mean of the runs: of the k-th validation of each, or
+        where some have more of them, at the steps that all have.
       num_pictures: that each run was measured on.
       pictures: checksums of what the runs were measured on, where they left them.
     """
@@ -102,9 +103,11 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
     if len(accuracy) > 1:
         error = accuracy.std(ddof=1) / len(accuracy) ** 0.5
         half = scipy.stats.t.ppf(0.975, len(accuracy) - 1) * error
+        below = above = half
         if len(pictures) == 1 and None not in pictures:  # a choice that no difference shows
-            half = math.hypot(half, (high - low) / 2)
-        low, high = max(0.0, accuracy.mean() - half), min(1.0, accuracy.mean() + half)
+            below = math.hypot(half, accuracy[0] - low)
+            above = math.hypot(half, high - accuracy[0])
+        low, high = max(0.0, accuracy.mean() - below), min(1.0, accuracy.mean() + above)
 
     def mean(key, scale=1.0):
         values = [r[key] for r in results if r.get(key) is not None]
@@ -137,6 +140,9 @@ def _curve(workdirs):
         }
         for workdir in workdirs
     ]
+    if len({len(run) for run in runs}) == 1:
+        points = zip(*(run.items() for run in runs), strict=True)
+        return [tuple(np.mean(point, axis=0).tolist()) for point in points]
     steps = sorted(set.intersection(*map(set, runs)))
     return [(step, float(np.mean([run[step] for run in runs]))) for step in steps]
 
@@ -189,16 +195,16 @@ def table(rows: list[Row]) -> list[list[str]]:
 
 
 def write(rows: list[Row], directory: str) -> None:
-    """Writes comparison.md, .csv and .png into a directory."""
+    """Writes comparison.md, .csv and .png of rows of one split into a directory."""
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, "comparison")
     header, *lines = table(rows)
-    splits = " and ".join(sorted({row.split for row in rows}))
+    (split,) = {row.split for row in rows}
     with fileio.writing(f"{path}.md") as file:
         ruler = ["---", *["---:"] * (len(header) - 1)]
         for line in (header, ruler, *lines):
             file.write(f"| {' | '.join(line)} |\n")
-        file.write(f"\nAccuracy on {splits}. {INTERVALS}\n")
+        file.write(f"\nAccuracy on {split}. {INTERVALS}\n")
         differ = len({row.pictures for row in rows if row.pictures}) > 1
         if differ or len({row.num_pictures for row in rows}) > 1:
             file.write("\nNot all rows were measured on the same pictures.\n")

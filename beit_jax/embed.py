@@ -1,9 +1,9 @@
 """Pictures as vectors: python -m beit_jax.embed --checkpoint WORKDIR --images PATH --out FILE.npz
 
 Writes "path" [N] and "vector", float32 [N, F], for search, clustering or classifiers of others: the
-class token, where there is one, beside the mean of the patches, of one layer, as
-`beit_jax.knn` and probes read them. Pictures that cannot be read are named on stderr, left out, and
-make the exit status 3; bad arguments make it 2.
+class token, where there is one, beside the mean of the patches, of one layer and before the
+network's last norm, as `beit_jax.knn` and probes read them. Pictures that cannot be read are named
+on stderr, left out, and make the exit status 3; bad arguments make it 2.
 """
 
 import sys

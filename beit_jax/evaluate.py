@@ -66,9 +66,11 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     saver = stack.enter_context(build.make_checkpointer(config, workdir))
     last, start, class_names = saver.latest_step(), None, None
     if last is None and config.pretrained:
-        load = pretrained.load_classifier if config.task_name == "classify" else pretrained.load
+        classifies = config.task_name == "classify"
+        load = pretrained.load_classifier if classifies else pretrained.load
         start = load(config.pretrained, config.pretrained_revision)
-        class_names = pretrained.real_class_names(start.info)  # some may be in no picture
+        if classifies:
+            class_names = pretrained.real_class_names(start.info)  # some may be in no picture
     splits = inputs.open_splits(config.data, mesh, ("val", "test"), class_names)
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")

@@ -53,6 +53,8 @@ def make(
         return function(model, params, views.eval_view(image, info.image, size, resized=True))
 
     def apply(source):
+        if not len(source):
+            raise ValueError("There are no pictures.")
         result, read, label = None, np.zeros(len(source), bool), np.zeros(len(source), np.int32)
         rows = min(batch_size, len(source))
         with pipeline.eval_batches(

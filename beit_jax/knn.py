@@ -79,12 +79,17 @@ def run(args) -> int:
     for source in splits:
         if source.class_names is None:
             raise ValueError(f"{source.split} of {args.data} has no labels to vote for.")
+    if splits[0].class_names != splits[1].class_names:
+        raise ValueError(
+            f"The splits differ in their classes: {args.train} has {splits[0].class_names}, "
+            f"{args.test} has {splits[1].class_names}."
+        )
+    _check_k(args, len(splits[0]))
     if shared := splits[1].shared_with(splits[0]):
         print(f"{shared:,} pictures are their own neighbours: {args.test} shares them.")
     apply = inference.make(describe, start, batch_size=args.batch_size)
     (train, train_labels), (test, test_labels) = (extract(apply, source) for source in splits)
-    if args.k > len(train_labels):
-        raise ValueError(f"--k is {args.k}, and {args.train} has {len(train_labels)} pictures.")
+    _check_k(args, len(train_labels))  # without those that were skipped
     pairs = zip(train, test, strict=True)
     found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in pairs]
     best = int(np.argmax(found))
@@ -96,6 +101,11 @@ def run(args) -> int:
         results = {"k": args.k, **count, "best_layer": best, "accuracy": found}
         fileio.write_json(args.out, results)
     return 0
+
+
+def _check_k(args, count):
+    if args.k > count:
+        raise ValueError(f"--k is {args.k}, and {args.train} has {count} pictures.")
 
 
 def main(argv=None) -> int:

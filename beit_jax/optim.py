@@ -16,6 +16,7 @@ import optax
 _NO_DECAY = {
     "bias",
     "scale",
+    "register_tokens",
     "lambda_1",
     "lambda_2",
     "cls_token",

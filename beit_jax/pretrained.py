@@ -42,8 +42,11 @@ def load(source: str, revision: str = "") -> Pretrained:
             raise ValueError(f"{source} is a workdir, which has no revision {revision!r}.")
         return load_workdir(workdir, step)
     if os.path.isdir(os.path.join(source, "checkpoints")):
+        measured = os.path.exists(os.path.join(source, "results.json"))
         raise FileNotFoundError(
-            f"{source} is a workdir whose run has not come to a model yet: let it train first."
+            f"{source} is the workdir of a measurement, which has no model of its own."
+            if measured
+            else f"{source} is a workdir whose run has not come to a model yet: let it train first."
         )
     loaded = convert.load(source, revision=revision or None)
     if loaded.image is None:

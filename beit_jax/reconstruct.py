@@ -1,9 +1,9 @@
 """Draws what pre-training predicts: python -m beit_jax.reconstruct --checkpoint WORKDIR --images
 PATH --out FILE.png
 
-Each picture as the network sees it, with the masked patches grey, and with them predicted: as
-pixels, or as visual tokens, of which the tokenizer decodes all, and beside that all of its own
-tokens. Pictures that cannot be read are named on
+Each picture as the network sees it, with the masked patches grey, and with them predicted, as
+pixels or as visual tokens. The tokenizer draws all tokens of a picture, those that it finds itself
+and again with the masked ones predicted. Pictures that cannot be read are named on
 stderr, left out, and make the exit status 3; bad arguments make it 2.
 """
 

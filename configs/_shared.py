@@ -12,6 +12,7 @@ from configs import common
 SIZES = ("tiny", "small", "base", "large")  # presets that may be arguments
 UNLABELLED = ("cifar10", "digits", "imagenet")  # data to pre-train on
 _PREFIXES = ("folder:", "hf:", "tfds:")  # of data of one's own
+_SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 
 def parse_arg(arg: str | None, *allowed: str) -> str:
@@ -39,7 +40,8 @@ def split_words(arg: str | None, names: Sequence[str], *options: Sequence[str]) 
         chosen.insert(0, words.pop() if words and words[-1] in option else "")
     data = ",".join(words)
     before, comma, word = data.rpartition(",")
-    if comma and not _is_there(data) and (before in names or _is_there(before)):
+    known_before = before in names or before.startswith(_PREFIXES[1:]) or _is_there(before)
+    if comma and not _is_there(data) and known_before:
         known = ", then ".join(f"one of {', '.join(option)}" for option in options) or "nothing"
         raise ValueError(f"After {before} may follow {known}; got {word!r} beside or before it.")
     return data, *chosen
@@ -62,7 +64,7 @@ def parse_data(arg: str | None, names: Sequence[str], *options: Sequence[str]) -
 
 
 def _is_there(data):
-    return os.path.exists(os.path.expanduser(data.removeprefix("folder:")))
+    return os.path.exists(os.path.expanduser(data.removeprefix("folder:").removeprefix("hf:")))
 
 
 def own_data(path: str) -> str:
@@ -86,7 +88,8 @@ def own_splits(data: str) -> tuple[str, str, str] | None:
             with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
                 splits = {row.get("split") for row in csv.DictReader(file, skipinitialspace=True)}
     elif os.path.isdir(path):
-        splits = set(os.listdir(path))
+        folders = {x.name for x in os.scandir(path) if x.is_dir() and x.name[0] != "."}
+        splits = folders if folders <= _SPLIT_FOLDERS else set()
     val = next((name for name in ("val", "valid", "validation") if name in splits), None)
     if "test" in splits and val:
         return "train", val, "test"

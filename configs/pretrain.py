@@ -30,8 +30,8 @@ _OBJECTIVES = ("tokens", "v2", "simmim", "mae", "data2vec")
 
 
 def get_config(arg=None):
-    """`arg`: digits, cifar10 (default), imagenet or folder:PATH, and perhaps a size, and perhaps
-    tokens, v2, simmim, mae or data2vec."""
+    """`arg`: digits, cifar10 (default), imagenet, folder:PATH, hf:NAME or tfds:NAME, and perhaps a
+    size, and perhaps tokens, v2, simmim, mae or data2vec."""
     kind, data, size, objective = _shared.parse_data(
         arg, _shared.UNLABELLED, _shared.SIZES, _OBJECTIVES
     )

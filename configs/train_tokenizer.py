@@ -17,7 +17,8 @@ from configs import _shared
 
 
 def get_config(arg=None):
-    """`arg`: digits, cifar10 (default), imagenet or folder:PATH, and perhaps a size."""
+    """`arg`: digits, cifar10 (default), imagenet, folder:PATH, hf:NAME or tfds:NAME, and perhaps a
+    size."""
     kind, data, size = _shared.parse_data(arg, _shared.UNLABELLED, _shared.SIZES)
     config = _shared.unlabelled(data, "train_tokenizer")
     config.optim.name = "adamw"

@@ -91,6 +91,16 @@ def test_both_tokens_of_deit_are_read():
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
 
 
+def test_class_and_mean_are_read():
+    """And no register, though it stands before the patches."""
+    model, params, image = network(vit, use_class_and_mean=True, num_register_tokens=2)
+    maps = jnp.stack(features.attention_maps(model, params, image))
+    seen = features.seen_patches(model.config, maps)
+    weights = np.asarray(maps)[..., 3:]
+    expected = (weights[..., 0, :] + weights[..., 3:, :].mean(-2)) / 2
+    np.testing.assert_allclose(seen, expected.reshape(3, 2, 2, 4, 2), rtol=1e-5)
+
+
 def test_rollout_by_hand():
     first, second = np.array([[0.2, 0.8], [0.6, 0.4]]), np.array([[1.0, 0.0], [0.5, 0.5]])
     maps = [jnp.asarray(x[None, None], jnp.float32) for x in (first, second)]

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from beit_jax import compare
+from beit_jax.metrics import wilson_interval
 
 
 @pytest.fixture
@@ -89,10 +90,30 @@ def test_several_runs_are_one_row(make_run):
     student = scipy.stats.ttest_1samp(accuracy, 0).confidence_interval(0.95)
     assert (row.low, row.high) == pytest.approx(tuple(student))
     assert row.curve == [(step, pytest.approx(0.84 * step / 30)) for step in (10, 20, 30)]
-    same = [make_run(f"seed{i}", a, pictures={"test": "x"}) for i, a in enumerate(accuracy)]
-    row = compare.read("seeds", same)
-    half = np.hypot((student.high - student.low) / 2, 0.02)
-    assert (row.low, row.high) == pytest.approx((0.84 - half, 0.84 + half))
+
+
+def test_several_runs_on_one_test_know_no_more_of_it_than_one(make_run):
+    low, high = wilson_interval(355 / 360, 360)
+    results = {"pictures": {"test": "x"}, "test": {"accuracy": 355 / 360, "count": 360}}
+    results["test"] |= {"accuracy_low": low, "accuracy_high": high}
+    same = [make_run(f"seed{i}", 0.5, split="val", **results) for i in range(3)]
+    one, three = compare.read("one", same[:1]), compare.read("three", same)
+    assert (three.low, three.high) == pytest.approx((one.low, one.high))
+    worse = results["test"] | {"accuracy": 350 / 360}
+    other = make_run("other", 0.5, split="val", **results | {"test": worse})
+    assert compare.read("mixed", [*same, other]).low < one.low - 0.005
+
+
+def test_the_curve_of_runs_of_other_lengths(make_run, tmp_path):
+    """Folds differ by a picture, and so their steps: the k-th validation of each is the k-th."""
+    workdirs = [make_run(f"fold{i}", 0.3 + 0.3 * i, split="val") for i in range(2)]
+    path = tmp_path / "fold1" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    shifted = [line | {"step": line["step"] + 2} for line in lines]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in shifted))
+    curve = compare.read("folds", workdirs).curve
+    assert [step for step, _ in curve] == [11, 21, 31]
+    assert [value for _, value in curve] == pytest.approx([0.15, 0.3, 0.45])
 
 
 def test_the_figure_shows_each_run(tmp_path, make_run):

@@ -274,6 +274,39 @@ def test_a_family_without_a_converter(tmp_path):
         convert.save_hf(tmp_path / "out", {}, {}, model_name="cnn")
 
 
+@pytest.mark.parametrize("name", ["dinov2", "dinov2, registers"])
+def test_dinov2_is_of_the_size_that_its_preprocessor_makes(tmp_path, name):
+    """Its positions are resized as transformers does with each picture."""
+    model = hf_model(name)
+    model.save_pretrained(tmp_path)
+    processor = {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
+    processor |= {"size": {"shortest_edge": 10}, "image_processor_type": "BitImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    loaded = convert.load(tmp_path)
+    assert loaded.architecture["image_size"] == (8, 8) and loaded.image["crop_pct"] == 0.8
+    image = pictures(loaded)
+    expected = torch_output(model, image)
+    np.testing.assert_allclose(our_output(loaded, image), expected, atol=1e-5, rtol=1e-5)
+    assert convert.load(tmp_path, image_size=16).architecture["image_size"] == (16, 16)
+
+
+def test_timm_names_of_dinov2_with_registers(tmp_path):
+    """Its class token has no position, or has it in itself."""
+    tensors = timm_names(hf_model("dinov2, registers, features", **WIDE))
+    positions = tensors["pos_embed"]
+    own = {name: x for name, x in tensors.items() if name != "register_tokens"}
+    own["reg_token"] = tensors["register_tokens"]
+    own["cls_token"] = tensors["cls_token"] + positions[:, :1]
+    own["pos_embed"] = np.ascontiguousarray(positions[:, 1:])
+    outputs = []
+    for name, state in (("original", tensors), ("timm", own)):
+        safetensors.numpy.save_file(state, tmp_path / f"{name}.safetensors")
+        loaded = convert.load(tmp_path / f"{name}.safetensors")
+        assert loaded.architecture["num_register_tokens"] == 3
+        outputs.append(our_output(loaded, pictures(loaded)))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
 def test_swiglu_is_refused(tmp_path):
     hf_model("dinov2", use_swiglu_ffn=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_swiglu_ffn .of the giant DINOv2. is not read"):
@@ -399,7 +432,8 @@ def test_norm_of_the_mean_and_a_decoder_in_names_of_timm(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reg_token": (1, 4, 128)}, "unexpected: reg_token"),
+        ({"reg_token": (1, 4, 128)}, "wrong shape: pos_embed"),
+        ({"pos_embed_extra": (1, 4, 128)}, "unexpected: pos_embed_extra"),
         ({"pos_embed": (1, 16, 128)}, "wrong shape: pos_embed"),
         ({"pos_embed": (16,)}, "the architecture is read off"),
     ],

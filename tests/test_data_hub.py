@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from beit_jax import train
+from beit_jax import knn, train
 from beit_jax.data import __main__ as command
 from beit_jax.data import hub, images, sources
 from beit_jax.data.source import check
-from configs import image_folder, linear_probe, pretrain
+from configs import image_folder, linear_probe, pretrain, quickstart
 
 datasets = pytest.importorskip("datasets")
 
@@ -164,6 +164,52 @@ def test_missing_labels_and_pictures(tmp_path):
             source[row[number]]
     with pytest.raises(images.BadImageError, match="the file is empty"):
         source[row[0]]
+
+
+def test_a_split_without_labels_is_told_before_the_run(tmp_path):
+    blind = table(6).remove_columns("label").add_column("label", [-1] * 6)
+    blind = blind.cast_column("label", datasets.ClassLabel(names=NAMES))
+    datasets.DatasetDict(train=table(30), test=blind).save_to_disk(tmp_path / "data")
+    config = image_folder.get_config(f"hf:{tmp_path / 'data'},scratch")
+    config.data.test, config.compile_cache = "test", ""
+    with pytest.raises(ValueError, match="'test' of hf:.* has 6 pictures without the label"):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_several_configs_are_told(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        table(6).to_parquet(tmp_path / "data" / name / "train.parquet")
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}/*.parquet\n" for n in ("one", "two"))
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    name = f"hf:{tmp_path / 'data'}"
+    with pytest.raises(ValueError, match=f"several: write {name}:CONFIG.(.|\n)*'one', 'two'"):
+        sources.get_source(name, data_dir=tmp_path / "cache")
+    assert len(sources.get_source(f"{name}:two", data_dir=tmp_path / "cache")) == 6
+
+
+def test_splits_that_number_classes_differently_do_not_vote(tmp_path, train_digits, capsys):
+    reversed_ = table(6).cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))
+    datasets.DatasetDict(train=table(30), test=reversed_).save_to_disk(tmp_path / "data")
+    arguments = ["--checkpoint", str(train_digits), "--data", f"hf:{tmp_path / 'data'}"]
+    assert knn.main([*arguments, "--k", "1"]) == 2
+    assert "The splits differ in their classes: train has" in capsys.readouterr().err
+    assert knn.main([*arguments, "--k", "1", "--test", "train[:50%]"]) == 0
+    out = capsys.readouterr().out
+    assert "15 pictures are their own neighbours: train[:50%] shares them." in out
+    assert "layer  0  accuracy 1.0000" in out
+
+
+@pytest.fixture(scope="module")
+def train_digits(tmp_path_factory):
+    """A run of a tiny network."""
+    path = tmp_path_factory.mktemp("run")
+    config = quickstart.get_config()
+    config.update(total_steps=1, compile_cache="", tensorboard=False)
+    config.optim.warmup, config.data.val, config.data.test = "0", "", "test[:10]"
+    train.run(config, str(path))
+    return path
 
 
 def test_a_missing_file_is_told(tmp_path, picture_folder):

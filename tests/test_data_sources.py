@@ -287,6 +287,9 @@ def test_csv_with_numbers_splits_and_classes(tmp_path):
     assert sorted(labels(sources.get_source(name, "train", class_names=names))) == [0, 10]
     with pytest.raises(ValueError, match="the classes 10 that are not among the 10 expected"):
         sources.get_source(name, "train", class_names=names[:10])
+    decimal = [str(i) for i in range(1, 11)]  # of which 0 is none, and 1 is not the second
+    with pytest.raises(ValueError, match="the classes 0 that are not among the 10 expected"):
+        sources.get_source(name, "train", class_names=decimal)
     unlabelled = write_csv(tmp_path / "list.csv", "image", "0.png")
     assert sources.get_source(unlabelled)[0].keys() == {"image"}
 
@@ -350,6 +353,23 @@ def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
     inputs.open_splits(config, sharding.make_mesh())
     message = "config.data.val 'train[1:]' has 1 pictures of config.data.train 'train[:2]', which"
     assert any(text.startswith(message) for text in caplog.messages)
+    with caplog.at_level("INFO"):
+        inputs.open_splits(config, sharding.make_mesh())
+    assert f"folder:{tmp_path} has splits that are not used: val, test." in caplog.messages
+
+
+def test_shared_pictures_of_folds_are_counted():
+    pool, test = (sources.get_source("digits", split) for split in ("train", "train[:100]"))
+    outside, inside = stratified_fold(pool, 0, 5)
+    shared = [part.shared_with(test) for part in (pool, outside, inside)]
+    assert shared[0] == 100 == shared[1] + shared[2] and 0 < shared[2] < 40
+    assert sources.get_source("digits", "test").shared_with(pool) == 0
+    assert outside.shared_with(inside) == 0
+
+
+def test_class_folders_with_names_of_splits_are_classes(tmp_path):
+    class_folders(tmp_path, {"control": 3, "test": 3})
+    assert _shared.own_splits(f"folder:{tmp_path}") is None
 
 
 def test_files_that_are_not_read_are_told(tmp_path, caplog):

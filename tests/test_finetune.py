@@ -14,7 +14,7 @@ from flax import traverse_util
 from PIL import Image
 
 from beit_jax import checkpoint, convert, fileio, predict, pretrained, report, train
-from configs import image_folder
+from configs import image_folder, lora
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -145,6 +145,8 @@ def test_what_is_trained_is_an_argument(how, expected):
 
 def test_misspelt_arguments_are_told(tmp_path):
     """Beside a folder that is there; what is no folder may have commas."""
+    with pytest.raises(ValueError, match="After hf:a/b may follow nothing; got 'test' beside"):
+        lora.get_config("hf:a/b,test")
     with pytest.raises(ValueError, match=f"After {tmp_path} may follow one of lora, .* got 'Lora'"):
         image_folder.get_config(f"{tmp_path},Lora")
     (tmp_path / "a").mkdir()

@@ -197,6 +197,8 @@ def test_tokens_are_drawn_where_masked(tokenizer, config, image, masks):
     changed = layers.patchify(jnp.abs(picture - original), 2).max(-1) > 1e-3
     assert not (changed & ~masking.to_bool(masks.index, N)).any()
     assert changed.any()
+    own = objective.detokenize(objective.frozen, target)
+    np.testing.assert_allclose(own, original, atol=1e-5)
 
 
 def test_weight_leaves_patches_out(tokenizer, config, image, masks):

@@ -38,6 +38,9 @@ MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_ja
     "vit": "vit",
     "vit_mae": "vit",
 }
+# whose positions transformers resizes to the pictures that come, and how; those of DINOv2 are for
+# 518 pixels, and its preprocessor makes 224
+_RESIZED = {"dinov2": "hf", "dinov2_with_registers": "timm"}
 _OF_BEIT = re.compile(r"q_bias|gamma_1|relative_position")  # and of no ViT, in timm's names
 
 
@@ -72,7 +75,8 @@ def load(
     reset: Iterable[str] = (),
     **overrides: Any,
 ) -> Checkpoint:
-    """Reads a checkpoint, in the architecture and resolution that it has.
+    """Reads a checkpoint, in the architecture and resolution that it has; DINOv2 at the resolution
+    that its preprocessor makes.
 
     A pretraining checkpoint for fine-tuning on 10 classes:
 
@@ -98,6 +102,10 @@ def load(
     family = modules.load("convert", model_name)
     architecture = family.architecture_of(tensors, config, **overrides)
     params, unfilled = family.to_params(tensors, architecture, drop=drop, reset=reset, label=label)
+    if "image_size" not in overrides and (config or {}).get("model_type") in _RESIZED:
+        method = _RESIZED[config["model_type"]]
+        size = preprocessor.seen_size(processor or {}) or architecture["image_size"]
+        params, architecture = _resized(model_name, params, architecture, size, method)
     return Checkpoint(
         params=params,
         architecture=architecture,
@@ -109,6 +117,14 @@ def load(
         unfilled=unfilled,
         model_name=model_name,
     )
+
+
+def _resized(model_name, params, architecture, size, method):
+    """Parameters and architecture for pictures of another size."""
+    network = modules.load("models", model_name)
+    new = {**architecture, "image_size": size}
+    old_config, new_config = (network.Model(**a).config for a in (architecture, new))
+    return network.adapt_params(params, old_config, new_config, method), new
 
 
 def save_hf(

@@ -87,6 +87,14 @@ def to_hf(image: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str
     }
 
 
+def seen_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of what a preprocessor_config.json cuts out; None where it does not."""
+    size = config.get("crop_size")
+    if not config.get("do_center_crop", False) or size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
+
+
 def from_timm(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Reads the `pretrained_cfg` of timm's config.json; None where there is none."""
     config = config.get("pretrained_cfg")

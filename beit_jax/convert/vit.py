@@ -121,6 +121,7 @@ def to_params(
     Raises:
       ValueError: listing all that does not fit.
     """
+    tensors = _as_the_original(tensors)
     table = _TIMM if _is_timm(tensors) else _DINOV2 if _is_dinov2(architecture) else _HF
     left_out = _DECODER if table is _TIMM else _MASK_TOKEN
     tensors = {name: x for name, x in tensors.items() if not left_out.fullmatch(name)}
@@ -250,8 +251,19 @@ def _is_timm(names: Iterable[str]) -> bool:
     return "patch_embed.proj.weight" in names
 
 
+def _as_the_original(tensors: Tensors) -> Tensors:
+    """timm's DINOv2 with registers under the original's names: its class token has no position, or
+    that in it already."""
+    if "reg_token" not in tensors or np.ndim(tensors.get("pos_embed")) != 3:
+        return tensors
+    own = {name: x for name, x in tensors.items() if name != "reg_token"}
+    blank = np.zeros_like(tensors["pos_embed"][:, :1])
+    positions = np.concatenate([blank, tensors["pos_embed"]], 1)
+    return {**own, "register_tokens": tensors["reg_token"], "pos_embed": positions}
+
+
 def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in _as_the_original(tensors).items()}
     sizes = hf_config.block_sizes(shapes)
     hidden_size, patch_size = sizes["hidden_size"], sizes["patch_size"]
     if len(shapes.get("pos_embed", ())) != 3:

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", help=", ".join(sources.NAMES))
-    parser.add_argument("--data-dir", help="of TFDS; default: $TFDS_DATA_DIR, or TFDS's own")
+    parser.add_argument("--data-dir", help="of tfds, the cache of hf, or where folder:PATH starts")
     parser.add_argument("--split", default="all", help="in the syntax of TFDS; default: all")
     parser.add_argument(
         "--unlabelled", action="store_true", help="pictures at any depth, no labels"

@@ -13,14 +13,14 @@ class ArraySource(Source):
         self._image = image
 
     def fetch(self, indices):
-        return [Record(self._image[i], self.label(i)) for i in indices]
+        return [Record(self._image[i], self._label(i)) for i in indices]
 
     def _image_shape(self):
         return (*self._image.shape[1:3], 3)
 
     def _identity(self):
         yield self._image.tobytes()
-        yield [self.label(i) for i in range(len(self))]
+        yield [self._label(i) for i in range(len(self))]
 
 
 def open_source(split: str, *, labelled: bool, on_bad_image: str) -> ArraySource:

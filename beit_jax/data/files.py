@@ -21,12 +21,12 @@ class FileSource(Source):
         return str(self._root / self._ids[index])
 
     def fetch(self, indices):
-        return [Record(self._root / self._ids[i], self.label(i)) for i in indices]
+        return [Record(self._root / self._ids[i], self._label(i)) for i in indices]
 
     def _identity(self):
         for index, id in enumerate(self._ids):
             size = self.size_of(self._root / id, index)
-            yield unicodedata.normalize("NFC", id), self.label(index), size
+            yield unicodedata.normalize("NFC", id), self._label(index), size
 
 
 def open_source(

@@ -266,7 +266,8 @@ def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[st
             raise ValueError(f"{where}: label {count - 1} cannot be a class number")
         class_names = [str(i) for i in range(count)]
     number = {name: i for i, name in enumerate(class_names)}
-    if digits and not found <= number.keys():
+    has_numbers = any(name.isdecimal() for name in class_names)  # which labels would be names
+    if digits and not has_numbers:
         number = {label: int(label) for label in found if int(label) < len(class_names)}
     if unknown := sorted(found - number.keys()):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Data sets of HuggingFace's `datasets`: on the Hub, or in a directory of files or of its own."""
 
 import functools
+import logging
 import os
 import pathlib
 
@@ -23,7 +24,7 @@ class HubSource(Source):
     def fetch(self, indices):
         (column,) = self._pictures[[int(i) for i in indices]].values()
         rows = zip(indices, map(_encoded, column), strict=True)
-        return [Record(picture, self.label(i)) for i, picture in rows]
+        return [Record(picture, self._label(i)) for i, picture in rows]
 
     def _identity(self):
         yield self.class_names
@@ -31,7 +32,7 @@ class HubSource(Source):
             if size == _UNKNOWN:  # a file beside the table, or nothing
                 picture = self.fetch([index])[0].image
                 size = self.size_of(picture, index) if picture else 0
-            yield self.label(index), size
+            yield self._label(index), size
 
 
 def _encoded(picture):
@@ -71,6 +72,8 @@ def open_source(
                 "makes some of them, and its save_to_disk a directory for hf:DIRECTORY"
             )
         label = find_column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
+        if label is None and sum(type(x).__name__ == "ClassLabel" for x in features.values()) > 1:
+            logging.warning("%s has several labels: its order is not that of any of them.", name)
         own_labels, own_lengths = _read(_undecoded(table, image), image, label)
         chosen = balanced_order([f"{key}[{i}]" for i in range(len(table))], own_labels)[list(part)]
         ids += [f"{name} {key}[{row}]" for row in chosen]
@@ -105,7 +108,8 @@ def _undecoded(table, image_key):
 
 
 def _read(table, image_key, label_key):
-    """The labels of all rows, or None, and the bytes of their pictures, int [N]; -1: unknown."""
+    """The labels of all rows, or None, and the bytes of their pictures, int [N]; -1 is a label or
+    picture that is not there, or a picture that is in a file of its own."""
     import pyarrow.compute as pc
 
     columns = [key for key in (image_key, label_key) if key]
@@ -134,10 +138,13 @@ def _tables(name, cache_dir):
         else:
             tables = datasets.load_dataset(path, config or None, cache_dir=cache_dir)
     except Exception as error:  # of many kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip() or type(error).__name__
+        if "Config name is missing" in reason:
+            raise ValueError(f"hf:{name} is several: write hf:{name}:CONFIG. {reason}") from error
+        first = reason.splitlines()[0].rstrip(".")
         raise FileNotFoundError(
-            f"hf:{name}: {reason}. Expected a data set of the Hub, for whose first use the network "
-            "is needed, or a directory of pictures, parquet files or save_to_disk."
+            f"hf:{name}: {first}. Expected a data set of the Hub, for which the network is needed "
+            "once, or a directory of pictures, parquet files or save_to_disk."
         ) from error
     if isinstance(tables, datasets.Dataset):
         tables = {"train": tables}

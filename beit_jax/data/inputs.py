@@ -72,7 +72,21 @@ def _open(config, names, class_names):
         fold = stratified_fold(pool, config.fold, config.folds)
         found = dict(zip(("train", "val"), fold, strict=True))
     found |= {name: source(config[name]) for name in names if config[name] and name not in found}
+    for name, source in found.items():
+        if source.class_names is not None and source.knows_labels:
+            _check_labels(name, source)
     return {name: found[name] for name in names if name in found}
+
+
+def _check_labels(name, source):
+    """Raises ValueError where a picture has no label, or one of no class."""
+    labels = source.labels()
+    missing = int(((labels < 0) | (labels >= len(source.class_names))).sum())
+    if missing:
+        raise ValueError(
+            f"config.data.{name} {source.split!r} of {source.name} has {missing} pictures without "
+            f"the label of a class: choose another split, or none by --config.data.{name}="
+        )
 
 
 def _tell(found, config):

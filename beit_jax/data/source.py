@@ -101,8 +101,8 @@ class Source:
         """All labels, int [N], without a look at the pictures; None without labels."""
         return self._labels
 
-    def label(self, index: int) -> int | None:
-        """The label of an example; None without labels."""
+    def _label(self, index):
+        """The label of an example, where all are known at once; None without labels."""
         return None if self._labels is None else int(self._labels[index])
 
     def decode(
@@ -142,12 +142,13 @@ class Source:
 
     def shared_with(self, other: "Source") -> int:
         """How many examples are in another split of the same data set too."""
-        return sum(
-            len(range(max(a.start, b.start), min(a.stop, b.stop)))
-            for split, a in self.parts
-            for other_split, b in other.parts
-            if split == other_split
-        )
+        return np.intersect1d(self._places(), other._places()).size
+
+    def _places(self) -> np.ndarray:
+        """A number for each example that no other of the data set has, int64 [N]."""
+        starts = {split: i << 40 for i, split in enumerate(self.splits)}
+        places = (starts[split] + np.arange(r.start, r.stop, r.step) for split, r in self.parts)
+        return np.concatenate(list(places))
 
     def none_left(self) -> ValueError:
         """The error to raise where not one picture can be decoded."""
@@ -230,6 +231,9 @@ class Subset(Source):
     def labels(self):
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
+
+    def _places(self):
+        return self._source._places()[self._indices]
 
     def _image_shape(self):
         return self._source.info.image_shape

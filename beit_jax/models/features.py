@@ -90,11 +90,14 @@ def rollout(maps: Sequence[jax.Array]) -> jax.Array:
 def seen_patches(config, weights: jax.Array) -> jax.Array:
     """The share of each patch in what a network's head reads, [..., h, w], of weights [..., T, T].
 
-    It reads the class token, and DeiT's distillation token, or the mean of all patches.
+    It reads the class token, and DeiT's distillation token, or the mean of all patches, or both.
     """
     prefix = config.num_prefix
-    rows = slice(prefix, None) if config.use_mean_pooling else slice(config.num_read)
-    seen = weights[..., rows, prefix:].mean(-2)
+    of_tokens = weights[..., : config.num_read, prefix:].mean(-2)
+    of_patches = weights[..., prefix:, prefix:].mean(-2)
+    seen = of_patches if config.use_mean_pooling else of_tokens
+    if getattr(config, "use_class_and_mean", False):
+        seen = (of_tokens + of_patches) / 2
     return seen.reshape(*seen.shape[:-1], *config.grid)
 
 

@@ -192,8 +192,8 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
 
 def make_reconstruction(info, objective: Objective, size, resized: bool):
     """Returns f(params, frozen, batch, rows of the bank [B]) -> {caption: pictures
-    uint8 [B, h, w, C]}: as the model sees them, masked, and predicted, the masked patches or the
-    tokens of masked patches; and those that the tokens without a mask would give."""
+    uint8 [B, h, w, C]}: as the model sees them, masked, and with the masked patches predicted. Of
+    visual tokens, which the tokenizer draws, also with its own for all patches."""
 
     @jax.jit
     def pictures(params, frozen, batch, rows):
