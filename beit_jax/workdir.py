@@ -132,7 +132,7 @@ def _check_config(workdir, config, allow_change):
         )
     if stored is not None and (_has_begun(workdir) or _is_measured(workdir)):
         _compare(workdir, _flatten(stored), _flatten(config), allow_change)
-    elif not os.path.exists(path):
+    elif stored is None:
         entries = os.scandir(workdir)
         others = [e.name for e in entries if e.name == "model.json" or e.is_dir()]
         if others:

@@ -122,13 +122,13 @@ def to_params(
       ValueError: listing all that does not fit.
     """
     tensors = _as_the_original(tensors)
-    table = _TIMM if _is_timm(tensors) else _DINOV2 if _is_dinov2(architecture) else _HF
-    left_out = _DECODER if table is _TIMM else _MASK_TOKEN
+    is_timm = _is_timm(tensors)
+    left_out = _DECODER if is_timm else _MASK_TOKEN
     tensors = {name: x for name, x in tensors.items() if not left_out.fullmatch(name)}
     found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
     flat, unfilled = rules.to_params(
         tensors,
-        _rules(architecture, next(found, ""), table),
+        _rules(architecture, next(found, ""), is_timm=is_timm),
         hf_config.parameter_shapes(vit.Model(**architecture)),
         drop=(*([drop] if isinstance(drop, str) else drop), "decoder"),
         reset=reset,
@@ -148,13 +148,12 @@ def to_hf(
     model = vit.Model(**architecture)
     model_type = model_type or _model_type(model.config)
     prefix = "" if model.config.head == "none" else _PREFIXES[model_type]
-    is_dinov2 = _is_dinov2(architecture)
     tensors = rules.to_tensors(
         traverse_util.flatten_dict(params, sep="/"),
-        _rules(architecture, prefix, _DINOV2 if is_dinov2 else _HF),
+        _rules(architecture, prefix),
         hf_config.parameter_shapes(model),
     )
-    if is_dinov2:  # wants one, which only masked pictures would use
+    if _is_dinov2(architecture):  # wants one, which only masked pictures would use
         shape = (1, model.config.hidden_size)
         tensors[f"{prefix}embeddings.mask_token"] = np.zeros(shape, np.float32)
     return tensors
@@ -317,7 +316,8 @@ def _is_dinov2(architecture) -> bool:
     return bool(architecture.get("layer_scale_init_value"))
 
 
-def _rules(architecture, prefix, table):
+def _rules(architecture, prefix, *, is_timm=False):
+    table = _TIMM if is_timm else _DINOV2 if _is_dinov2(architecture) else _HF
     head = _head(architecture.get("use_distillation_classifier", False))
     num_layers = vit.Model(**architecture).config.num_hidden_layers
     return rules.expand(table, num_layers, prefix=prefix, head=head)

@@ -59,6 +59,9 @@ def open_source(
     The rows of each split are first put into a fixed order with the classes mixed evenly.
     """
     tables = _tables(name.removeprefix("hf:"), cache_dir and str(cache_dir))
+    import datasets  # only now: where it is not installed, that was told
+
+    undecoded = datasets.Image(decode=False)
     sizes = {key: len(table) for key, table in tables.items()}
     ids, pictures, labels, lengths, classes = [], [], [], [], {}
     parts = select(split, sizes, name)
@@ -74,10 +77,11 @@ def open_source(
         label = find_column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
         if label is None and sum(type(x).__name__ == "ClassLabel" for x in features.values()) > 1:
             logging.warning("%s has several labels: its order is not that of any of them.", name)
-        own_labels, own_lengths = _read(_undecoded(table, image), image, label)
+        table = table.cast_column(image, undecoded)
+        own_labels, own_lengths = _read(table, image, label)
         chosen = balanced_order([f"{key}[{i}]" for i in range(len(table))], own_labels)[list(part)]
         ids += [f"{name} {key}[{row}]" for row in chosen]
-        pictures.append(_undecoded(table, image).select_columns(image).select(chosen))
+        pictures.append(table.select_columns(image).select(chosen))
         lengths.append(own_lengths[chosen])
         if labelled:
             labels.append(own_labels[chosen])
@@ -85,8 +89,6 @@ def open_source(
     if len(set(classes.values())) > 1:
         told = "; ".join(f"{key} has {', '.join(names)}" for key, names in classes.items())
         raise ValueError(f"split={split!r} of {name} has no one list of classes: {told}")
-    import datasets
-
     return HubSource(
         name,
         split,
@@ -99,12 +101,6 @@ def open_source(
         parts=parts,
         splits=sizes,
     )
-
-
-def _undecoded(table, image_key):
-    import datasets
-
-    return table.cast_column(image_key, datasets.Image(decode=False))
 
 
 def _read(table, image_key, label_key):
