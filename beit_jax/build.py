@@ -10,7 +10,7 @@ import numpy as np
 
 from beit_jax import checkpoint, lora, modules, optim, pretrained, sharding
 from beit_jax import state as states
-from beit_jax.models import layers
+from beit_jax.models import attention, layers
 from beit_jax.steps import to_steps
 from beit_jax.tasks.task import Data
 
@@ -119,10 +119,10 @@ def check(config) -> None:
     for key in ("label_smoothing", "ema_decay"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"config.{key} is {config[key]}; expected 0 <= {key} < 1.")
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    if config.model.attention in attention.FUSED and jax.default_backend() != "gpu":
         raise ValueError(
-            "config.model.attention is 'cudnn', which needs an NVIDIA GPU, and this is a "
-            f"{jax.default_backend()}; expected auto, xla or plain."
+            f"config.model.attention is {config.model.attention!r}, which needs a GPU, and this is "
+            f"a {jax.default_backend()}; expected auto, xla or plain."
         )
 
 
@@ -298,6 +298,6 @@ def memory_of(compiled) -> int:
     return together - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
-def cudnn_kernels_of(compiled) -> int:
-    """How many kernels of a compiled step are cuDNN's attention, forward and backward."""
-    return (compiled.as_text() or "").count('target="__cudnn$fmha')
+def attention_kernels_of(compiled) -> int:
+    """How many kernels of a compiled step are fused attention, forward and backward."""
+    return len(re.findall(attention.FUSED_CALLS, compiled.as_text() or ""))

@@ -97,7 +97,7 @@ def make_step(*args, **kwargs) -> Step:
         return {
             "memory_bytes": build.memory_of(compiled),
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-            "cudnn_attention": build.cudnn_kernels_of(compiled),
+            "attention_kernels": build.attention_kernels_of(compiled),
         }
 
     return Step(run, number, tell)
@@ -117,7 +117,15 @@ def _lora(kind, config, start, target):
     def keep_classifier(params):  # what a user's fine-tuning resets
         return {**fitted(params), "classifier": start.params["classifier"]}
 
-    return lora.wrap(task._replace(start=keep_classifier), config, "random"), batch
+    task = lora.wrap(task._replace(start=keep_classifier), config, "random")
+    fitted_too = task.start
+
+    def start_at_zero(params):  # with nothing added yet
+        return jax.tree.map_with_path(
+            lambda path, x: 0 * x if path[-1].key == "b" else x, fitted_too(params)
+        )
+
+    return task._replace(start=start_at_zero), batch
 
 
 def _mim(kind, config, start, target):
@@ -142,8 +150,8 @@ def _random_tokenizer(directory, info):
     grid = info.architecture["image_size"][0] // info.architecture["patch_size"]
     fields = {"image_size": 8 * grid, "vocab_size": info.architecture["vocab_size"]}
     model = dvae.Model(**fields)
-    image = jnp.zeros((1, 8 * grid, 8 * grid, 3))
-    params = jax.jit(model.init)(jax.random.key(SEED), image)["params"]
+    image = jax.ShapeDtypeStruct((1, 8 * grid, 8 * grid, 3), jnp.float32)
+    params = _draw(jax.eval_shape(model.init, jax.random.key(SEED), image)["params"])
     fields |= {"num_groups": 4}
     with checkpoint.Checkpointer(directory) as saver:
         saver.save(0, {"params": params, "step": jnp.zeros(())})
@@ -155,8 +163,14 @@ def _random_tokenizer(directory, info):
 _MAKE = {"training": _classify, "lora": _lora, "mim": _mim}
 
 
+def _draw(shapes):
+    """Parameters by NumPy, which has nothing to compile."""
+    rng = np.random.default_rng(SEED)
+    return jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
+
+
 def _train(task, batch):
-    params = task.start(jax.device_get(jax.jit(task.init)(jax.random.key(SEED))[0]))
+    params = task.start(_draw(jax.eval_shape(task.init, jax.random.key(SEED))[0]))
     schedule = optim.make_schedule("constant", learning_rate=1e-4, total_steps=1000)
     tx, schedule = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0

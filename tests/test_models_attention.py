@@ -137,7 +137,7 @@ def test_plain_drops_probabilities():
 
 def test_names():
     for family in (beit, vit):
-        with pytest.raises(ValueError, match="one of auto, plain, xla, cudnn, got 'flash'"):
+        with pytest.raises(ValueError, match="one of auto, plain, xla, cudnn, pallas, got 'flash'"):
             family.Model(attention="flash")
 
 
@@ -151,7 +151,7 @@ def kernel_on_cpu(monkeypatch):
         assert implementation == "cudnn" and query.shape == key.shape == value.shape
         assert tokens % 2 == 0
         if (bias := masks.get("bias")) is not None:
-            assert bias.shape == (1, heads, tokens, tokens) and bias.dtype == jnp.float32
+            assert bias.shape == (1, heads, tokens, tokens) and bias.dtype == query.dtype
         calls.append(tokens)
         return attend(query, key, value, scale=scale, implementation="xla", **masks)
 

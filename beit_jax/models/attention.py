@@ -1,10 +1,11 @@
-"""Softmax attention with a learned bias, in three implementations of one function.
+"""Softmax attention with a learned bias, in four implementations of one function.
 
 `plain` is the definition; `xla` the same with a gradient that is faster and holds fewer residuals;
-`cudnn` NVIDIA's fused kernel. Shapes: query, key, value [B, T, H, K], bias [H, T, T] or None,
+`cudnn` NVIDIA's fused kernel; `pallas` our own, see `models/flash.py`. Shapes: query, key, value [B, T, H, K], bias [H, T, T] or None,
 result [B, T, H, K]; `plain` takes any leading axes, [..., T, H, K], and a bias that broadcasts.
 """
 
+import concurrent.futures
 import functools
 import logging
 import os
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from beit_jax.models import flash
 
 MASKED = -1e9
 _DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
@@ -102,23 +105,25 @@ def cudnn(query, key, value, bias):
     """cuDNN's fused attention, forward and backward with the gradient of the bias; for bfloat16 or
     float16.
 
-    The kernel wants an even number of tokens for a gradient: they are padded here, unless the
-    network has done so for all its layers, see `pad_tokens`.
+    The bias is rounded to that type: of a float32 one the kernel returns a gradient that is wrong
+    (cuDNN 9.19 as XLA calls it, on an H200). The kernel wants an even number of tokens for a
+    gradient: they are padded here, unless the network has done so for all its layers, see
+    `pad_tokens`.
     """
     options = dict(scale=query.shape[-1] ** -0.5, implementation="cudnn")
     batch, tokens = query.shape[:2]
     query, key, value = (pad_tokens(x) for x in (query, key, value))
     if bias is not None:
-        options["bias"] = mask_padding(bias, query.shape[1]).astype(jnp.float32)[None]
+        options["bias"] = mask_padding(bias, query.shape[1]).astype(query.dtype)[None]
     elif query.shape[1] > tokens:
         options["key_value_seq_lengths"] = jnp.full(batch, tokens, jnp.int32)
     return jax.nn.dot_product_attention(query, key, value, **options)[:, :tokens]
 
 
 def saves_kernel(primitive, *_, **__) -> bool:
-    """Policy of `jax.checkpoint` for what leads to `cudnn`: its results are kept for the backward
-    pass, and all else, such as the bias, made again."""
-    return "dot_product_attention" in primitive.name
+    """Policy of `jax.checkpoint` for what leads to a fused kernel: its results are kept for the
+    backward pass, and all else, such as the bias, made again."""
+    return any(name in primitive.name for name in ("dot_product_attention", "custom_partitioning"))
 
 
 def pad_tokens(x):
@@ -135,60 +140,84 @@ def mask_padding(bias, tokens: int):
     return jnp.pad(bias, ((0, 0), (0, padding), (0, 0)))
 
 
-IMPLEMENTATIONS = {"plain": plain, "xla": xla, "cudnn": cudnn}
+pallas = flash.attend
+IMPLEMENTATIONS = {"plain": plain, "xla": xla, "cudnn": cudnn, "pallas": pallas}
+FUSED = {"pallas": pallas, "cudnn": cudnn}  # kernels for GPUs, the faster first
+FUSED_CALLS = r'target="(__cudnn\$fmha|__gpu\$xla.gpu.triton")'  # of a compiled program
 
 
 @functools.cache
 def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> str:
     """What "auto" stands for; other names stay.
 
-    It is "cudnn" in bfloat16 on GPUs where a trial of these sizes, forward and backward, gives the
-    numbers of `plain`, and "xla" elsewhere; also where XLA_FLAGS ask for determinism, which the
-    kernel's gradient of a bias has not. The trial takes a few seconds, once in a process for each
-    size, and splits a batch over the GPUs of the process, as a step does; what came of it is
-    logged.
+    It is "xla", but in bfloat16 on GPUs the first of `FUSED` that in a trial of these sizes,
+    forward and backward, gives the right numbers. Where XLA_FLAGS ask for determinism, "cudnn" is
+    left out, whose gradient of a bias has none. A trial takes a second or two, once in a process
+    for each size, and splits a batch over the GPUs of the process, as a step does; what came of it
+    is logged.
     """
     if name != "auto":
         return name
     if jax.default_backend() != "gpu" or dtype != "bfloat16":
         return "xla"
-    if re.search(_DETERMINISTIC, os.environ.get("XLA_FLAGS", "")):
-        return "xla"
-    try:
-        with jax.ensure_compile_time_eval():  # a network asks while it is traced
-            error = _trial(tokens, head_dim, biased)
-    except jax.errors.JAXTypeError:  # a mistake of ours
-        raise
-    except Exception as exception:  # no cuDNN, an old one, another maker's GPU, sizes it lacks
-        reason = f"{type(exception).__name__}: {(str(exception).splitlines() or [''])[0][:200]}"
-    else:
-        if error <= TRIAL_TOLERANCE:
-            logging.info("Attention is computed by cuDNN.")
-            return "cudnn"
-        reason = f"its results are {error:.2g} of the largest off"
-    logging.warning("Attention is computed by XLA, cuDNN's is of no use here: %s", reason)
+    reasons = []
+    for kernel in FUSED:
+        if kernel == "cudnn" and re.search(_DETERMINISTIC, os.environ.get("XLA_FLAGS", "")):
+            continue
+        try:
+            # a network asks while it is traced, which a thread of its own knows nothing of
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                arguments = FUSED[kernel], tokens, head_dim, biased
+                error = thread.submit(_trial, *arguments).result()
+        except jax.errors.JAXTypeError:  # a mistake of ours
+            raise
+        except Exception as exception:  # an old GPU, another maker's, sizes it lacks, no cuDNN
+            reason = (str(exception).splitlines() or [""])[0][:200]
+            reasons.append(f"{kernel}: {type(exception).__name__}: {reason}")
+        else:
+            if error <= TRIAL_TOLERANCE:
+                logging.info("Attention is computed by %s.", " not by ".join([kernel, *reasons]))
+                return kernel
+            reasons.append(f"{kernel}: its results are {error:.2g} of the largest off")
+    logging.warning("Attention is computed by XLA, which is slow here: %s", "; ".join(reasons))
     return "xla"
 
 
-def _trial(tokens, head_dim, biased):
-    """How far `cudnn` in bfloat16 is from `plain` in float32, in its output and gradients, of the
-    largest number of each. All logits are low: padding that is not masked would outweigh them."""
+def _trial(kernel, tokens, head_dim, biased):
+    """How far a kernel in bfloat16 is from the exact output and gradients, of the largest number of
+    each. All logits are low: padding that is not masked would outweigh them."""
     rng, devices = np.random.default_rng(0), jax.local_devices()
     arrays = rng.standard_normal((4, 2 * len(devices), tokens, 2, head_dim))
     arrays += np.reshape([1, -1, 0, 0], (4, 1, 1, 1, 1))  # query, key, value, gradient
+    arrays = list(arrays.astype(jnp.bfloat16))
     mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
-    *inputs, gradient = jax.device_put(list(arrays.astype(jnp.bfloat16)), split)
-    bias = rng.standard_normal((2, tokens, tokens)).astype(np.float32)
-    bias = jax.device_put(bias, everywhere)
+    *given, gradient = jax.device_put(arrays, split)
+    bias = rng.standard_normal((2, tokens, tokens)).astype(jnp.bfloat16).astype(np.float32)
+    if biased:
+        given.append(jax.device_put(bias, everywhere))
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def results(attend, dtype):
-        given = [x.astype(dtype) for x in inputs] + [bias] * biased
-        call = attend if biased else functools.partial(attend, bias=None)
+    @jax.jit
+    def results(gradient, *given):
+        call = kernel if biased else functools.partial(kernel, bias=None)
         out, pull = jax.vjp(call, *given)
-        return (out, *pull(gradient.astype(dtype)))
+        return (out, *pull(gradient))
 
-    pairs = zip(results(cudnn, jnp.bfloat16), results(plain, jnp.float32), strict=True)
+    found = results(gradient, *given)
+    pairs = zip(found, _exact_results(*arrays, bias if biased else None), strict=biased)
     errors = [np.abs(np.float32(a) - b).max() / np.abs(b).max() for a, b in pairs]
     return float(np.max(errors))  # nan, if there is one
+
+
+def _exact_results(query, key, value, gradient, bias):
+    """Of `plain` in NumPy, which has nothing to compile: the output, and the gradients of query,
+    key, value and bias."""
+    q, k, v, g = (np.float32(x).transpose(0, 2, 1, 3) for x in (query, key, value, gradient))
+    scale = np.float32(q.shape[-1] ** -0.5)
+    logits = q @ k.mT * scale + (0 if bias is None else bias)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    d_weights = g @ v.mT
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    results = weights @ v, d_logits @ k * scale, d_logits.mT @ q * scale, weights.mT @ g
+    return (*(x.transpose(0, 2, 1, 3) for x in results), d_logits.sum(0))
