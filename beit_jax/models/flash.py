@@ -10,8 +10,9 @@ after leave and take them, and need no padding: the last few tokens have a tile 
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -60,16 +61,21 @@ class _Tiles:
         return body(self._last(), carry) if self.rest else carry
 
 
+ALL = slice(None), None
+QUERY, KEY, VALUE = ((index, None) for index in range(3))
+
+
 def _view(ref, places):
-    """The part of an array at places, each a slice and a mask, and the mask of that part."""
-    masks = [mask for _, mask in places]
-    if len(places) == 1 or masks[1] is None:
-        mask = masks[0] if len(places) == 1 or masks[0] is None else masks[0][:, None]
-    elif masks[0] is None:
-        mask = masks[1][None]
-    else:
-        mask = masks[0][:, None] & masks[1][None]
-    return ref.at[tuple(rows for rows, _ in places)], mask
+    """The part of an array at places, each an index with its mask, and the mask of that part."""
+    masks = [mask for index, mask in places if not isinstance(index, int)]
+    mask = None
+    for axis, along in enumerate(masks):
+        if along is not None:
+            along = along.reshape([-1 if i == axis else 1 for i in range(len(masks))])
+            mask = along if mask is None else mask & along
+    # a number of Python would not do for the interpreter
+    indices = (jnp.int32(index) if isinstance(index, int) else index for index, _ in places)
+    return ref.at[tuple(indices)], mask
 
 
 def _load(ref, *places):
@@ -88,20 +94,25 @@ def _dot(equation, a, b):
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-ALL = slice(None), None
-
-
 def _logits(equation, a, b, bias_ref, *places):
     """Of base 2: a tile of products, scaled, and of the bias."""
     logits = _dot(equation, a, b) * (a.shape[-1] ** -0.5 * LOG2_E)
     return logits if bias_ref is None else logits + _load(bias_ref, *places)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, out_ref, norm_ref, *, queries, keys):
+def _load_queries(ref, shift_ref, place):
+    """With what is still to be added to them."""
+    q = _load(ref, place, ALL)
+    return q if shift_ref is None else (q + _load(shift_ref, ALL)[None]).astype(q.dtype)
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, shift_ref, bias_ref, out_ref, norm_ref, *, queries, keys
+):  # fmt: skip
     """Result of a tile of queries, and the logarithm of what their weights were divided by."""
 
     def run(at_q):
-        q = _load(q_ref, at_q, ALL)
+        q = _load_queries(q_ref, shift_ref, at_q)
 
         def body(at_k, carry):
             out, norm, highest = carry
@@ -125,8 +136,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, out_ref, norm_ref, *, queries
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, d_out_ref, norm_ref, delta_ref, bias_ref,
-    dk_ref, dv_ref, d_logits_ref, *, queries, keys
+    q_ref, k_ref, v_ref, shift_ref, bias_ref, d_out_ref, norm_ref, delta_ref,
+    d_qkv_ref, d_logits_ref, *, queries, keys
 ):  # fmt: skip
     """Gradients of a tile of keys and values, and of their logits; these are [keys, queries]."""
 
@@ -135,7 +146,7 @@ def _backward_kernel(
 
         def body(at_q, carry):
             dk, dv = carry
-            q, d_out = _load(q_ref, at_q, ALL), _load(d_out_ref, at_q, ALL)
+            q, d_out = _load_queries(q_ref, shift_ref, at_q), _load(d_out_ref, at_q, ALL)
             logits = _logits("kc,qc->kq", k, q, bias_ref, at_k, at_q)
             weights = jnp.exp2(logits - _load(norm_ref, at_q)[None])
             if at_q[1] is not None:
@@ -148,14 +159,15 @@ def _backward_kernel(
 
         zeros = jnp.zeros(k.shape, jnp.float32)
         dk, dv = queries.fold(body, (zeros, zeros))
-        _store(dk_ref, dk * k.shape[-1] ** -0.5, at_k, ALL)
-        _store(dv_ref, dv, at_k, ALL)
+        _store(d_qkv_ref, dk * k.shape[-1] ** -0.5, at_k, KEY, ALL)
+        _store(d_qkv_ref, dv, at_k, VALUE, ALL)
 
     keys.run(run)
 
 
-def _query_kernel(k_ref, d_logits_ref, dq_ref, *, queries, keys):
-    """Gradient of a tile of queries, from that of the logits."""
+def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, *, queries, keys):
+    """Gradient of a tile of queries, from that of the logits; beside those of keys and values."""
+    del given_ref  # the same memory
 
     def run(at_q):
 
@@ -163,7 +175,7 @@ def _query_kernel(k_ref, d_logits_ref, dq_ref, *, queries, keys):
             return dq + _dot("kq,kc->qc", _load(d_logits_ref, at_k, at_q), _load(k_ref, at_k, ALL))
 
         dq = keys.fold(body, jnp.zeros((at_q[0].size, k_ref.shape[-1]), jnp.float32))
-        _store(dq_ref, dq * k_ref.shape[-1] ** -0.5, at_q, ALL)
+        _store(d_qkv_ref, dq * k_ref.shape[-1] ** -0.5, at_q, QUERY, ALL)
 
     queries.run(run)
 
@@ -173,12 +185,15 @@ class _Kernel(NamedTuple):
 
     Attributes:
       body: is given references to what a picture and a head have of each array.
-      takes: axes of the arguments, such as "bthk"; the last may be "htt", which may be missing.
-      gives: axes of the results.
+      takes: its arguments: "query", "key" and "value", each [B, T, H, K] or together
+        [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
+        "pairs" [B, H, T, T]; "shift" [H, K] and "bias" [H, T, T], which may be None.
+      gives: its results.
       tiles: tokens of a tile of queries, and of one of keys.
       over: which of them, "queries" or "keys", have a program for each tile.
       warps: of a program.
       stages: of the pipeline that loads one tile while others are computed.
+      aliases: {argument: result} that are the same memory.
     """
 
     body: Callable
@@ -186,55 +201,67 @@ class _Kernel(NamedTuple):
     gives: tuple[str, ...]
     tiles: tuple[int, int]
     over: str
-    warps: int
-    stages: int
+    warps: int = 4
+    stages: int = 2
+    aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
         """Runs for all pictures and heads; where a batch is split over devices, on its parts."""
         run = custom_partitioning(self._run)
-        takes = [axes for axes, x in zip(self.takes, arrays, strict=True) if x is not None]
-        rule, whole = _split_batches(takes, self.gives)
+        takes = [(name, x.ndim) for name, x in zip(self.takes, arrays, strict=True) if x is not None]
+        gives = [(name, x.ndim) for name, x in zip(self.gives, self._shapes(arrays[0]))]
+        rule, whole = _split_batches(takes, gives)
         partition = functools.partial(self._partition, takes)
         run.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
         return run(*arrays)
 
     def _partition(self, takes, mesh, arguments, results):
-        del results
         batch = (arguments[0].sharding.spec or [None])[0]
 
-        def place(axes):
-            return NamedSharding(mesh, PartitionSpec(batch) if axes[0] == "b" else PartitionSpec())
+        def place(name):
+            return NamedSharding(mesh, PartitionSpec() if name in _SHARED else PartitionSpec(batch))
 
-        gives, takes = (tuple(map(place, group)) for group in (self.gives, takes))
-        return mesh, self._run, gives, takes
+        takes = tuple(place(name) for name, _ in takes)
+        return mesh, self._run, tuple(map(place, self.gives)), takes
 
-    def _run(self, first, *rest):
-        arrays = first, *rest
-        batch, tokens, heads, size = first.shape
+    def _shapes(self, first):
+        (batch, tokens), (heads, size) = first.shape[:2], first.shape[-2:]
+        kinds = {
+            "tokens": ((batch, tokens, heads, size), first.dtype),
+            "packed": ((batch, tokens, 3, heads, size), first.dtype),
+            "row": ((batch, heads, tokens), jnp.float32),
+            "pairs": ((batch, heads, tokens, tokens + -tokens % ALIGNMENT), first.dtype),
+        }
+        return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
+
+    def _run(self, *arrays):
+        (batch, tokens), (heads, size) = arrays[0].shape[:2], arrays[0].shape[-2:]
         cut = {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
         reach = max(tiles.reach for tiles in cut.values())
-        width = tokens + -tokens % ALIGNMENT
         places = {
-            "bthk": ((None, reach, None, size), lambda i, b, h: (b, 0, h, 0)),
-            "bht": ((None, None, reach), lambda i, b, h: (b, h, 0)),
-            "bhtt": ((None, None, reach, reach), lambda i, b, h: (b, h, 0, 0)),
-            "htt": ((None, reach, reach), lambda i, b, h: (h, 0, 0)),
+            "tokens": ((None, reach, None, size), lambda i, b, h: (b, 0, h, 0)),
+            "packed": ((None, reach, 3, None, size), lambda i, b, h: (b, 0, 0, h, 0)),
+            "row": ((None, None, reach), lambda i, b, h: (b, h, 0)),
+            "pairs": ((None, None, reach, reach), lambda i, b, h: (b, h, 0, 0)),
+            "shift": ((None, size), lambda i, b, h: (h, 0)),
+            "bias": ((None, reach, reach), lambda i, b, h: (h, 0, 0)),
         }
-        shapes = {
-            "bthk": jax.ShapeDtypeStruct(first.shape, first.dtype),
-            "bht": jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32),
-            "bhtt": jax.ShapeDtypeStruct((batch, heads, tokens, width), first.dtype),
-        }
+        for part, name in enumerate(_PARTS):
+            places[name, 4] = places["tokens"]
+            block = (None, reach, None, None, size)
+            places[name, 5] = block, lambda i, b, h, part=part: (b, 0, part, h, 0)
 
-        def spec(axes, x=True):
-            return None if x is None else pl.BlockSpec(*places[axes])
+        def spec(name, x=None):
+            return pl.BlockSpec(*places[(name, x.ndim) if name in _PARTS else name])
 
+        takes = zip(self.takes, arrays, strict=True)
         return pl.pallas_call(
             functools.partial(self.body, **cut),
             grid=(cut[self.over].count, batch, heads),
-            in_specs=[spec(axes, x) for axes, x in zip(self.takes, arrays, strict=True)],
-            out_specs=tuple(spec(axes) for axes in self.gives),
-            out_shape=tuple(shapes[axes] for axes in self.gives),
+            in_specs=[None if x is None else spec(name, x) for name, x in takes],
+            out_specs=tuple(map(spec, self.gives)),
+            out_shape=tuple(self._shapes(arrays[0])),
+            input_output_aliases=self.aliases,
             compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=self.stages),
             interpret=is_interpreted(),
             name=self.body.__name__.strip("_"),
@@ -242,6 +269,8 @@ class _Kernel(NamedTuple):
 
 
 _CUT = "queries", "keys"
+_PARTS = "query", "key", "value"
+_SHARED = "shift", "bias"  # by all pictures
 
 
 def is_interpreted() -> bool:
@@ -249,33 +278,40 @@ def is_interpreted() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _split_batches(takes, gives):
-    """Rule for the compiler: arrays are split along their batch, and along nothing else."""
-    names = iter(range(100))
-    replicated = []
+def _split_batches(*sides):
+    """Rule for the compiler, and the axes that it must not split: all but those of batches.
 
-    def rename(axes):
-        whole = [f"x{next(names)}" for _ in axes.removeprefix("b")]
-        replicated.extend(whole)
-        return " ".join((["b"] if axes[0] == "b" else []) + whole)
+    Args:
+      *sides: kinds of the arguments and of the results, with their numbers of axes.
+    """
+    names = (f"x{i}" for i in itertools.count())
+    whole = []
 
-    sides = [", ".join(map(rename, group)) for group in (takes, gives)]
-    return " -> ".join(sides), tuple(replicated)
+    def axes(kind, rank):
+        first = [] if kind in _SHARED else ["b"]
+        rest = list(itertools.islice(names, rank - len(first)))
+        whole.extend(rest)
+        return " ".join(first + rest)
+
+    rule = " -> ".join(", ".join(itertools.starmap(axes, side)) for side in sides)
+    return rule, tuple(whole)
 
 
 _FORWARD = _Kernel(
-    *(_forward_kernel, ("bthk", "bthk", "bthk", "htt"), ("bthk", "bht")),
-    *((64, 32), "queries", 4, 3),
+    _forward_kernel, (*_PARTS, *_SHARED), ("tokens", "row"), (64, 32), "queries", stages=3
 )
 _BACKWARD = _Kernel(
     _backward_kernel,
-    ("bthk", "bthk", "bthk", "bthk", "bht", "bht", "htt"),
-    *(("bthk", "bthk", "bhtt"), (64, 64), "keys", 4, 2),
+    (*_PARTS, *_SHARED, "tokens", "row", "row"),
+    ("packed", "pairs"),
+    (64, 64),
+    "keys",
 )
-_QUERIES = _Kernel(_query_kernel, ("bthk", "bhtt"), ("bthk",), (64, 64), "queries", 4, 2)
+_QUERIES = _Kernel(
+    _query_kernel, ("key", "pairs", "packed"), ("packed",), (64, 64), "queries", aliases={2: 0}
+)
 
 
-@jax.custom_vjp
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
@@ -289,32 +325,57 @@ def attend(
       value: likewise.
       bias: [H, T, T], or None.
     """
-    return _attend_forward(query, key, value, bias)[0]
+    return _attend((query, key, value), None, bias)
+
+
+def attend_packed(
+    qkv: jax.Array, shift: jax.Array | None, bias: jax.Array | None
+) -> jax.Array:
+    """`attend` of queries, keys and values that are one array [B, T, 3, H, K], as is then their
+    gradient: of one product, whose backward pass is one product too. `shift` [H, K] is added to
+    the queries."""
+    return _attend(qkv, shift, bias)
+
+
+@jax.custom_vjp
+def _attend(qkv, shift, bias):
+    return _attend_forward(qkv, shift, bias)[0]
 
 
 def _prepare(bias, dtype):
     """Of base 2, with rows that begin where whole words of memory do."""
+    if bias is None:
+        return None
     bias = (bias.astype(jnp.float32) * LOG2_E).astype(dtype)
     return jnp.pad(bias, ((0, 0), (0, 0), (0, -bias.shape[-1] % ALIGNMENT)))
 
 
-def _attend_forward(query, key, value, bias):
-    prepared = None if bias is None else _prepare(bias, query.dtype)
-    out, norm = _FORWARD(query, key, value, prepared)
-    return out, (query, key, value, bias, out, norm)
+def _parts(qkv):
+    return qkv if isinstance(qkv, tuple) else (qkv,) * 3
+
+
+def _attend_forward(qkv, shift, bias):
+    parts = _parts(qkv)
+    out, norm = _FORWARD(*parts, shift, _prepare(bias, parts[0].dtype))
+    return out, (qkv, shift, bias, out, norm)
 
 
 def _attend_backward(residuals, d_out):
-    query, key, value, bias, out, norm = residuals
+    qkv, shift, bias, out, norm = residuals
+    parts = _parts(qkv)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
-    prepared = None if bias is None else _prepare(bias.transpose(0, 2, 1), query.dtype)
-    dk, dv, d_logits = _BACKWARD(query, key, value, d_out, norm, delta, prepared)
-    (dq,) = _QUERIES(key, d_logits)
-    d_bias = None
+    turned = None if bias is None else _prepare(bias.transpose(0, 2, 1), out.dtype)
+    d_qkv, d_logits = _BACKWARD(*parts, shift, turned, d_out, norm, delta)
+    (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)
+    d_shift = d_bias = None
+    if shift is not None:
+        d_shift = d_qkv[:, :, 0].sum((0, 1), dtype=jnp.float32).astype(shift.dtype)
     if bias is not None:
         d_bias = d_logits[..., : bias.shape[1]].sum(0, dtype=jnp.float32)
         d_bias = d_bias.transpose(0, 2, 1).astype(bias.dtype)
-    return dq, dk, dv, d_bias
+    if isinstance(qkv, tuple):
+        d_qkv = tuple(d_qkv[:, :, part] for part in range(3))
+    return d_qkv, d_shift, d_bias
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -183,25 +183,32 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, scale=None, *, fold: bool = False):
-        """Tokens [..., in], or `Folded` ones, to [..., out], and these times `scale` [out]; with
-        `fold` the bias is left to the next layer."""
+    def weights(self, x, scale=None):
+        """What tokens [..., in], or `Folded` ones, are to be multiplied by, [in, out], and what is
+        to be added to the result, [out] or None; both times `scale` [out]."""
         x, gain, shift = _unfold(x)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = 0.0
+        bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if shift is not None:
-            bias += jnp.matmul(shift, kernel, precision=lax.Precision.HIGHEST)
+            bias = jnp.matmul(shift, kernel, precision=lax.Precision.HIGHEST) + (
+                0.0 if bias is None else bias
+            )
         if gain is not None:
             kernel *= gain[:, None]
         if scale is not None:
-            kernel, bias = kernel * scale, bias * scale
-        x = matmul(x.astype(self.dtype), kernel)
-        biased = self.use_bias or shift is not None
+            kernel, bias = kernel * scale, None if bias is None else bias * scale
+        return kernel, bias
+
+    def __call__(self, x, scale=None, *, fold: bool = False):
+        """Tokens [..., in], or `Folded` ones, to [..., out], and these times `scale` [out]; with
+        `fold` the bias is left to the next layer."""
+        kernel, bias = self.weights(x, scale)
+        x = matmul(_unfold(x).x.astype(self.dtype), kernel)
         if fold:
-            return Folded(x.astype(self.dtype), None, bias if biased else None)
-        if biased:
+            return Folded(x.astype(self.dtype), None, bias)
+        if bias is not None:
             x += spread(bias, x.shape, x.dtype)
         return x.astype(self.dtype)
 
@@ -539,23 +546,13 @@ class Attention(nn.Module):
         drops = bool(config.attention_probs_dropout_prob) and not deterministic
         fold = isinstance(x, Folded) and not drops
 
-        def project(name, x, **options):
-            dense = Dense(width, normal(config), name in self.biased, dtype, name=name)
-            return dense(x, **options)
-
-        query = project("query", x)
-        # what all keys have in common the softmax cancels
-        key = project("key", x._replace(shift=None) if isinstance(x, Folded) else x)
-        # what all values have in common is in the result too, as the weights sum to 1
-        value, _, shift = _unfold(project("value", x, fold=fold))
-
-        table = bias_table(self, config) if self.has_bias_table else None
         biased = bias is not None or self.has_bias_table
         implementation = config.resolved_attention(tokens, biased)
         kernel = attention.IMPLEMENTATIONS[implementation]
         if drops:
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
             kernel = functools.partial(attention.plain, dropout=dropout)
+        table = bias_table(self, config) if self.has_bias_table else None
 
         def whole_bias(bias, table):
             if table is not None:
@@ -563,17 +560,36 @@ class Attention(nn.Module):
                 bias = own_bias if bias is None else bias + own_bias
             return None if bias is None else attention.mask_padding(bias, tokens)
 
-        def attend(query, key, value, bias, table):
-            return kernel(query, key, value, whole_bias(bias, table))
+        query, key, value = (
+            Dense(width, normal(config), name in self.biased, dtype, name=name)
+            for name in ("query", "key", "value")
+        )
+        sows = self.is_mutable_collection("attention_maps")
+        # what all keys have in common the softmax cancels
+        for_keys = x._replace(shift=None) if isinstance(x, Folded) else x
+        # what all values have in common is in the result too, as the weights sum to 1
+        if fold and kernel is attention.pallas and not sows:  # one product, and one backward
+            weights = query.weights(x), key.weights(for_keys), value.weights(x)
+            kernels, (added, _, shift) = zip(*weights, strict=True)
+            qkv = matmul(x.x.astype(dtype), jnp.concatenate(kernels, 1)).astype(dtype)
+            added = None if added is None else added.reshape(heads, -1)
+            given = qkv.reshape(batch, tokens, 3, heads, -1), added
+            kernel = attention.pallas_packed
+        else:
+            query, key = query(x), key(for_keys)
+            value, _, shift = _unfold(value(x, fold=fold))
+            given = [z.reshape(batch, tokens, heads, -1) for z in (query, key, value)]
+        if sows and not self.is_initializing():
+            maps = attention.probabilities(*given[:2], whole_bias(bias, table))
+            self.sow("attention_maps", "probabilities", maps)
+
+        def attend(given, bias, table):
+            return kernel(*given, whole_bias(bias, table))
 
         # which would keep every layer's bias
         if implementation in attention.FUSED and self.has_bias_table and not drops:
             attend = jax.checkpoint(attend, policy=attention.saves_kernel)
-        query, key, value = (z.reshape(batch, tokens, heads, -1) for z in (query, key, value))
-        if self.is_mutable_collection("attention_maps") and not self.is_initializing():
-            maps = attention.probabilities(query, key, whole_bias(bias, table))
-            self.sow("attention_maps", "probabilities", maps)
-        x = attend(query, key, value, bias, table).reshape(batch, tokens, width)
+        x = attend(given, bias, table).reshape(batch, tokens, width)
         x = x if shift is None else Folded(x, None, shift)
         return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
 
