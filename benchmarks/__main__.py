@@ -17,6 +17,7 @@ measured or tried by the same code on the same machine.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import json
@@ -26,6 +27,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -57,6 +59,7 @@ _SAME = (
     *("source", "device", "cpu", "cores", "driver_version", "jax", "jaxlib"),
     *("torch", "transformers", "timm", "peft"),
 )
+_SEEDED = threading.Lock()  # torch has one generator of random numbers
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",)}
 
 
@@ -72,43 +75,48 @@ def check(name: str, theirs: list[float], own: list[float] | None, dtype: str) -
         raise ContenderError(name, f"not the same work: its first numbers are {theirs}, ours {own}")
 
 
-def measure_row(key: tuple, theirs: Sequence[str], args) -> Iterator[dict]:
+def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator[dict]:
     """Measures a line of the table, its model, kind, dtype and batch given; yields what is known of
     it after each peer, or of ours alone without any.
 
-    Where there is no memory for both, each has the device for all of its blocks.
+    Where there is no memory for both, each has the device for all of its blocks. Those that are
+    `ready`, see `make_ready`, are not made again.
     """
-    size, kind, dtype, batch = key
-    architecture = SIZES[args.device][size].architecture
-    side, rng = architecture["image_size"], np.random.default_rng(SEED)
-    image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
-    target = peers.make_target(kind, architecture, batch)
-    runtime = {"attention": args.attention, "remat": args.remat}
-    row = dict(zip(("model", "kind", "dtype", "batch"), key, strict=True)) | runtime
-    row["flops"] = flops(architecture, kind)
+    architecture = SIZES[args.device][key[0]].architecture
+    row = dict(zip(("model", "kind", "dtype", "batch"), key, strict=True)) | _runtime(args)
+    row["flops"] = flops(architecture, key[1])
+    ready = ready or {}
+
+    def start(name):
+        made = ready.pop((key, name), None)
+        try:
+            contender = made.result() if made else make_contender(key, name, args)
+        except OSError as error:  # where the weights lie meanwhile
+            raise ContenderError(name, str(error)) from error
+        return contender.begin().wait()
+
     own = None
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory())
-        peers.transformers_model(architecture, kind).save_pretrained(directory)
-        mine = ("ours", ours.make_step, kind, directory, dtype, image, target, runtime)
         for name in theirs or [""]:
-            made = (name, peers.make_step, name, kind, architecture, dtype, image, target)
             found = {"facts": {}, "seconds": {}, "failed": {}, "apart": []}
             try:
-                own = own or stack.enter_context(contextlib.closing(Contender(*mine)))
+                own = own or stack.enter_context(contextlib.closing(start("ours")))
                 found["facts"]["ours"] = own.facts
                 if not name:
                     found["seconds"][""] = measure({"ours": own}, args.rounds, args.seconds)
                 else:
-                    blocks, found["facts"][name] = _in_turns(own, made, dtype, args)
-                    found["seconds"][name] = blocks
+                    with contextlib.closing(start(name)) as peer:
+                        _check(name, peer, own, key[2])
+                        both = {"ours": own, "theirs": peer}
+                        blocks = measure(both, args.rounds, args.seconds)
+                    found["facts"][name], found["seconds"][name] = peer.facts, blocks
             except ContenderError as error:
                 found["failed"][error.name] = str(error)
             if name and any(map(_OF_MEMORY.search, found["failed"].values())) and own:
                 own.close()
                 own, found["failed"] = None, {}
                 try:
-                    found["seconds"][name], found["facts"] = _apart(mine, made, dtype, args)
+                    found["seconds"][name], found["facts"] = _apart(start, name, key[2], args)
                     found["apart"] = [name]
                 except ContenderError as error:
                     found["failed"][error.name] = str(error)
@@ -117,21 +125,52 @@ def measure_row(key: tuple, theirs: Sequence[str], args) -> Iterator[dict]:
                 return
 
 
-def _in_turns(own, made, dtype, args):
-    """Seconds of each block of ours and of a peer that is there just for this; what it tells."""
-    with contextlib.closing(Contender(*made)) as peer:
-        _check(made[0], peer, own, dtype)
-        return measure({"ours": own, "theirs": peer}, args.rounds, args.seconds), peer.facts
+def _runtime(args):
+    return {"attention": args.attention, "remat": args.remat}
 
 
-def _apart(mine, made, dtype, args):
-    """As `_in_turns`, the peer alone and then ours; what both tell."""
-    with contextlib.closing(Contender(*made)) as peer:
+def make_contender(key: tuple, name: str, args) -> Contender:
+    """Ours or a peer, for a line of the table; it has not begun."""
+    size, kind, dtype, batch = key
+    architecture = SIZES[args.device][size].architecture
+    side, rng = architecture["image_size"], np.random.default_rng(SEED)
+    image = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
+    target = peers.make_target(kind, architecture, batch)
+    if name != "ours":
+        return Contender(name, peers.make_step, name, kind, architecture, dtype, image, target)
+    with tempfile.TemporaryDirectory() as directory:
+        with _SEEDED:
+            model = peers.transformers_model(architecture, kind)
+        model.save_pretrained(directory)
+        del model
+        made = ours.make_step, kind, directory, dtype, image, target, _runtime(args)
+        return Contender(name, *made)
+
+
+def make_ready(rows: Sequence[tuple], args) -> dict[tuple, concurrent.futures.Future]:
+    """Makes contenders of rows, each a key and its peers, `args.together` at a time, before any is
+    timed; peers compile in their first steps and begin. {(key, name): future}"""
+    pool = concurrent.futures.ThreadPoolExecutor(args.together)
+
+    def make(key, name):
+        made = make_contender(key, name, args)
+        return made if name == "ours" else made.begin()
+
+    names = [(key, name) for key, theirs in rows for name in ("ours", *theirs)]
+    ready = {each: pool.submit(make, *each) for each in names}
+    concurrent.futures.wait(ready.values())
+    pool.shutdown()
+    return ready
+
+
+def _apart(start, name, dtype, args):
+    """The peer alone and then ours: seconds of each block, and what both tell."""
+    with contextlib.closing(start(name)) as peer:
         blocks = measure({"theirs": peer}, args.rounds, args.seconds)
-    with contextlib.closing(Contender(*mine)) as own:
-        _check(made[0], peer, own, dtype)
+    with contextlib.closing(start("ours")) as own:
+        _check(name, peer, own, dtype)
         blocks |= measure({"ours": own}, args.rounds, args.seconds)
-    return blocks, {"ours": own.facts, made[0]: peer.facts}
+    return blocks, {"ours": own.facts, name: peer.facts}
 
 
 def _check(name, peer, own, dtype):
@@ -209,9 +248,13 @@ def main():
     parser.add_argument("--sizes", nargs="+", help="such as 'BEiT-B/16 @224'")
     parser.add_argument("--kinds", nargs="+", help="such as training; default: all")
     parser.add_argument("--batches", nargs="+", type=int, help="default: those of the sizes")
+    parser.add_argument(
+        "--rows", nargs="+", help="in place of these: 'SIZE | KIND | BATCH | PEER | ...', each"
+    )
     parser.add_argument("--peers", nargs="*", choices=peers.CONTENDERS)
     parser.add_argument("--attention", default="auto", help="ours: plain, xla or cudnn")
     parser.add_argument("--remat", default="none", help="ours: none, full or dots")
+    parser.add_argument("--together", type=int, help="make so many at a time, before any is timed")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a block of steps, about")
     args = parser.parse_args()
@@ -235,25 +278,40 @@ def main():
         "environment": environment(),
         "matmul_flops_per_second": rate,
     }
-    wanted = [
-        (size, kind, dtype, batch)
-        for size in args.sizes or sizes
-        for kind in args.kinds or kinds
-        for dtype in DTYPES[args.device]
-        for batch in getattr(sizes[size], kind.split(",")[0])
-        if not args.batches or batch in args.batches
-    ]
-    for key in wanted:
-        theirs = [name for name in args.peers if peers.has(name, key[1])]
-        if args.resume and (there := find(content, (*key, args.attention, args.remat), run)):
+    rows = []
+    for key, theirs in map(parse_row, args.rows) if args.rows else choose(args):
+        if args.resume and (there := find(content, (*key, *_runtime(args).values()), run)):
             theirs = [name for name in theirs if name not in {*there["ratios"], *there["failed"]}]
             if not theirs or "ours" in there["failed"]:
                 continue
-        for new in measure_row(key, theirs, args):
+        rows.append((key, theirs))
+    ready = make_ready(rows, args) if args.together else {}
+    for key, theirs in rows:
+        for new in measure_row(key, theirs, args, ready):
             print(describe(new, rate), new["failed"] or "", flush=True)
             merge(content, new, run)
             write_json(out, content)
     print(table(content))
+
+
+def choose(args) -> list[tuple[tuple, list[str]]]:
+    """The lines of the table, model, kind, dtype and batch, with the peers of each."""
+    sizes = SIZES[args.device]
+    return [
+        ((size, kind, dtype, batch), [name for name in args.peers if peers.has(name, kind)])
+        for size in args.sizes or sizes
+        for kind in args.kinds or KINDS[args.device]
+        for dtype in DTYPES[args.device]
+        for batch in getattr(sizes[size], kind.split(",")[0])
+        if not args.batches or batch in args.batches
+    ]
+
+
+def parse_row(text: str) -> tuple[tuple, list[str]]:
+    """A line that is given by itself, such as "BEiT-B/16 @224 | training | 256 | timm compiled", in
+    bfloat16."""
+    size, kind, batch, *theirs = (part.strip() for part in text.split("|"))
+    return (size, kind, "bfloat16", int(batch)), theirs
 
 
 def find(content: dict, key: tuple, run: dict) -> dict | None:

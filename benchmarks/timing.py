@@ -81,9 +81,10 @@ class ContenderError(RuntimeError):
 class Contender:
     """A step in a process of its own, so that no allocator and no thread is shared.
 
-    `make(*args)` is called there, and returns a `Step`; `facts` are what that tells, "losses", the
-    numbers that the first three steps came to, the time of the first, and
-    "latency_seconds", the median time of single steps that are each waited for.
+    `make(*args)` is called there, and returns a `Step`; `begin` does its first steps. `facts` are
+    what that tells, "losses", the numbers that the first three steps came to, and the time that
+    making it and the first step took; `wait` adds "latency_seconds", the median time of single
+    steps that are each waited for.
 
     Called as a function, it does so many steps and waits for the last.
 
@@ -100,13 +101,28 @@ class Contender:
         self._process = context.Process(target=_serve, args=(theirs, make, args))
         self._process.start()
         theirs.close()
+        self.facts = None
+        self._closing_on_error(self._receive)
+
+    def begin(self):
+        """Does the first steps, if that was not done; returns itself."""
+        if self.facts is None:
+            self.facts = self._closing_on_error(self, "begin")
+        return self
+
+    def wait(self):
+        """Times single steps; returns itself."""
+        self.facts["latency_seconds"] = self._closing_on_error(self, "wait")
+        return self
+
+    def _closing_on_error(self, ask, *args):
         try:
-            self.facts = self._receive()
+            return ask(*args)
         except ContenderError:
             self.close()
             raise
 
-    def __call__(self, n: int):
+    def __call__(self, n: int | str):
         try:
             self._pipe.send(n)
         except OSError:
@@ -139,20 +155,30 @@ def _serve(pipe, make, args):
     try:
         start = time.perf_counter()
         step = make(*args)
-        step.run(1)
-        first = time.perf_counter() - start
-        losses = [step.number()]
-        for _ in range(2):
-            step.run(1)
-            losses.append(step.number())
-        facts = {"first_step_seconds": first, "latency_seconds": _latency(step.run)}
-        pipe.send({"losses": losses, **facts, **step.tell()})
+        seconds = time.perf_counter() - start
+        pipe.send(None)
         while True:
-            pipe.send(step.run(pipe.recv()))
+            asked = pipe.recv()
+            if asked == "begin":
+                pipe.send(_begin(step, seconds))
+            elif asked == "wait":
+                pipe.send(_latency(step.run))
+            else:
+                pipe.send(step.run(asked))
     except EOFError:
         return
     except Exception as error:  # no memory, no compiler, no library: the table has a gap
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _begin(step, seconds):
+    start, losses = time.perf_counter(), []
+    for _ in range(3):
+        step.run(1)
+        if not losses:
+            seconds += time.perf_counter() - start
+        losses.append(step.number())
+    return {"losses": losses, "first_step_seconds": seconds, **step.tell()}
 
 
 def _latency(run):

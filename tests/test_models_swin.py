@@ -54,6 +54,8 @@ def test_dropout_comes_before_the_norm_of_swinv2():
 
     def look(call, args, kwargs, context):
         out = call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return out
         if (context.module.name or "") in ("layernorm_before", "layernorm_after"):
             given.append(np.mean(np.asarray(args[0]) == 0))
             found.append(np.mean(np.asarray(out) == 0))
@@ -164,7 +166,7 @@ def test_drop_path_grows_linearly_through_all_stages(family, monkeypatch):
     def drop_path(rate, mode):
         assert mode == "sample"
         rates.append(rate)
-        return lambda x, branch, deterministic: x + branch(x)
+        return lambda x, branch, deterministic: sum(branch(x))
 
     monkeypatch.setattr(layers, "DropPath", drop_path)
     model = family.Model(**TINY | dict(depths=(2, 3), drop_path_rate=0.4))

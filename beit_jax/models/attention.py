@@ -1,11 +1,11 @@
 """Softmax attention with a learned bias, in four implementations of one function.
 
 `plain` is the definition; `xla` the same with a gradient that is faster and holds fewer residuals;
-`cudnn` NVIDIA's fused kernel; `pallas` our own, see `models/flash.py`. Shapes: query, key, value [B, T, H, K], bias [H, T, T] or None,
-result [B, T, H, K]; `plain` takes any leading axes, [..., T, H, K], and a bias that broadcasts.
+`cudnn` NVIDIA's fused kernel; `pallas` our own, see `models/flash.py`. Shapes: query, key, value
+[B, T, H, K], bias [H, T, T] or None, result [B, T, H, K]; `plain` takes any leading axes, [..., T,
+H, K], and a bias that broadcasts.
 """
 
-import concurrent.futures
 import functools
 import logging
 import os
@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from beit_jax.models import flash
+from beit_jax.models import flash, kernels
 
 MASKED = -1e9
 _DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
@@ -165,10 +165,7 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
         if kernel == "cudnn" and re.search(_DETERMINISTIC, os.environ.get("XLA_FLAGS", "")):
             continue
         try:
-            # a network asks while it is traced, which a thread of its own knows nothing of
-            with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                arguments = FUSED[kernel], tokens, head_dim, biased
-                error = thread.submit(_trial, *arguments).result()
+            error = kernels.apart(_trial, FUSED[kernel], tokens, head_dim, biased)
         except jax.errors.JAXTypeError:  # a mistake of ours
             raise
         except Exception as exception:  # an old GPU, another maker's, sizes it lacks, no cuDNN

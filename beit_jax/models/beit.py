@@ -137,8 +137,9 @@ class Layer(nn.Module):
         mlp = Mlp(config, output_init, name="mlp")
 
         def branch(module, layernorm, scale, x):
-            x = layers.scaled(module, layernorm(x, fold=fold), scale, fold=fold)
-            return dropout(x, deterministic=deterministic)
+            x, y = layernorm.beside(x, fold=fold)
+            y = layers.scaled(module, y, scale, fold=fold)
+            return x, dropout(y, deterministic=deterministic)
 
         for i, (module, name) in enumerate([(attend, "before"), (mlp, "after")], start=1):
             layernorm = norm(config, f"layernorm_{name}")

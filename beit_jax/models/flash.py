@@ -10,7 +10,6 @@ after leave and take them, and need no padding: the last few tokens have a tile 
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -19,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
-from jax.sharding import NamedSharding, PartitionSpec
+
+from beit_jax.models import kernels
 
 SMALLEST_TILE = 16  # of what tensor cores multiply
 ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
@@ -206,23 +205,19 @@ class _Kernel(NamedTuple):
     aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Runs for all pictures and heads; where a batch is split over devices, on its parts."""
-        run = custom_partitioning(self._run)
-        takes = [(name, x.ndim) for name, x in zip(self.takes, arrays, strict=True) if x is not None]
-        gives = [(name, x.ndim) for name, x in zip(self.gives, self._shapes(arrays[0]))]
-        rule, whole = _split_batches(takes, gives)
-        partition = functools.partial(self._partition, takes)
-        run.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
-        return run(*arrays)
+        """Runs for all pictures and heads."""
+        names = [name for name, x in zip(self.takes, arrays, strict=True) if x is not None]
 
-    def _partition(self, takes, mesh, arguments, results):
-        batch = (arguments[0].sharding.spec or [None])[0]
+        def run(*given):
+            given = iter(given)
+            return self._run(*(None if x is None else next(given) for x in arrays))
 
-        def place(name):
-            return NamedSharding(mesh, PartitionSpec() if name in _SHARED else PartitionSpec(batch))
-
-        takes = tuple(place(name) for name, _ in takes)
-        return mesh, self._run, tuple(map(place, self.gives)), takes
+        return kernels.on_each_device(
+            run,
+            [x for x in arrays if x is not None],
+            [x.ndim for x in self._shapes(arrays[0])],
+            [i for i, name in enumerate(names) if name in _SHARED],
+        )
 
     def _shapes(self, first):
         (batch, tokens), (heads, size) = first.shape[:2], first.shape[-2:]
@@ -239,17 +234,17 @@ class _Kernel(NamedTuple):
         cut = {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
         reach = max(tiles.reach for tiles in cut.values())
         places = {
-            "tokens": ((None, reach, None, size), lambda i, b, h: (b, 0, h, 0)),
-            "packed": ((None, reach, 3, None, size), lambda i, b, h: (b, 0, 0, h, 0)),
-            "row": ((None, None, reach), lambda i, b, h: (b, h, 0)),
-            "pairs": ((None, None, reach, reach), lambda i, b, h: (b, h, 0, 0)),
-            "shift": ((None, size), lambda i, b, h: (h, 0)),
-            "bias": ((None, reach, reach), lambda i, b, h: (h, 0, 0)),
+            "tokens": ((None, reach, None, size), lambda i, h, b: (b, 0, h, 0)),
+            "packed": ((None, reach, 3, None, size), lambda i, h, b: (b, 0, 0, h, 0)),
+            "row": ((None, None, reach), lambda i, h, b: (b, h, 0)),
+            "pairs": ((None, None, reach, reach), lambda i, h, b: (b, h, 0, 0)),
+            "shift": ((None, size), lambda i, h, b: (h, 0)),
+            "bias": ((None, reach, reach), lambda i, h, b: (h, 0, 0)),
         }
         for part, name in enumerate(_PARTS):
             places[name, 4] = places["tokens"]
             block = (None, reach, None, None, size)
-            places[name, 5] = block, lambda i, b, h, part=part: (b, 0, part, h, 0)
+            places[name, 5] = block, lambda i, h, b, part=part: (b, 0, part, h, 0)
 
         def spec(name, x=None):
             return pl.BlockSpec(*places[(name, x.ndim) if name in _PARTS else name])
@@ -257,13 +252,13 @@ class _Kernel(NamedTuple):
         takes = zip(self.takes, arrays, strict=True)
         return pl.pallas_call(
             functools.partial(self.body, **cut),
-            grid=(cut[self.over].count, batch, heads),
+            grid=(cut[self.over].count, heads, batch),  # heads side by side in memory
             in_specs=[None if x is None else spec(name, x) for name, x in takes],
             out_specs=tuple(map(spec, self.gives)),
             out_shape=tuple(self._shapes(arrays[0])),
             input_output_aliases=self.aliases,
             compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=self.stages),
-            interpret=is_interpreted(),
+            interpret=kernels.is_interpreted(),
             name=self.body.__name__.strip("_"),
         )(*arrays)
 
@@ -271,30 +266,6 @@ class _Kernel(NamedTuple):
 _CUT = "queries", "keys"
 _PARTS = "query", "key", "value"
 _SHARED = "shift", "bias"  # by all pictures
-
-
-def is_interpreted() -> bool:
-    """Whether kernels are not compiled, but interpreted: without a GPU, which is slow."""
-    return jax.default_backend() == "cpu"
-
-
-def _split_batches(*sides):
-    """Rule for the compiler, and the axes that it must not split: all but those of batches.
-
-    Args:
-      *sides: kinds of the arguments and of the results, with their numbers of axes.
-    """
-    names = (f"x{i}" for i in itertools.count())
-    whole = []
-
-    def axes(kind, rank):
-        first = [] if kind in _SHARED else ["b"]
-        rest = list(itertools.islice(names, rank - len(first)))
-        whole.extend(rest)
-        return " ".join(first + rest)
-
-    rule = " -> ".join(", ".join(itertools.starmap(axes, side)) for side in sides)
-    return rule, tuple(whole)
 
 
 _FORWARD = _Kernel(
@@ -306,15 +277,14 @@ _BACKWARD = _Kernel(
     ("packed", "pairs"),
     (64, 64),
     "keys",
+    stages=3,
 )
 _QUERIES = _Kernel(
     _query_kernel, ("key", "pairs", "packed"), ("packed",), (64, 64), "queries", aliases={2: 0}
 )
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
-) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
     """softmax(q k^T / sqrt(K) + bias) v.
 
     The bias is rounded to the type of the queries, and its gradient summed in float32.
@@ -328,9 +298,7 @@ def attend(
     return _attend((query, key, value), None, bias)
 
 
-def attend_packed(
-    qkv: jax.Array, shift: jax.Array | None, bias: jax.Array | None
-) -> jax.Array:
+def attend_packed(qkv: jax.Array, shift: jax.Array | None, bias: jax.Array | None) -> jax.Array:
     """`attend` of queries, keys and values that are one array [B, T, 3, H, K], as is then their
     gradient: of one product, whose backward pass is one product too. `shift` [H, K] is added to
     the queries."""

@@ -14,11 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from beit_jax.models import attention
+from beit_jax.models import activations, attention, norms
 from beit_jax.models.position import Grid, num_relative_positions, relative_position_bias
 
 DTYPES = ("float32", "bfloat16")
@@ -122,56 +121,28 @@ def _unfold(x):
     return x if isinstance(x, Folded) else Folded(x, None, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def standardize(x: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
-    """x [..., D] less its mean, by its standard deviation, in `dtype`; statistics are float32.
-
-    The gradient is computed from the result, which the next product keeps anyway, so that x itself
-    is not kept for the backward pass.
-    """
-    return _standardize_forward(x, epsilon, dtype)[0]
-
-
-def _normalize(x, epsilon):
-    """x in float32 less its mean, by its standard deviation; and what it was multiplied by."""
-    x = x.astype(jnp.float32)
-    x -= x.mean(-1, keepdims=True)
-    scale = lax.rsqrt((x**2).mean(-1, keepdims=True) + epsilon)
-    return x * scale, scale
-
-
-def _standardize_forward(x, epsilon, dtype):
-    y, scale = _normalize(x, epsilon)
-    # or XLA keeps x, to compute both again
-    y, scale = lax.optimization_barrier((y.astype(dtype), scale))
-    return y, (y, scale, jnp.zeros((0,), x.dtype))
-
-
-def _standardize_backward(epsilon, dtype, residuals, gradient):
-    y, scale, like_x = residuals
-    y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
-    gradient -= gradient.mean(-1, keepdims=True)
-    gradient -= y * (gradient * y).mean(-1, keepdims=True)
-    return ((gradient * scale).astype(like_x.dtype),)
-
-
-standardize.defvjp(_standardize_forward, _standardize_backward)
-
-
 class LayerNorm(nn.Module):
     """LayerNorm with float32 statistics; folded, it leaves scale and shift to the next layer."""
 
     epsilon: float
     dtype: jnp.dtype = jnp.float32
+    fused: bool = True
+
+    def __call__(self, x):
+        """Tokens [..., D] normalized."""
+        return self.beside(x, fold=False)[1]
 
     @nn.compact
-    def __call__(self, x, *, fold: bool = False):
+    def beside(self, x, *, fold: bool):
+        """Tokens [..., D] as they are, for a residual connection, and normalized; with `fold` these
+        are `Folded`, and the gradients of both meet in one kernel."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         shift = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        how = norms.How(self.epsilon, self.dtype, self.fused)
         if fold:
-            return Folded(standardize(x, self.epsilon, self.dtype), scale, shift)
-        x, _ = _normalize(x, self.epsilon)
-        return (x * scale + shift).astype(self.dtype)
+            x, y = norms.standardize(x, how)
+            return x, Folded(y, scale, shift)
+        return x, norms.layer_norm(x, scale, shift, how)
 
 
 class Dense(nn.Module):
@@ -233,20 +204,41 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, padding = x.astype(self.dtype), self.padding
+        if padding == "SAME" and self.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+            x, kernel, padding = widen(x, kernel)
         x = lax.conv_general_dilated(
-            x.astype(self.dtype),
+            x,
             kernel,
             window_strides=(1, 1),
-            padding=self.padding,
+            padding=padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=None if self.fast else attention.precision(self.dtype),
         )
         return x + spread(bias, x.shape, self.dtype)
 
 
+def widen(x, kernel, multiple: int = 8):
+    """Pictures [B, H, W, C], kernel [S, S, C, F] and padding of the same convolution with more
+    channels, where C is not a `multiple`: a row of pixels that the kernel sees as channels of one
+    pixel, filled up with zeros. Tensor cores take a tenth of the time for three colours."""
+    size, _, channels, features = kernel.shape
+    if channels % multiple == 0:
+        return x, kernel, "SAME"
+    before, width = (size - 1) // 2, x.shape[2]
+    x = jnp.pad(x, ((0, 0), (0, 0), (before, size - 1 - before), (0, 0)))
+    x = jnp.concatenate([x[:, :, i : i + width] for i in range(size)], -1)
+    kernel = kernel.reshape(size, 1, size * channels, features)
+    fill = -x.shape[-1] % multiple
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, fill)))
+    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, fill), (0, 0)))
+    return x, kernel, ((before, size - 1 - before), (0, 0))
+
+
 class DropPath(nn.Module):
     """Adds a residual branch to x [B, ...] with stochastic depth (arXiv:1603.09382): some samples
-    skip the branch, and for the others it is scaled up so that the mean stays.
+    skip the branch, and for the others it is scaled up so that the mean stays. The branch is a
+    function of x, and returns x too, see `LayerNorm.beside`.
 
     Attributes:
       rate: share of samples that skip the branch.
@@ -261,7 +253,8 @@ class DropPath(nn.Module):
     @nn.compact
     def __call__(self, x, branch, *, deterministic):
         if deterministic or self.rate == 0:
-            return x + branch(x)
+            x, y = branch(x)
+            return x + y
         batch = x.shape[0]
         size = batch // math.gcd(batch, jax.device_count())
         keep = max(1, round(size * (1 - self.rate)))
@@ -269,7 +262,7 @@ class DropPath(nn.Module):
             return self._add_in_window(x, branch, size, keep)
         shape = (batch,) + (1,) * (x.ndim - 1)
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
-        y = branch(x)
+        x, y = branch(x)
         return x + jnp.where(kept, y / (1 - self.rate), 0).astype(y.dtype)
 
     def _add_in_window(self, x, branch, size, keep):
@@ -278,7 +271,7 @@ class DropPath(nn.Module):
         end, over = min(start + keep, size), max(start + keep - size, 0)
         rows = x.reshape(-1, size, *x.shape[1:])
         inside = jnp.concatenate([rows[:, :over], rows[:, start:end]], 1)
-        y = branch(inside.reshape(-1, *x.shape[1:])).reshape(inside.shape)
+        inside, y = (z.reshape(inside.shape) for z in branch(inside.reshape(-1, *x.shape[1:])))
         inside += (y * (size / keep)).astype(y.dtype)
         parts = inside[:, :over], rows[:, over:start], inside[:, over:], rows[:, end:]
         return jnp.concatenate(parts, 1).reshape(x.shape)
@@ -295,51 +288,6 @@ def unit(x: jax.Array) -> jax.Array:
     """Vectors [..., D] of length 1 in float32; a vector of zeros stays, and has a gradient."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
-
-
-def gelu(x):
-    """GELU with the exact erf, in float32, as torch writes it; XLA:CPU is slow at jax's erfc."""
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
-        return _quick_gelu(x)
-    wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _quick_gelu(x):
-    """GELU for bfloat16, forward and backward with one exponential: XLA's erf takes a GPU longer
-    than the memory takes to bring x. Off by 1e-7 before it is rounded."""
-    wide = x.astype(jnp.float32)
-    return (jnp.maximum(wide, 0) - jnp.abs(wide) * _tail(wide)[0]).astype(x.dtype)
-
-
-def _tail(x):
-    """The share of the standard normal distribution above abs(x), and exp(-x ** 2 / 2): formula
-    7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions, whose error is 1e-7."""
-    size, density = jnp.abs(x), jnp.exp(-0.5 * jnp.square(x))
-    t = lax.rsqrt(jnp.square(1 + 0.3275911 * 0.5**0.5 * size))  # quicker than a division
-    factors = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
-    polynomial = functools.reduce(lambda sum, factor: (sum + factor) * t, factors, jnp.zeros_like(x))
-    return 0.5 * polynomial * density, density
-
-
-def _quick_gelu_backward(x, gradient):
-    wide = x.astype(jnp.float32)
-    tail, density = _tail(wide)
-    slope = jnp.where(wide > 0, 1 - tail, tail) + wide * density * np.float32((2 * np.pi) ** -0.5)
-    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
-
-
-_quick_gelu.defvjp(lambda x: (_quick_gelu(x), x), _quick_gelu_backward)
-
-
-ACTIVATIONS = {
-    "gelu": gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-}
 
 
 def resolve_dtype(dtype: str = "auto") -> str:
@@ -406,7 +354,8 @@ class TransformerConfig:
         and transformers, and lets the patch embeddings start as convolutions of torch do.
       head_init_scale: the classifier starts this much smaller than other layers.
       dtype: computation type; parameters are float32, logits too.
-      attention: "auto", "plain", "xla", "cudnn" or "pallas", see `models/attention.py`.
+      attention: "auto", "plain", "xla", "cudnn" or "pallas", see `models/attention.py`; with
+        "plain" and "xla" norms and GELU are XLA's too.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
       fold: whether kernels and biases take in, while training, the scales and shifts that surround
         them, see `Folded`.
@@ -442,7 +391,9 @@ class TransformerConfig:
 
     def __post_init__(self):
         size = pair_image_size(self)
-        expect_one_of(self, head=self.HEADS, hidden_act=ACTIVATIONS, remat=REMAT_POLICIES)
+        expect_one_of(
+            self, head=self.HEADS, hidden_act=activations.ACTIVATIONS, remat=REMAT_POLICIES
+        )
         expect_positive(self, "hidden_size", "num_attention_heads", "intermediate_size")
         expect_positive(self, "patch_size", "num_channels")
         expect(
@@ -511,7 +462,13 @@ def normal(config: TransformerConfig, scale: float = 1.0):
 
 def norm(config: TransformerConfig, name: str, epsilon: float | None = None) -> LayerNorm:
     """A LayerNorm; its `epsilon` is the configured one by default."""
-    return LayerNorm(epsilon or config.layer_norm_eps, jnp.dtype(config.dtype), name=name)
+    epsilon = epsilon or config.layer_norm_eps
+    return LayerNorm(epsilon, jnp.dtype(config.dtype), uses_kernels(config), name=name)
+
+
+def uses_kernels(config: TransformerConfig) -> bool:
+    """Whether norms and GELU are our kernels where there are such."""
+    return config.attention not in ("plain", "xla")
 
 
 def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
@@ -568,10 +525,10 @@ class Attention(nn.Module):
         # what all keys have in common the softmax cancels
         for_keys = x._replace(shift=None) if isinstance(x, Folded) else x
         # what all values have in common is in the result too, as the weights sum to 1
-        if fold and kernel is attention.pallas and not sows:  # one product, and one backward
+        if config.fold and kernel is attention.pallas and not sows:  # one product, one backward
             weights = query.weights(x), key.weights(for_keys), value.weights(x)
             kernels, (added, _, shift) = zip(*weights, strict=True)
-            qkv = matmul(x.x.astype(dtype), jnp.concatenate(kernels, 1)).astype(dtype)
+            qkv = matmul(_unfold(x).x.astype(dtype), jnp.concatenate(kernels, 1)).astype(dtype)
             added = None if added is None else added.reshape(heads, -1)
             given = qkv.reshape(batch, tokens, 3, heads, -1), added
             kernel = attention.pallas_packed
@@ -611,8 +568,14 @@ class Mlp(nn.Module):
         """Tokens [..., D], or `Folded` ones, to [..., D]; `scale` [D] multiplies the result."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = self.width or config.intermediate_size
-        hidden = Dense(width, normal(config), dtype=dtype, name="fc1")(x)
-        hidden = ACTIVATIONS[config.hidden_act](hidden)
+        is_gelu = config.hidden_act == "gelu" and uses_kernels(config)
+        fused = is_gelu and activations.can_fuse(width, dtype)
+        fc1 = Dense(width, normal(config), dtype=dtype, name="fc1")
+        hidden, _, shift = _unfold(fc1(x, fold=fused and config.fold))
+        if fused:
+            hidden = activations.fused_gelu(hidden, shift)
+        else:
+            hidden = activations.ACTIVATIONS[config.hidden_act](hidden)
         return Dense(x.shape[-1], self.output_init, dtype=dtype, name="fc2")(hidden, scale)
 
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from beit_jax.models import attention
+from beit_jax.models import activations, attention
 from beit_jax.models.layers import (
-    ACTIVATIONS,
     DROP_PATH_MODES,
     DTYPES,
     REMAT_POLICIES,
@@ -137,7 +136,7 @@ class SwinConfig:
         expect_one_of(
             self,
             head=self.HEADS,
-            hidden_act=ACTIVATIONS,
+            hidden_act=activations.ACTIVATIONS,
             remat=REMAT_POLICIES,
             dtype=DTYPES,
             drop_path_mode=DROP_PATH_MODES,
@@ -304,7 +303,7 @@ class Layer(nn.Module):
             def dropped(x):
                 return dropout(module(x), deterministic=deterministic)
 
-            return self.normed(dropped, layernorm, x)
+            return x, self.normed(dropped, layernorm, x)
 
         for module, name in ((attend_windows, "before"), (mlp, "after")):
             own_branch = functools.partial(branch, module, norm(config, f"layernorm_{name}"))

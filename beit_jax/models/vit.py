@@ -169,9 +169,9 @@ class Layer(nn.Module):
         fold = config.fold and not deterministic
 
         def branch(module, layernorm, scale, x):
-            x = layernorm(x, fold=fold) if layernorm else x
-            x = layers.scaled(module, x, scale, fold=fold)
-            return dropout(x, deterministic=deterministic)
+            x, y = layernorm.beside(x, fold=fold) if layernorm else (x, x)
+            y = layers.scaled(module, y, scale, fold=fold)
+            return x, dropout(y, deterministic=deterministic)
 
         def residual(x, *parts):
             add = drop_path(config, self.index)

@@ -1,0 +1,140 @@
+"""Activations of MLPs, by name; and GELU by Pallas kernels for GPUs."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from beit_jax.models import kernels
+
+ROWS, COLUMNS = 64, 1024  # of a program of the kernels, at most
+STEP = 4096  # numbers at once, at most
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU with the exact erf, in float32, as torch writes it; XLA:CPU is slow at jax's erfc."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+}
+
+
+def can_fuse(width: int, dtype: jnp.dtype) -> bool:
+    """Whether there is a kernel for GELU of [..., width]: of bfloat16, and many factors of 2."""
+    return dtype == jnp.bfloat16 and math.gcd(width, COLUMNS) >= 128 and kernels.work()
+
+
+@jax.custom_vjp
+def fused_gelu(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """GELU of x [..., D] + bias [D] as one kernel, and its gradient likewise.
+
+    XLA's erf takes a GPU longer than the memory takes to bring x; here it is a formula of one
+    exponential, which the gradient needs too, off by 1e-7 before it is rounded.
+    """
+    return _forward(x, bias)[0]
+
+
+def _tail(x):
+    """The share of the standard normal distribution above abs(x), and exp(-x ** 2 / 2): formula
+    7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions."""
+    density = jnp.exp2(jnp.square(x) * (-0.5 * math.log2(math.e)))
+    t = 1 / (1 + 0.3275911 * 0.5**0.5 * jnp.abs(x))
+    factors = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+    polynomial = functools.reduce(lambda sum, factor: sum * t + factor, factors)
+    return 0.5 * t * polynomial * density, density
+
+
+def _forward_kernel(x_ref, bias_ref, out_ref):
+    def body(rows, bias):
+        x = triton.load(x_ref.at[rows, :]).astype(jnp.float32)
+        x = x if bias is None else x + bias
+        out = jnp.maximum(x, 0) - jnp.abs(x) * _tail(x)[0]
+        triton.store(out_ref.at[rows, :], out.astype(out_ref.dtype))
+
+    _for_each_step(x_ref, bias_ref, body)
+
+
+def _backward_kernel(x_ref, gradient_ref, bias_ref, out_ref, sum_ref):
+    def body(rows, bias, total):
+        x = triton.load(x_ref.at[rows, :]).astype(jnp.float32)
+        x = x if bias is None else x + bias
+        tail, density = _tail(x)
+        slope = jnp.where(x > 0, 1 - tail, tail) + x * density * (2 * math.pi) ** -0.5
+        out = triton.load(gradient_ref.at[rows, :]).astype(jnp.float32) * slope
+        triton.store(out_ref.at[rows, :], out.astype(out_ref.dtype))
+        return total + out.sum(0)
+
+    triton.store(sum_ref.at[:], _for_each_step(x_ref, bias_ref, body, sum_ref.shape))
+
+
+def _for_each_step(x_ref, bias_ref, body, shape=None):
+    bias = None if bias_ref is None else triton.load(bias_ref.at[:])[None]
+    step = math.gcd(x_ref.shape[0], STEP // x_ref.shape[1])
+
+    def run(i, carry):
+        rows = pl.ds(i * step, step)
+        return body(rows, bias) if carry is None else body(rows, bias, carry)
+
+    start = None if shape is None else jnp.zeros(shape, jnp.float32)
+    return lax.fori_loop(0, x_ref.shape[0] // step, run, start)
+
+
+def _call(body, arrays, bias, sums):
+    """Runs a kernel on blocks of arrays [..., D]: the result, and with `sums` also its sums over
+    the rows of each block, [B, blocks, D]."""
+    arrays = [*arrays] if bias is None else [*arrays, bias]
+
+    def run(*given):
+        first, width = given[0], given[0].shape[-1]
+        own, added = (given, None) if bias is None else (given[:-1], given[-1])
+        tall = first.size // width
+        rows, columns = math.gcd(tall, ROWS), math.gcd(width, COLUMNS)
+        tile = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
+        row = None if added is None else pl.BlockSpec((columns,), lambda i, j: (j,))
+        outputs = [jax.ShapeDtypeStruct((tall, width), first.dtype)]
+        places = [tile]
+        if sums:
+            outputs.append(jax.ShapeDtypeStruct((tall // rows, width), jnp.float32))
+            places.append(pl.BlockSpec((None, columns), lambda i, j: (i, j)))
+        out, *total = pl.pallas_call(
+            body,
+            grid=(tall // rows, width // columns),
+            in_specs=[*[tile] * len(own), row],
+            out_specs=tuple(places),
+            out_shape=tuple(outputs),
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+            interpret=kernels.is_interpreted(),
+            name="gelu" + body.__name__.removesuffix("_kernel"),
+        )(*(x.reshape(tall, width) for x in own), added)
+        return (out.reshape(first.shape), *total)
+
+    shared = [] if bias is None else [len(arrays) - 1]
+    ranks = [arrays[0].ndim] + [2] * sums
+    return kernels.on_each_device(run, arrays, ranks, shared)
+
+
+def _forward(x, bias):
+    (out,) = _call(_forward_kernel, [x], bias, sums=False)
+    return out, (x, bias)
+
+
+def _backward(residuals, gradient):
+    x, bias = residuals
+    d_x, sums = _call(_backward_kernel, [x, gradient], bias, sums=True)
+    return d_x, None if bias is None else sums.sum(0).astype(bias.dtype)
+
+
+fused_gelu.defvjp(_forward, _backward)

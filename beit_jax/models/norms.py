@@ -1,0 +1,195 @@
+"""Normalization of tokens, by Pallas kernels on GPUs.
+
+A vector of a token less its mean, by its standard deviation, is what a LayerNorm does before its
+scale and shift. XLA makes slow kernels of it, most of all of the backward pass; ours also takes in
+the gradient that comes past the norm, along the residual connection, so that memory sees their sum
+alone.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from beit_jax.models import kernels
+
+
+def normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] in float32 less its mean, by its standard deviation; and what it was multiplied
+    by, [..., 1]."""
+    x = x.astype(jnp.float32)
+    x -= x.mean(-1, keepdims=True)
+    scale = lax.rsqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return x * scale, scale
+
+
+class How(NamedTuple):
+    """How a norm is computed.
+
+    Attributes:
+      epsilon: is added to the variance.
+      dtype: of the result; statistics are float32.
+      fused: by kernels, where that is bfloat16, as what is normalized is, and they work.
+    """
+
+    epsilon: float
+    dtype: jnp.dtype
+    fused: bool = True
+
+    def is_fused(self, x):
+        """Whether the norm of x is a kernel."""
+        return self.fused and x.dtype == self.dtype == jnp.bfloat16 and kernels.work()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, gain: jax.Array, shift: jax.Array, how: How) -> jax.Array:
+    """x [..., D] normalized, times `gain` [D], plus `shift` [D]."""
+    if how.is_fused(x):
+        return fused_norm(x, gain, shift, how.epsilon)[0]
+    return _layer_norm(x, gain, shift, how)
+
+
+def _layer_norm(x, gain, shift, how):
+    return (normalize(x, how.epsilon)[0] * gain + shift).astype(how.dtype)
+
+
+def _layer_norm_backward(how, residuals, gradient):
+    return jax.vjp(lambda *args: _layer_norm(*args, how), *residuals)[1](gradient)
+
+
+layer_norm.defvjp(lambda *args: (layer_norm(*args), args[:3]), _layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def standardize(x: jax.Array, how: How) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] as it is, for the residual connection, and normalized.
+
+    The gradient is computed from the result, which the next product keeps anyway, so that x itself
+    is not kept for the backward pass.
+    """
+    return _standardize_forward(x, how)[0]
+
+
+def _standardize_forward(x, how):
+    if how.is_fused(x):
+        y, scale = fused_norm(x, None, None, how.epsilon)
+    else:
+        y, scale = normalize(x, how.epsilon)
+        # or XLA keeps x, to compute both again
+        y, scale = lax.optimization_barrier((y.astype(how.dtype), scale))
+    return (x, y), (y, scale)
+
+
+def _standardize_backward(how, residuals, gradients):
+    y, scale = residuals
+    past, gradient = gradients
+    compute = fused_gradient if how.is_fused(past) else plain_gradient
+    return (compute(past, gradient, y, scale),)
+
+
+standardize.defvjp(_standardize_forward, _standardize_backward)
+
+
+def plain_gradient(past, gradient, y, scale):
+    """Of what was normalized to y [..., D], by `scale` [..., 1].
+
+    Args:
+      past: gradient [..., D] of what went past the norm.
+      gradient: of y, [..., D].
+    """
+    y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
+    gradient -= gradient.mean(-1, keepdims=True)
+    gradient -= y * (gradient * y).mean(-1, keepdims=True)
+    return past + (gradient * scale).astype(past.dtype)
+
+
+def fused_norm(x, gain, shift, epsilon):
+    """`layer_norm` in the type of x as one kernel, without `gain` and `shift` where they are None;
+    and what x, less its mean, was multiplied by, [..., 1]."""
+    vectors = [] if gain is None else [gain, shift]
+
+    def body(x_ref, *refs):
+        *vector_refs, y_ref, scale_ref = refs
+        parts = _parts(x)
+        values = [_load(x_ref, part) for part in parts]
+        mean = _mean(values, x)
+        values = [value - mean for value in values]
+        scale = lax.rsqrt(_mean([value * value for value in values], x) + epsilon)
+        triton.store(scale_ref.at[pl.ds(0, 1)], scale[None])
+        for part, value in zip(parts, values, strict=True):
+            value *= scale
+            if vector_refs:
+                value = value * _load(vector_refs[0], part) + _load(vector_refs[1], part)
+            triton.store(y_ref.at[part], value.astype(y_ref.dtype))
+
+    return _for_each_token("norm", body, [x], vectors, [(x.shape[-1], x.dtype), (1, jnp.float32)])
+
+
+def fused_gradient(past, gradient, y, scale):
+    """`plain_gradient` as one kernel, rounded once."""
+
+    def body(past_ref, gradient_ref, y_ref, scale_ref, out_ref):
+        parts = _parts(y)
+        values = [_load(y_ref, part) for part in parts]
+        gradients = [_load(gradient_ref, part) for part in parts]
+        mean = _mean(gradients, y)
+        slope = _mean([g * value for g, value in zip(gradients, values, strict=True)], y)
+        scale = triton.load(scale_ref.at[pl.ds(0, 1)])
+        for part, g, value in zip(parts, gradients, values, strict=True):
+            total = _load(past_ref, part) + (g - mean - value * slope) * scale  # y has no mean
+            triton.store(out_ref.at[part], total.astype(out_ref.dtype))
+
+    arrays = [past, gradient, y, scale]
+    return _for_each_token("norm_gradient", body, arrays, [], [(y.shape[-1], past.dtype)])[0]
+
+
+def _parts(x):
+    """A vector of x [..., D] in parts, whose lengths have to be powers of 2."""
+    width = x.shape[-1]
+    lengths = [1 << i for i in reversed(range(width.bit_length())) if width >> i & 1]
+    return [pl.ds(sum(lengths[:i]), lengths[i]) for i in range(len(lengths))]
+
+
+def _load(ref, part):
+    return triton.load(ref.at[part]).astype(jnp.float32)
+
+
+def _mean(parts, x):
+    return sum(part.sum() for part in parts) * np.float32(1 / x.shape[-1])
+
+
+def _for_each_token(name, body, arrays, vectors, outputs):
+    """Runs a kernel for each token, in one warp.
+
+    Args:
+      body: is given references to vectors: the token's own of each array, the `vectors`, and those
+        of the results.
+      arrays: [..., D], with any last axes.
+      vectors: [D].
+      outputs: last axes of the results, and their types.
+    """
+
+    def run(*given):
+        first, tokens = given[0], given[0].size // given[0].shape[-1]
+        rows = [x.reshape(tokens, -1) for x in given[: len(arrays)]]
+        own = [pl.BlockSpec((None, x.shape[1]), lambda i: (i, 0)) for x in rows]
+        common = [pl.BlockSpec(x.shape, lambda i: (0,)) for x in vectors]
+        results = pl.pallas_call(
+            body,
+            grid=(tokens,),
+            in_specs=own + common,
+            out_specs=tuple(pl.BlockSpec((None, n), lambda i: (i, 0)) for n, _ in outputs),
+            out_shape=tuple(jax.ShapeDtypeStruct((tokens, n), dtype) for n, dtype in outputs),
+            compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
+            interpret=kernels.is_interpreted(),
+            name=name,
+        )(*rows, *given[len(arrays) :])
+        return tuple(x.reshape(*first.shape[:-1], -1) for x in results)
+
+    shared = range(len(arrays), len(arrays) + len(vectors))
+    return kernels.on_each_device(run, [*arrays, *vectors], [arrays[0].ndim] * len(outputs), shared)
