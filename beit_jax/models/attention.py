@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from beit_jax.models import flash, kernels
 
 MASKED = -1e9
+PADDED = 8  # tokens, or rows of a product, come in such numbers where a GPU wants them to
 _DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
 TRIAL_TOLERANCE = 0.05  # bfloat16 has 8 bits
 
@@ -127,8 +128,8 @@ def saves_kernel(primitive, *_, **__) -> bool:
 
 
 def pad_tokens(x):
-    """Appends zeros to tokens [B, T, ...] until T is a multiple of 8."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)) + ((0, 0),) * (x.ndim - 2))
+    """Appends zeros to tokens [B, T, ...] until T is a multiple of `PADDED`."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % PADDED)) + ((0, 0),) * (x.ndim - 2))
 
 
 def mask_padding(bias, tokens: int):

@@ -237,7 +237,8 @@ class Beit(nn.Module):
             image, bool_masked_pos, visible_index, deterministic=deterministic
         )
         tokens, bias = x.shape[1], None
-        is_padded = is_biased and config.resolved_attention(tokens, biased=True) == "cudnn"
+        kernel = config.resolved_attention(tokens, biased=True) if is_biased else None
+        is_padded = kernel == "cudnn" or kernel == "pallas" and len(x) * tokens % attention.PADDED
         pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)

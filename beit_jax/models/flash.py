@@ -106,7 +106,7 @@ def _load_queries(ref, shift_ref, place):
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, shift_ref, bias_ref, out_ref, norm_ref, *, queries, keys
+    q_ref, k_ref, v_ref, shift_ref, bias_ref, offset_ref, out_ref, norm_ref, *, queries, keys
 ):  # fmt: skip
     """Result of a tile of queries, and the logarithm of what their weights were divided by."""
 
@@ -128,7 +128,10 @@ def _forward_kernel(
         lowest = jnp.finfo(jnp.float32).min
         zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros(len(q), jnp.float32)
         out, norm, highest = keys.fold(body, (*zeros, jnp.full(len(q), lowest, jnp.float32)))
-        _store(out_ref, out / norm[:, None], at_q, ALL)
+        out /= norm[:, None]
+        if offset_ref is not None:
+            out += _load(offset_ref, ALL)[None]
+        _store(out_ref, out, at_q, ALL)
         _store(norm_ref, highest + jnp.log2(norm), at_q)
 
     queries.run(run)
@@ -186,7 +189,7 @@ class _Kernel(NamedTuple):
       body: is given references to what a picture and a head have of each array.
       takes: its arguments: "query", "key" and "value", each [B, T, H, K] or together
         [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
-        "pairs" [B, H, T, T]; "shift" [H, K] and "bias" [H, T, T], which may be None.
+        "pairs" [B, H, T, T]; "shift" and "offset" [H, K] and "bias" [H, T, T], which may be None.
       gives: its results.
       tiles: tokens of a tile of queries, and of one of keys.
       over: which of them, "queries" or "keys", have a program for each tile.
@@ -239,6 +242,7 @@ class _Kernel(NamedTuple):
             "row": ((None, None, reach), lambda i, h, b: (b, h, 0)),
             "pairs": ((None, None, reach, reach), lambda i, h, b: (b, h, 0, 0)),
             "shift": ((None, size), lambda i, h, b: (h, 0)),
+            "offset": ((None, size), lambda i, h, b: (h, 0)),
             "bias": ((None, reach, reach), lambda i, h, b: (h, 0, 0)),
         }
         for part, name in enumerate(_PARTS):
@@ -265,7 +269,7 @@ class _Kernel(NamedTuple):
 
 _CUT = "queries", "keys"
 _PARTS = "query", "key", "value"
-_SHARED = "shift", "bias"  # by all pictures
+_SHARED = "shift", "bias", "offset"  # by all pictures
 
 
 _FORWARD = _Kernel(
@@ -273,7 +277,7 @@ _FORWARD = _Kernel(
 )
 _BACKWARD = _Kernel(
     _backward_kernel,
-    (*_PARTS, *_SHARED, "tokens", "row", "row"),
+    (*_PARTS, "shift", "bias", "tokens", "row", "row"),
     ("packed", "pairs"),
     (64, 64),
     "keys",
@@ -295,19 +299,24 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array |
       value: likewise.
       bias: [H, T, T], or None.
     """
-    return _attend((query, key, value), None, bias)
+    return _attend((query, key, value), None, None, bias)
 
 
-def attend_packed(qkv: jax.Array, shift: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+def attend_packed(
+    qkv: jax.Array,
+    shift: jax.Array | None,
+    offset: jax.Array | None,
+    bias: jax.Array | None,
+) -> jax.Array:
     """`attend` of queries, keys and values that are one array [B, T, 3, H, K], as is then their
     gradient: of one product, whose backward pass is one product too. `shift` [H, K] is added to
-    the queries."""
-    return _attend(qkv, shift, bias)
+    the queries, `offset` [H, K] to the result."""
+    return _attend(qkv, shift, offset, bias)
 
 
 @jax.custom_vjp
-def _attend(qkv, shift, bias):
-    return _attend_forward(qkv, shift, bias)[0]
+def _attend(qkv, shift, offset, bias):
+    return _attend_forward(qkv, shift, offset, bias)[0]
 
 
 def _prepare(bias, dtype):
@@ -322,28 +331,31 @@ def _parts(qkv):
     return qkv if isinstance(qkv, tuple) else (qkv,) * 3
 
 
-def _attend_forward(qkv, shift, bias):
+def _attend_forward(qkv, shift, offset, bias):
     parts = _parts(qkv)
-    out, norm = _FORWARD(*parts, shift, _prepare(bias, parts[0].dtype))
-    return out, (qkv, shift, bias, out, norm)
+    out, norm = _FORWARD(*parts, shift, _prepare(bias, parts[0].dtype), offset)
+    return out, (qkv, shift, offset, bias, out, norm)
 
 
 def _attend_backward(residuals, d_out):
-    qkv, shift, bias, out, norm = residuals
-    parts = _parts(qkv)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)
+    qkv, shift, offset, bias, out, norm = residuals
+    parts, wide = _parts(qkv), d_out.astype(jnp.float32)
+    attended = out.astype(jnp.float32) - (0 if offset is None else offset)
+    delta = (wide * attended).sum(-1).transpose(0, 2, 1)
     turned = None if bias is None else _prepare(bias.transpose(0, 2, 1), out.dtype)
     d_qkv, d_logits = _BACKWARD(*parts, shift, turned, d_out, norm, delta)
     (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)
-    d_shift = d_bias = None
+    d_shift = d_offset = d_bias = None
     if shift is not None:
         d_shift = d_qkv[:, :, 0].sum((0, 1), dtype=jnp.float32).astype(shift.dtype)
+    if offset is not None:
+        d_offset = wide.sum((0, 1)).astype(offset.dtype)
     if bias is not None:
         d_bias = d_logits[..., : bias.shape[1]].sum(0, dtype=jnp.float32)
         d_bias = d_bias.transpose(0, 2, 1).astype(bias.dtype)
     if isinstance(qkv, tuple):
         d_qkv = tuple(d_qkv[:, :, part] for part in range(3))
-    return d_qkv, d_shift, d_bias
+    return d_qkv, d_shift, d_offset, d_bias
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

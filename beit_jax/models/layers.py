@@ -529,8 +529,11 @@ class Attention(nn.Module):
             weights = query.weights(x), key.weights(for_keys), value.weights(x)
             kernels, (added, _, shift) = zip(*weights, strict=True)
             qkv = matmul(_unfold(x).x.astype(dtype), jnp.concatenate(kernels, 1)).astype(dtype)
-            added = None if added is None else added.reshape(heads, -1)
-            given = qkv.reshape(batch, tokens, 3, heads, -1), added
+            offset = None
+            if not isinstance(x, Folded):  # as then is the layer that would take it in
+                offset, shift = shift, None
+            added = (None if z is None else z.reshape(heads, -1) for z in (added, offset))
+            given = qkv.reshape(batch, tokens, 3, heads, -1), *added
             kernel = attention.pallas_packed
         else:
             query, key = query(x), key(for_keys)
