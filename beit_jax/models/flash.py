@@ -65,7 +65,11 @@ QUERY, KEY, VALUE = ((index, None) for index in range(3))
 
 
 def _view(ref, places):
-    """The part of an array at places, each an index with its mask, and the mask of that part."""
+    """The part of an array at places, each an index with its mask, and the mask of that part; an
+    array may be one of a packed one, as (packed, part)."""
+    if isinstance(ref, tuple):
+        (ref, part), (first, *others) = ref, places
+        places = first, part, *others
     masks = [mask for index, mask in places if not isinstance(index, int)]
     mask = None
     for axis, along in enumerate(masks):
@@ -85,7 +89,7 @@ def _load(ref, *places):
 
 def _store(ref, x, *places):
     view, mask = _view(ref, places)
-    triton.store(view, x.astype(ref.dtype), mask=mask)
+    triton.store(view, x.astype(view.dtype), mask=mask)
 
 
 def _dot(equation, a, b):
@@ -99,19 +103,19 @@ def _logits(equation, a, b, bias_ref, *places):
     return logits if bias_ref is None else logits + _load(bias_ref, *places)
 
 
-def _load_queries(ref, shift_ref, place):
-    """With what is still to be added to them."""
-    q = _load(ref, place, ALL)
-    return q if shift_ref is None else (q + _load(shift_ref, ALL)[None]).astype(q.dtype)
-
-
 def _forward_kernel(
-    q_ref, k_ref, v_ref, shift_ref, bias_ref, offset_ref, out_ref, norm_ref, *, queries, keys
+    q_ref, k_ref, v_ref, shift_ref, bias_ref, offset_ref, out_ref, norm_ref, *, queries, keys,
+    shifted_ref=None
 ):  # fmt: skip
-    """Result of a tile of queries, and the logarithm of what their weights were divided by."""
+    """Result of a tile of queries, and the logarithm of what their weights were divided by; stores
+    the queries as they were used, too, where it is told to."""
 
     def run(at_q):
-        q = _load_queries(q_ref, shift_ref, at_q)
+        q = _load(q_ref, at_q, ALL)
+        if shift_ref is not None:
+            q = (q + _load(shift_ref, ALL)[None]).astype(q.dtype)
+        if shifted_ref is not None:
+            _store(shifted_ref, q, at_q, ALL)
 
         def body(at_k, carry):
             out, norm, highest = carry
@@ -137,8 +141,18 @@ def _forward_kernel(
     queries.run(run)
 
 
+def _shifting_kernel(
+    qkv_ref, shift_ref, bias_ref, offset_ref, out_qkv_ref, out_ref, norm_ref, **tiles
+):  # fmt: skip
+    """`_forward_kernel` that leaves the shifted queries in the place of those that it was given, of
+    which each is read by one program alone: the backward pass needs no shift."""
+    parts = ((qkv_ref, part) for part in (QUERY, KEY, VALUE))
+    rest = shift_ref, bias_ref, offset_ref, out_ref, norm_ref
+    _forward_kernel(*parts, *rest, **tiles, shifted_ref=(out_qkv_ref, QUERY))
+
+
 def _backward_kernel(
-    q_ref, k_ref, v_ref, shift_ref, bias_ref, d_out_ref, norm_ref, delta_ref,
+    q_ref, k_ref, v_ref, bias_ref, d_out_ref, norm_ref, delta_ref,
     d_qkv_ref, d_logits_ref, *, queries, keys
 ):  # fmt: skip
     """Gradients of a tile of keys and values, and of their logits; these are [keys, queries]."""
@@ -148,7 +162,7 @@ def _backward_kernel(
 
         def body(at_q, carry):
             dk, dv = carry
-            q, d_out = _load_queries(q_ref, shift_ref, at_q), _load(d_out_ref, at_q, ALL)
+            q, d_out = _load(q_ref, at_q, ALL), _load(d_out_ref, at_q, ALL)
             logits = _logits("kc,qc->kq", k, q, bias_ref, at_k, at_q)
             weights = jnp.exp2(logits - _load(norm_ref, at_q)[None])
             if at_q[1] is not None:
@@ -161,8 +175,8 @@ def _backward_kernel(
 
         zeros = jnp.zeros(k.shape, jnp.float32)
         dk, dv = queries.fold(body, (zeros, zeros))
-        _store(d_qkv_ref, dk * k.shape[-1] ** -0.5, at_k, KEY, ALL)
-        _store(d_qkv_ref, dv, at_k, VALUE, ALL)
+        _store((d_qkv_ref, KEY), dk * k.shape[-1] ** -0.5, at_k, ALL)
+        _store((d_qkv_ref, VALUE), dv, at_k, ALL)
 
     keys.run(run)
 
@@ -177,7 +191,7 @@ def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, *, queries, keys):
             return dq + _dot("kq,kc->qc", _load(d_logits_ref, at_k, at_q), _load(k_ref, at_k, ALL))
 
         dq = keys.fold(body, jnp.zeros((at_q[0].size, k_ref.shape[-1]), jnp.float32))
-        _store(d_qkv_ref, dq * k_ref.shape[-1] ** -0.5, at_q, QUERY, ALL)
+        _store((d_qkv_ref, QUERY), dq * k_ref.shape[-1] ** -0.5, at_q, ALL)
 
     queries.run(run)
 
@@ -275,9 +289,15 @@ _SHARED = "shift", "bias", "offset"  # by all pictures
 _FORWARD = _Kernel(
     _forward_kernel, (*_PARTS, *_SHARED), ("tokens", "row"), (64, 32), "queries", stages=3
 )
+_SHIFTING = _FORWARD._replace(
+    body=_shifting_kernel,
+    takes=("packed", *_SHARED),
+    gives=("packed", "tokens", "row"),
+    aliases={0: 0},
+)
 _BACKWARD = _Kernel(
     _backward_kernel,
-    (*_PARTS, "shift", "bias", "tokens", "row", "row"),
+    (*_PARTS, "bias", "tokens", "row", "row"),
     ("packed", "pairs"),
     (64, 64),
     "keys",
@@ -316,7 +336,8 @@ def attend_packed(
 
 @jax.custom_vjp
 def _attend(qkv, shift, offset, bias):
-    return _attend_forward(qkv, shift, offset, bias)[0]
+    parts = _parts(qkv)
+    return _FORWARD(*parts, shift, _prepare(bias, parts[0].dtype), offset)[0]
 
 
 def _prepare(bias, dtype):
@@ -333,7 +354,11 @@ def _parts(qkv):
 
 def _attend_forward(qkv, shift, offset, bias):
     parts = _parts(qkv)
-    out, norm = _FORWARD(*parts, shift, _prepare(bias, parts[0].dtype), offset)
+    shared = shift, _prepare(bias, parts[0].dtype), offset
+    if shift is None:
+        out, norm = _FORWARD(*parts, *shared)
+    else:
+        qkv, out, norm = _SHIFTING(qkv, *shared)
     return out, (qkv, shift, offset, bias, out, norm)
 
 
@@ -343,7 +368,7 @@ def _attend_backward(residuals, d_out):
     attended = out.astype(jnp.float32) - (0 if offset is None else offset)
     delta = (wide * attended).sum(-1).transpose(0, 2, 1)
     turned = None if bias is None else _prepare(bias.transpose(0, 2, 1), out.dtype)
-    d_qkv, d_logits = _BACKWARD(*parts, shift, turned, d_out, norm, delta)
+    d_qkv, d_logits = _BACKWARD(*parts, turned, d_out, norm, delta)
     (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)
     d_shift = d_offset = d_bias = None
     if shift is not None:
