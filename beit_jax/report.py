@@ -32,7 +32,7 @@ _FACTS = (
     "num_skipped",
     "num_trainable_parameters",
     "step_memory_bytes",
-    "step_attention_kernels",
+    "step_fused_kernels",
     "images_per_second",
     "seconds_per_step",
     "seconds",

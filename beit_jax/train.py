@@ -131,7 +131,7 @@ def _train(config, workdir, mesh, stack):
                     config, task, tx, schedule, mesh, state, train.resident, batch
                 )
             facts["step_memory_bytes"] = build.memory_of(train_step)
-            facts["step_attention_kernels"] = build.attention_kernels_of(train_step)
+            facts["step_fused_kernels"] = build.fused_kernels_of(train_step)
         if step in trace:
             read(keep=0)
             trace[step]()

@@ -75,7 +75,7 @@ def make_program(
 def make_step(*args, **kwargs) -> Step:
     """Compiles `make_program` of the same arguments. Tells what bytes the compiled step needs on
     the device, the most that JAX had allocated there, and how many of its kernels are cuDNN's
-    attention."""
+    attention or ours."""
     function, args, trains = make_program(*args, **kwargs)
     compiled = function.lower(*args).compile()
     first, *rest = jax.device_put(args)
@@ -97,7 +97,7 @@ def make_step(*args, **kwargs) -> Step:
         return {
             "memory_bytes": build.memory_of(compiled),
             "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-            "attention_kernels": build.attention_kernels_of(compiled),
+            "fused_kernels": build.fused_kernels_of(compiled),
         }
 
     return Step(run, number, tell)

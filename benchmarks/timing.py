@@ -203,8 +203,8 @@ def machine() -> dict:
     names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "timm", "peft", "numpy")
     found = [name for name in (*names, "tensorflow", "triton") if importlib.util.find_spec(name)]
     return {
-        "commit": _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD")
-        or os.environ.get("BEIT_JAX_COMMIT"),  # of a copy without .git
+        "commit": os.environ.get("BEIT_JAX_COMMIT")  # of a copy without .git, or with another's
+        or _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"),
         "source": _source(),
         "cpu": cpu[1].strip() if cpu else platform.processor(),
         "cpu_features": [name for name in _FEATURES if re.search(rf"\b{name}\b", _cpuinfo())],

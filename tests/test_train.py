@@ -412,4 +412,4 @@ def test_kernels_of_cudnn_are_counted():
     line = '%a = (bf16[2], u8[0]) custom-call(%y), custom_call_target="__cudnn$fmhaSoftmax"\n'
     for text, count in ((2 * line, 2), ("", 0), (None, 0)):
         compiled = types.SimpleNamespace(as_text=lambda text=text: text)
-        assert build.attention_kernels_of(compiled) == count
+        assert build.fused_kernels_of(compiled) == count

@@ -144,7 +144,6 @@ def mask_padding(bias, tokens: int):
 pallas, pallas_packed = flash.attend, flash.attend_packed
 IMPLEMENTATIONS = {"plain": plain, "xla": xla, "cudnn": cudnn, "pallas": pallas}
 FUSED = {"pallas": pallas, "cudnn": cudnn}  # kernels for GPUs, the faster first
-FUSED_CALLS = r'target="(__cudnn\$fmha|__gpu\$xla.gpu.triton")'  # of a compiled program
 
 
 @functools.cache
