@@ -300,5 +300,5 @@ def memory_of(compiled) -> int:
 
 
 def fused_kernels_of(compiled) -> int:
-    """How many kernels of a compiled step are cuDNN's attention or ours, see `models/kernels.py`."""
+    """How many kernels of a compiled step are cuDNN's attention, or of `models/kernels.py`."""
     return len(re.findall(_FUSED, compiled.as_text() or ""))

@@ -93,8 +93,8 @@ def _for_each_step(x_ref, bias_ref, body, shape=None):
 
 
 def _call(body, arrays, bias, sums):
-    """Runs a kernel on blocks of arrays [..., D]: the result, and with `sums` also its sums over
-    the rows of each block, [B, blocks, D]."""
+    """Runs a kernel on blocks of arrays [B, ..., D]: the result, and with `sums` also an array
+    [B, D] whose sum is that of all rows of the result; each device adds one row to it."""
     arrays = [*arrays] if bias is None else [*arrays, bias]
 
     def run(*given):
@@ -119,6 +119,7 @@ def _call(body, arrays, bias, sums):
             interpret=kernels.is_interpreted(),
             name="gelu" + body.__name__.removesuffix("_kernel"),
         )(*(x.reshape(tall, width) for x in own), added)
+        total = [jnp.zeros((len(first), width)).at[0].set(x.sum(0)) for x in total]
         return (out.reshape(first.shape), *total)
 
     shared = [] if bias is None else [len(arrays) - 1]

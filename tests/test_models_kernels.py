@@ -1,0 +1,456 @@
+"""Kernels for GPUs, interpreted, against the plain computation of the same; and who uses them."""
+
+import importlib.util
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beit_jax.models import (
+    activations,
+    attention,
+    beit,
+    features,
+    flash,
+    kernels,
+    layers,
+    norms,
+    swin,
+    vit,
+)
+
+HEADS = 2
+SIZES = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=HEADS,
+    intermediate_size=128,
+    image_size=16,
+    patch_size=4,
+    num_labels=3,
+)
+
+
+def random(*shape, seed=0, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def results(function, *arrays):
+    """Outputs, and the gradients of their sums with unequal weights."""
+
+    @jax.jit
+    def run(arrays):
+        out, pull = jax.vjp(function, *arrays)
+        weights = jax.tree.map(lambda x: random(*x.shape, seed=9, dtype=x.dtype), out)
+        return out, pull(weights)
+
+    return run(arrays)
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    """By the largest number of each array."""
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    for a, b in zip(actual, expected, strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert a.shape == b.shape
+        np.testing.assert_array_less(np.abs(a - b).max(), tolerance * np.abs(b).max() + 1e-6)
+
+
+TOKENS = [1, 5, 16, 17, 33, 64, 65, 80, 129]  # less than a tile, one, more; rests of all sizes
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_attention(tokens, biased):
+    arrays = [random(2, tokens, HEADS, 16, seed=i) for i in range(3)]
+    arrays += [random(HEADS, tokens, tokens, seed=3)] * biased
+
+    def call(attend):
+        return lambda *given: attend(*given, *[None] * (not biased))
+
+    expected = results(call(attention.plain), *arrays)
+    assert_close(results(call(flash.attend), *arrays), expected)
+
+
+def test_attention_in_bfloat16_sums_the_gradient_of_the_bias_in_float32():
+    """Of a batch so large that a sum in bfloat16 would have stopped growing."""
+    batch, tokens = 512, 16
+    arrays = [random(1, tokens, 1, 16, seed=i, dtype="bfloat16") for i in range(3)]
+    query, key, value = (jnp.repeat(x, batch, 0) for x in arrays)
+    bias = random(1, tokens, tokens, seed=3)
+    _, pull = jax.vjp(lambda bias: flash.attend(query, key, value, bias), bias)
+    _, pull_one = jax.vjp(lambda bias: flash.attend(*arrays, bias), bias)
+    gradient = random(1, tokens, 1, 16, seed=4, dtype="bfloat16")
+    (many,), (one,) = pull(jnp.repeat(gradient, batch, 0)), pull_one(gradient)
+    assert many.dtype == jnp.float32
+    assert_close(many, batch * one, 1e-5)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("offset", [True, False], ids=["offset", "none"])
+@pytest.mark.parametrize("shift", [True, False], ids=["shift", "none"])
+def test_packed_attention(shift, offset, biased):
+    tokens = 21
+    qkv = random(2, tokens, 3, HEADS, 16)
+    wanted = {"shift": shift, "offset": offset, "bias": biased}
+    shapes = {"shift": (HEADS, 16), "offset": (HEADS, 16), "bias": (HEADS, tokens, tokens)}
+    given = {name: random(*shapes[name], seed=5) for name in wanted if wanted[name]}
+    before = np.array(qkv)
+
+    def packed(qkv, given):
+        return flash.attend_packed(qkv, *(given.get(name) for name in wanted))
+
+    def plain(qkv, given):
+        query = qkv[:, :, 0] + given.get("shift", 0)
+        out = attention.plain(query, qkv[:, :, 1], qkv[:, :, 2], given.get("bias"))
+        return out + given.get("offset", 0)
+
+    assert_close(packed(qkv, given), plain(qkv, given))  # without a gradient
+    assert_close(results(packed, qkv, given), results(plain, qkv, given))
+    np.testing.assert_array_equal(qkv, before)  # though a kernel writes over what it is given
+
+
+ON_FOUR_DEVICES = """
+import re
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from beit_jax.models import activations, attention, flash, norms
+
+mesh = Mesh(np.array(jax.devices()), ("data",))
+split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+query, key, value, d_out = jax.device_put([draw(8, 17, 2, 16) for _ in range(4)], split)
+bias = jax.device_put(draw(2, 17, 17), everywhere)
+x, gradient = jax.device_put([draw(8, 17, 128) for _ in range(2)], split)
+vector = jax.device_put(draw(128), everywhere)
+
+
+def norm(fused):
+    def run(x, gain):
+        if fused:
+            return norms.fused_norm(x, gain, gain, 1e-6)[0]
+        return norms.normalize(x, 1e-6)[0] * gain + gain
+    return run
+
+
+def gelu(fused):
+    return activations.fused_gelu if fused else lambda x, bias: activations.gelu(x + bias)
+
+
+def attend(fused):
+    return flash.attend if fused else attention.plain
+
+
+for make, given, d, pulls in (
+    (attend, (query, key, value, bias), d_out, True),
+    (gelu, (x, vector), gradient, True),
+    (norm, (x, vector), gradient, False),
+):
+    found = []
+    for fused in (True, False):
+        def run(d, *given):
+            if not pulls:
+                return make(fused)(*given)
+            out, pull = jax.vjp(make(fused), *given)
+            return (out, *pull(d))
+        compiled = jax.jit(run).lower(d, *given).compile()
+        found.append(compiled(d, *given))
+        if fused:
+            print(len(re.findall("all-gather(-start)?[(]", compiled.as_text())))
+    for a, b in zip(*map(jax.tree.leaves, found)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        print(a.sharding.is_equivalent_to(b.sharding, a.ndim))
+"""
+
+
+def test_each_device_works_on_its_part_of_a_batch(run_python):
+    """Nothing is gathered, and results lie where XLA's would."""
+    result = run_python(ON_FOUR_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert result.returncode == 0, result.stderr
+    assert re.sub("True\n", "", result.stdout) == "0\n0\n0\n", result.stdout
+
+
+@pytest.mark.parametrize("width", [1, 24, 128, 288, 768])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_norm(width, scaled):
+    x = 3 + 2 * random(2, 5, width)
+    gain, shift = (random(width, seed=i) if scaled else None for i in (1, 2))
+    y, scale = norms.fused_norm(x, gain, shift, 1e-6)
+    expected, expected_scale = norms.normalize(x, 1e-6)
+    expected = expected * gain + shift if scaled else expected
+    assert_close(y, expected)
+    assert_close(scale, expected_scale)
+
+
+@pytest.mark.parametrize("width", [2, 24, 288, 768])
+def test_gradient_of_a_norm(width):
+    y, scale = norms.normalize(random(2, 5, width), 1e-6)
+    past, gradient = random(2, 5, width, seed=1), random(2, 5, width, seed=2)
+    expected = norms.plain_gradient(past, gradient, y, scale)
+    assert_close(norms.fused_gradient(past, gradient, y, scale), expected)
+    _, pull = jax.vjp(lambda x: (x, norms.normalize(x, 1e-6)[0]), random(2, 5, width))
+    assert_close(expected, pull((past, gradient))[0], 1e-4)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("shape", [(3, 5, 128), (2, 64, 384), (130, 1024), (1, 1, 2048)])
+def test_gelu(shape, biased):
+    arrays = [3 * random(*shape), *[random(shape[-1], seed=1)] * biased]
+
+    def fused(x, bias=None):
+        return activations.fused_gelu(x, bias)
+
+    def plain(x, bias=0):
+        return activations.gelu(x + bias)
+
+    assert_close(results(fused, *arrays), results(plain, *arrays))
+
+
+def test_gelu_far_from_zero():
+    x = jnp.asarray([[-1e4, -30, -6, -0.0, 0.0, 6, 30, 1e4] * 16], jnp.float32)
+    out, pull = jax.vjp(lambda x: activations.fused_gelu(x, None), x)
+    np.testing.assert_allclose(out, np.maximum(x, 0), atol=2e-6)
+    np.testing.assert_allclose(pull(jnp.ones_like(x))[0], np.sign(x) / 2 + 0.5, atol=2e-6)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has one, which runs kernels as slowly as a CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "is_interpreted", lambda: True)
+    attention.resolve.cache_clear()
+    kernels.work.cache_clear()
+    yield monkeypatch
+    attention.resolve.cache_clear()
+    kernels.work.cache_clear()
+
+
+def test_kernels_are_for_gpus_on_which_they_work(gpu, caplog):
+    assert kernels.work() and not caplog.text
+    kernels.work.cache_clear()
+    gpu.setattr(kernels, "_trial", lambda: 3.0)
+    assert not kernels.work() and "a small one is 3 off" in caplog.text
+    kernels.work.cache_clear()
+    gpu.undo()
+    assert not kernels.work()
+
+
+def test_a_gpu_without_pallas(gpu, caplog):
+    gpu.setattr(kernels, "is_interpreted", lambda: False)  # there is nothing to compile for
+    assert not kernels.work()
+    assert "Kernels of Pallas do not work here" in caplog.text
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
+def test_auto_is_pallas_where_its_trial_succeeds(gpu, caplog, biased, flags):
+    gpu.setenv("XLA_FLAGS", flags)
+    assert attention.resolve("auto", "bfloat16", 17, 16, biased) == "pallas"
+    assert attention.resolve("auto", "float32", 17, 16, biased) == "xla"
+    assert not caplog.text
+
+
+def test_auto_is_cudnn_where_the_trial_of_pallas_fails(gpu, caplog):
+    def first(query, key, value, bias):
+        return attention.plain(query, key, value, None)
+
+    def second(query, key, value, bias):
+        return attention.plain(query, key, value, bias)
+
+    gpu.setattr(attention, "FUSED", {"pallas": first, "cudnn": second})
+    with caplog.at_level("INFO"):
+        assert attention.resolve("auto", "bfloat16", 17, 16, True) == "cudnn"
+    assert re.search("by cudnn not by pallas: its results are .* off", caplog.text)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_trials_compare_with_the_definition(biased):
+    *given, gradient = (random(2, 9, HEADS, 16, seed=i) for i in range(4))
+    bias = random(HEADS, 9, 9, seed=4) if biased else None
+    out, pull = jax.vjp(attention.plain, *given, bias)
+    expected = out, *pull(gradient)
+    exact = attention._exact_results(*given, gradient, bias)
+    assert_close(exact[: 5 if biased else 4], [x for x in expected if x is not None])
+
+
+def gradients(model, params, image, **options):
+    def loss(params):
+        out = model.apply({"params": params}, image, mutable=["aggregation"], **options)
+        leaves = jax.tree.leaves(out)
+        return sum((x.astype(jnp.float32) ** 2).sum() for x in leaves), leaves
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
+def make(family, batch=2, **changes):
+    """A network of kernels, one without, their parameters, and pictures."""
+    models = [family.Model(**SIZES | {"attention": x} | changes) for x in ("pallas", "plain")]
+    image = random(batch, 16, 16, 3)
+    params = models[1].init(jax.random.key(0), image)["params"]
+    assert_close(params, models[0].init(jax.random.key(0), image)["params"], 0)
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * noise.standard_normal(x.shape), params)
+    return *models, params, image
+
+
+NETWORKS = [
+    (beit, {}),
+    (beit, {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}),
+    (beit, {"use_shared_relative_position_bias": True, "use_mean_pooling": False}),
+    (beit, {"head": "mim", "early_layers": 1, "head_layers": 1, "vocab_size": 5}),
+    (beit, {"remat": "full"}),
+    (beit, {"remat": "dots"}),
+    (beit, {"fold": False}),
+    (beit, {"drop_path_rate": 0.5}),
+    (beit, {"drop_path_rate": 0.5, "drop_path_mode": "window"}),
+    (vit, {}),
+    (vit, {"fold": False}),
+    (vit, {"qkv_bias": False}),
+]
+
+
+@pytest.mark.parametrize("family, changes", NETWORKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_networks(family, changes, training):
+    """In float32, with attention alone by kernels, whose products in one must change nothing."""
+    fused, plain, params, image = make(family, **changes)
+    options = {"deterministic": not training, "rngs": {"dropout": jax.random.key(0)}}
+    actual, expected = (gradients(m, params, image, **options) for m in (fused, plain))
+
+    def without_keys(tree):  # what all keys have in common changes nothing, up to rounding
+        biases = ("attention", "key", "bias")
+        return [
+            jnp.zeros_like(x) if tuple(k.key for k in path[-3:]) == biases else x
+            for path, x in jax.tree.leaves_with_path(tree)
+        ]
+
+    assert_close(without_keys(actual[0]), without_keys(expected[0]), 2e-4)
+    assert_close(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("batch, padded", [(2, 24), (8, 17)])
+def test_rows_of_products_come_in_eights(monkeypatch, batch, padded):
+    """Tokens are padded where they do not: cuBLAS's products want it, and XLA would pad each."""
+    fused, plain, params, image = make(beit, batch=batch)
+    seen, attend = [], flash.attend_packed
+
+    def look(qkv, *rest):
+        seen.append(qkv.shape[1])
+        return attend(qkv, *rest)
+
+    monkeypatch.setattr(attention, "pallas_packed", look)
+    assert_close(*(m.apply({"params": params}, image) for m in (fused, plain)))
+    assert seen == [padded] * 2
+
+
+def test_attention_maps_of_a_network_of_kernels():
+    fused, plain, params, image = make(beit)
+    for look in (features.attention_maps, features.layer_outputs):
+        assert_close(look(fused, params, image), look(plain, params, image))
+
+
+@pytest.mark.parametrize("family", [beit, vit])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fold", [True, False])
+def test_networks_in_bfloat16(gpu, family, training, fold):
+    """All kernels together, as a GPU has them, beside XLA's."""
+    fused, _, params, image = make(family, attention="auto", dtype="bfloat16", fold=fold)
+    plain = family.Model(**SIZES, attention="xla", dtype="bfloat16", fold=fold)
+    options = {"deterministic": not training, "rngs": {"dropout": jax.random.key(0)}}
+    if not training:
+        params = layers.for_inference(params, "bfloat16")
+    program = str(jax.make_jaxpr(lambda p: fused.apply({"params": p}, image, **options))(params))
+    names = set(re.findall(r"name=(\w+_kernel|norm\w*|gelu\w*)\n", program))
+    assert names == {"forward_kernel", "norm", "gelu_forward"}
+    if not training:
+        assert_close(*(m.apply({"params": params}, image) for m in (fused, plain)), 0.03)
+        return
+    (actual, out), (expected, wanted) = (
+        gradients(m, params, image, **options) for m in (fused, plain)
+    )
+    assert_close(out, wanted, 0.03)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        if path[-2].key == "key" and path[-1].key == "bias":
+            continue
+        error = jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2))
+        assert error < 0.05, (jax.tree_util.keystr(path), error)
+
+
+@pytest.mark.parametrize("name", ["plain", "xla"])
+@pytest.mark.parametrize("family", [beit, vit, swin])
+def test_no_kernel_where_attention_is_of_xla(gpu, family, name):
+    """An export has to run elsewhere."""
+    sizes = SIZES
+    if family is swin:
+        sizes = dict(image_size=16, patch_size=4, depths=(2,), num_heads=(2,), embed_dim=32)
+        sizes |= dict(window_size=2)
+    model = family.Model(**sizes, attention=name, dtype="bfloat16")
+    image = jnp.zeros((1, 16, 16, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), image)
+    program = str(jax.make_jaxpr(model.apply)(params, image))
+    assert "custom_partitioning" not in program and "pallas_call" not in program
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """Lets jax trace for one on a machine that has none."""
+    if info := importlib.util.find_spec("jax._src.pallas.triton.gpu_info"):  # since jax 0.11
+        info = importlib.import_module(info.name)
+        found = info.get_gpu_info_from_version(info.GpuVersion.H200)
+        monkeypatch.setattr(info, "get_gpu_info", lambda: found)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels, "work", lambda: True)
+
+
+@pytest.mark.filterwarnings("ignore:.*Pallas Triton.*:DeprecationWarning")
+@pytest.mark.parametrize("family", [beit, vit])
+@pytest.mark.parametrize("image_size, patch_size", [(224, 16), (384, 16), (32, 4)])
+def test_a_training_step_of_kernels(h200, family, image_size, patch_size):
+    """At 197, 577 and 65 tokens, compiled for CUDA as far as a CPU can."""
+    depth = 2
+    sizes = dict(hidden_size=128, num_attention_heads=2, intermediate_size=256, num_labels=10)
+    sizes |= dict(image_size=image_size, patch_size=patch_size, num_hidden_layers=depth)
+    model = family.Model(**sizes, dtype="bfloat16", attention="pallas")
+    image = jax.ShapeDtypeStruct((8, image_size, image_size, 3), "float32")
+    params = jax.eval_shape(model.init, jax.random.key(0), image)
+
+    def step(params, image):
+        def loss(params):
+            rngs = {"dropout": jax.random.key(0)}
+            return model.apply(params, image, deterministic=False, rngs=rngs).sum()
+
+        return jax.tree.map(lambda p, g: p - g, params, jax.grad(loss)(params))
+
+    lowered = jax.jit(step).trace(params, image).lower(lowering_platforms=("cuda",))
+    calls = re.findall(r'name = "(\w+)"', lowered.as_text())
+    per_layer = {"shifting_kernel": 1, "backward_kernel": 1, "query_kernel": 1}
+    per_layer |= {"norm": 2, "norm_gradient": 2, "gelu_forward": 1, "gelu_backward": 1}
+    expected = {name: depth * count for name, count in per_layer.items()}
+    expected["norm"] += family is vit  # of its end; BEiT normalizes a mean, in float32
+    assert {name: calls.count(name) for name in expected} == expected
+    assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") == sum(expected.values())
+
+
+def test_convolutions_of_few_channels():
+    """Of more channels and fewer places, the same."""
+    for channels, size in ((3, 7), (3, 3), (5, 4), (8, 3)):
+        x, kernel = random(2, 9, 10, channels), random(size, size, channels, 4, seed=1)
+
+        def convolve(x, kernel, padding):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), padding, dimension_numbers=numbers
+            )
+
+        wide = layers.widen(x, kernel)
+        assert wide[0].shape[-1] % 8 == 0
+        assert math.prod(wide[1].shape[:2]) == (size if channels % 8 else size**2)
+        assert_close(convolve(*wide), convolve(x, kernel, "SAME"))
