@@ -62,6 +62,7 @@ device_description_str: "NVIDIA H200"
 ROWS = [  # size, kind, batch of a GPU, options: of config.model, and the number of GPUs
     ("BEiT-B/16 @224", "training", 256, {}),
     ("BEiT-B/16 @224", "training", 256, {"fold": False}),
+    ("BEiT-B/16 @224", "training", 256, {"attention": "cudnn"}),
     ("BEiT-B/16 @224", "training", 256, {"attention": "xla"}),
     ("BEiT-B/16 @224", "training", 256, {"remat": "dots"}),
     ("BEiT-B/16 @224", "training", 256, {"remat": "full"}),

@@ -298,10 +298,11 @@ def test_a_run_of_main_that_fails_tells_why(tmp_path, monkeypatch):
     "document, table",
     [
         ("README.md", lambda: steps.table(results("cpu.json"))),
+        ("README.md", lambda: steps.table(results("gpu.json"))),
         ("docs/step.md", lambda: parts.table(results("parts_cpu.json"))),
         ("docs/step.md", lambda: compiled.table(results("compiled_h200.json")["rows"])),
     ],
-    ids=["steps", "parts", "compiled"],
+    ids=["steps", "steps on a GPU", "parts", "compiled"],
 )
 def test_documents_have_the_tables_of_the_results(document, table):
     assert table() in (ROOT / document).read_text()

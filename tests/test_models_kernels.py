@@ -25,7 +25,7 @@ from beit_jax.models import (
 HEADS = 2
 SIZES = dict(
     hidden_size=32,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=HEADS,
     intermediate_size=128,
     image_size=16,
@@ -59,7 +59,7 @@ def assert_close(actual, expected, tolerance=2e-5):
         np.testing.assert_array_less(np.abs(a - b).max(), tolerance * np.abs(b).max() + 1e-6)
 
 
-TOKENS = [1, 5, 16, 17, 33, 64, 65, 80, 129]  # less than a tile, one, more; rests of all sizes
+TOKENS = [1, 16, 17, 64, 65, 80, 129]  # less than a tile, one, more; rests of all sizes
 
 
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
@@ -307,16 +307,18 @@ NETWORKS = [
     (beit, {"remat": "full"}),
     (beit, {"remat": "dots"}),
     (beit, {"fold": False}),
-    (beit, {"drop_path_rate": 0.5}),
-    (beit, {"drop_path_rate": 0.5, "drop_path_mode": "window"}),
+    (beit, {"drop_path_rate": 0.5, "num_hidden_layers": 2}),
+    (beit, {"drop_path_rate": 0.5, "num_hidden_layers": 2, "drop_path_mode": "window"}),
     (vit, {}),
     (vit, {"fold": False}),
     (vit, {"qkv_bias": False}),
 ]
 
 
-@pytest.mark.parametrize("family, changes", NETWORKS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "family, changes, training",
+    [(*x, True) for x in NETWORKS] + [(beit, {}, False), (vit, {}, False)],
+)
 def test_networks(family, changes, training):
     """In float32, with attention alone by kernels, whose products in one must change nothing."""
     fused, plain, params, image = make(family, **changes)
@@ -346,7 +348,7 @@ def test_rows_of_products_come_in_eights(monkeypatch, batch, padded):
 
     monkeypatch.setattr(attention, "pallas_packed", look)
     assert_close(*(m.apply({"params": params}, image) for m in (fused, plain)))
-    assert seen == [padded] * 2
+    assert seen == [padded]
 
 
 def test_attention_maps_of_a_network_of_kernels():
@@ -355,9 +357,10 @@ def test_attention_maps_of_a_network_of_kernels():
         assert_close(look(fused, params, image), look(plain, params, image))
 
 
-@pytest.mark.parametrize("family", [beit, vit])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    "family, training, fold",
+    [(beit, True, True), (beit, False, True), (beit, True, False), (vit, True, True)],
+)
 def test_networks_in_bfloat16(gpu, family, training, fold):
     """All kernels together, as a GPU has them, beside XLA's."""
     fused, _, params, image = make(family, attention="auto", dtype="bfloat16", fold=fold)
@@ -415,7 +418,7 @@ def h200(monkeypatch):
 @pytest.mark.parametrize("image_size, patch_size", [(224, 16), (384, 16), (32, 4)])
 def test_a_training_step_of_kernels(h200, family, image_size, patch_size):
     """At 197, 577 and 65 tokens, compiled for CUDA as far as a CPU can."""
-    depth = 2
+    depth = 1
     sizes = dict(hidden_size=128, num_attention_heads=2, intermediate_size=256, num_labels=10)
     sizes |= dict(image_size=image_size, patch_size=patch_size, num_hidden_layers=depth)
     model = family.Model(**sizes, dtype="bfloat16", attention="pallas")
