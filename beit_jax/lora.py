@@ -123,9 +123,10 @@ def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, con
     """Calls a method of a module, and adds to what a targeted layer says."""
     out = call(*args, **kwargs)
     path = "/".join(context.module.path)
-    if context.method_name != "__call__" or f"lora/{path}/a" not in adapters:
+    if context.method_name not in ("__call__", "weights") or f"lora/{path}/a" not in adapters:
         return out
-    if isinstance(args[0], Folded) or any(scale is not None for scale in args[1:]):
+    is_folded = isinstance(args[0], Folded) or any(scale is not None for scale in args[1:])
+    if is_folded or context.method_name == "weights":  # whose layer says nothing
         raise ValueError(f"Adapters of {path} need config.model.fold=False.")
     x, a, b = args[0], adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"]
     if rate:

@@ -85,15 +85,15 @@ def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator
     architecture = SIZES[args.device][key[0]].architecture
     row = dict(zip(("model", "kind", "dtype", "batch"), key, strict=True)) | _runtime(args)
     row["flops"] = flops(architecture, key[1])
-    ready = ready or {}
+    ready = {} if ready is None else ready
 
     def start(name):
         made = ready.pop((key, name), None)
-        try:
-            contender = made.result() if made else make_contender(key, name, args)
-        except OSError as error:  # where the weights lie meanwhile
-            raise ContenderError(name, str(error)) from error
-        return contender.begin().wait()
+        contender = made.result() if made else make_contender(key, name, args)
+        contender.begin().wait()
+        if made:  # beside others
+            contender.facts.pop("first_step_seconds")
+        return contender
 
     own = None
     with contextlib.ExitStack() as stack:
@@ -115,6 +115,7 @@ def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator
             if name and any(map(_OF_MEMORY.search, found["failed"].values())) and own:
                 own.close()
                 own, found["failed"] = None, {}
+                close_ready(ready)  # the others are made again
                 try:
                     found["seconds"][name], found["facts"] = _apart(start, name, key[2], args)
                     found["apart"] = [name]
@@ -122,6 +123,7 @@ def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator
                     found["failed"][error.name] = str(error)
             yield complete({**row, **found, "clocks": clocks()})
             if "ours" in found["failed"]:
+                close_ready(ready, key)
                 return
 
 
@@ -161,6 +163,14 @@ def make_ready(rows: Sequence[tuple], args) -> dict[tuple, concurrent.futures.Fu
     concurrent.futures.wait(ready.values())
     pool.shutdown()
     return ready
+
+
+def close_ready(ready: dict, key: tuple | None = None) -> None:
+    """Ends contenders that are ready, all or those of one row, and forgets them."""
+    for each in [each for each in ready if key in (None, each[0])]:
+        made = ready.pop(each)
+        if not made.exception():
+            made.result().close()
 
 
 def _apart(start, name, dtype, args):
@@ -252,7 +262,7 @@ def main():
         "--rows", nargs="+", help="in place of these: 'SIZE | KIND | BATCH | PEER | ...', each"
     )
     parser.add_argument("--peers", nargs="*", choices=peers.CONTENDERS)
-    parser.add_argument("--attention", default="auto", help="ours: plain, xla or cudnn")
+    parser.add_argument("--attention", default="auto", help="ours: plain, xla, cudnn or pallas")
     parser.add_argument("--remat", default="none", help="ours: none, full or dots")
     parser.add_argument("--together", type=int, help="make so many at a time, before any is timed")
     parser.add_argument("--rounds", type=int, default=4)
@@ -263,6 +273,10 @@ def main():
     for name, given, known in (("size", args.sizes, sizes), ("kind", args.kinds, kinds)):
         if unknown := set(given or ()) - set(known):
             parser.error(f"unknown {name} {', '.join(unknown)}; available: {', '.join(known)}")
+    try:
+        given = [parse_row(text, args.device) for text in args.rows or ()]
+    except ValueError as error:
+        parser.error(f"--rows: {error}")
     if args.device == "gpu" and peers.DEVICE == "cpu":
         parser.error("--device gpu: PyTorch finds no GPU")
     use(args.device)
@@ -279,18 +293,21 @@ def main():
         "matmul_flops_per_second": rate,
     }
     rows = []
-    for key, theirs in map(parse_row, args.rows) if args.rows else choose(args):
+    for key, theirs in given or choose(args):
         if args.resume and (there := find(content, (*key, *_runtime(args).values()), run)):
             theirs = [name for name in theirs if name not in {*there["ratios"], *there["failed"]}]
             if not theirs or "ours" in there["failed"]:
                 continue
         rows.append((key, theirs))
     ready = make_ready(rows, args) if args.together else {}
-    for key, theirs in rows:
-        for new in measure_row(key, theirs, args, ready):
-            print(describe(new, rate), new["failed"] or "", flush=True)
-            merge(content, new, run)
-            write_json(out, content)
+    try:
+        for key, theirs in rows:
+            for new in measure_row(key, theirs, args, ready):
+                print(describe(new, rate), new["failed"] or "", flush=True)
+                merge(content, new, run)
+                write_json(out, content)
+    finally:
+        close_ready(ready)
     print(table(content))
 
 
@@ -307,10 +324,19 @@ def choose(args) -> list[tuple[tuple, list[str]]]:
     ]
 
 
-def parse_row(text: str) -> tuple[tuple, list[str]]:
+def parse_row(text: str, device: str) -> tuple[tuple, list[str]]:
     """A line that is given by itself, such as "BEiT-B/16 @224 | training | 256 | timm compiled", in
-    bfloat16."""
+    bfloat16.
+
+    Raises:
+      ValueError: there is no such size, kind or peer.
+    """
     size, kind, batch, *theirs = (part.strip() for part in text.split("|"))
+    for name, known in [(size, SIZES[device]), (kind, KINDS[device])] + [
+        (name, peers.CONTENDERS) for name in theirs
+    ]:
+        if name not in known:
+            raise ValueError(f"{text!r}: {name!r} is none of {', '.join(known)}")
     return (size, kind, "bfloat16", int(batch)), theirs
 
 

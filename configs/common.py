@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     model.num_groups = config_dict.placeholder(int)  # of dvae: patch_size is 2 ** (num_groups - 1)
     model.blocks_per_group = config_dict.placeholder(int)  # of dvae
     model.dtype = "auto"  # of the computation: float32, bfloat16; auto: bfloat16 but on CPU
-    model.attention = "auto"  # plain, xla, cudnn
+    model.attention = "auto"  # plain, xla, cudnn, pallas
     model.remat = "none"  # full or dots save memory for time
     model.fold = True  # in training, kernels and biases take in the scales and shifts around them
     model.drop_path_mode = "sample"  # window: a fixed part of the batch, which saves work

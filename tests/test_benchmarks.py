@@ -203,6 +203,58 @@ def test_a_peer_without_memory_beside_ours_has_the_device_by_turns(monkeypatch):
         assert [len(times) for times in row["seconds"][name].values()] == [2, 2]
 
 
+def test_rows_that_are_given_by_themselves():
+    key = ("BEiT-B/16 @224", "training", "bfloat16", 256)
+    text = "BEiT-B/16 @224 | training|256 | timm compiled | timm eager"
+    assert steps.parse_row(text, "gpu") == (key, ["timm compiled", "timm eager"])
+    for wrong in ("training", "timm eager", "B/16 @224"):
+        with pytest.raises(ValueError, match="is none of"):
+            steps.parse_row(text.replace(wrong, "x" + wrong), "gpu")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_contenders_that_are_made_together(monkeypatch, fails):
+    """All are made before any is timed, peers have begun, and none is left over."""
+    here, told = [], []
+
+    class Prepared:
+        def __init__(self, key, name, args):
+            self.key, self.name, self.begun = key, name, False
+            here.append(self)
+
+        def begin(self):
+            if fails and self.name == "ours":
+                raise timing.ContenderError("ours", "no such luck")
+            self.begun = True
+            self.facts = {"losses": [0.5, 0.4, 0.3], "first_step_seconds": 9.0}
+            return self
+
+        def wait(self):
+            return self
+
+        def __call__(self, n):
+            assert len(told) < 2 or self in told
+            told.append(self)
+
+        def close(self):
+            if self in here:
+                here.remove(self)
+
+    monkeypatch.setattr(steps, "make_contender", Prepared)
+    args = argparse.Namespace(**vars(ARGS) | {"together": 2})
+    rows = [(KEY, ["timm compiled"]), ((*KEY[:3], 8), [])]
+    ready = steps.make_ready(rows, args)
+    assert sorted(x.name for x in here) == ["ours", "ours", "timm compiled"]
+    assert all(x.begun == (x.name != "ours") for x in here) and not told
+    told.extend(here)
+    for key, theirs in rows:
+        (row,) = steps.measure_row(key, theirs, args, ready)
+        assert bool(row["failed"]) == fails
+        assert all("first_step_seconds" not in facts for facts in row["facts"].values())
+    assert here == [] or fails and all(x.name == "ours" for x in here)
+    assert not ready
+
+
 def test_ours_alone():
     (row,) = steps.measure_row(KEY, [], ARGS)
     assert len(row["seconds"][""]["ours"]) == 2 and not row["failed"] and not row["ratios"]

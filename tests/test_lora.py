@@ -14,7 +14,7 @@ import safetensors.numpy
 from beit_jax import build, checkpoint, lora, optim, predict, pretrained, state, train
 from beit_jax.convert import __main__ as command
 from beit_jax.convert import peft as convert_peft
-from beit_jax.models import beit
+from beit_jax.models import beit, flash
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from configs import common, image_folder
@@ -129,11 +129,15 @@ def test_gradient_is_that_of_merged_kernels(hf_directory, batch, remat):
     assert checked == 8  # two layers, four of each
 
 
-@pytest.mark.parametrize("target", ["query", "fc2"])
-def test_adapters_are_not_folded(hf_directory, batch, target):
+@pytest.mark.parametrize(
+    "target, attention", [("query", "auto"), ("fc2", "auto"), ("value", "pallas")]
+)
+def test_adapters_are_not_folded(hf_directory, batch, target, attention, monkeypatch):
     """They need what a layer is given and what it gives; `task_of` leaves folding off for them."""
     plain, config, start = task_of(hf_directory, {"lora.rank": 2, "lora.targets": (target,)})
     config.lora.rank = 0
+    config.model.attention = attention
+    monkeypatch.setattr(flash, "SMALLEST_TILE", 8)
     info = start.info._replace(class_names=list(NAMES))
     folded = classify.make_task(config, Data(NAMES, resized=True), start=start, info=info)
     config.lora.rank = 2

@@ -139,6 +139,12 @@ def norm(fused):
     return run
 
 
+def norm_gradient(fused):
+    y, scale = norms.normalize(x, 1e-6)
+    compute = norms.fused_gradient if fused else norms.plain_gradient
+    return lambda past, gradient: compute(past, gradient, y, scale)
+
+
 def gelu(fused):
     return activations.fused_gelu if fused else lambda x, bias: activations.gelu(x + bias)
 
@@ -150,7 +156,9 @@ def attend(fused):
 for make, given, d, pulls in (
     (attend, (query, key, value, bias), d_out, True),
     (gelu, (x, vector), gradient, True),
+    (gelu, (x[:, :1], vector), gradient[:, :1], True),  # few rows on each device
     (norm, (x, vector), gradient, False),
+    (norm_gradient, (x, gradient), gradient, False),
 ):
     found = []
     for fused in (True, False):
@@ -173,7 +181,7 @@ def test_each_device_works_on_its_part_of_a_batch(run_python):
     """Nothing is gathered, and results lie where XLA's would."""
     result = run_python(ON_FOUR_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert result.returncode == 0, result.stderr
-    assert re.sub("True\n", "", result.stdout) == "0\n0\n0\n", result.stdout
+    assert re.sub("True\n", "", result.stdout) == "0\n" * 5, result.stdout
 
 
 @pytest.mark.parametrize("width", [1, 24, 128, 288, 768])
@@ -222,29 +230,43 @@ def test_gelu_far_from_zero():
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that says it has one, which runs kernels as slowly as a CPU."""
+    trials = attention.resolve, norms.kernels_work, activations.kernels_work
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(kernels, "is_interpreted", lambda: True)
-    attention.resolve.cache_clear()
-    kernels.work.cache_clear()
+    for trial in trials:
+        trial.cache_clear()
     yield monkeypatch
-    attention.resolve.cache_clear()
-    kernels.work.cache_clear()
+    for trial in trials:
+        trial.cache_clear()
 
 
-def test_kernels_are_for_gpus_on_which_they_work(gpu, caplog):
-    assert kernels.work() and not caplog.text
-    kernels.work.cache_clear()
-    gpu.setattr(kernels, "_trial", lambda: 3.0)
-    assert not kernels.work() and "a small one is 3 off" in caplog.text
-    kernels.work.cache_clear()
-    gpu.undo()
-    assert not kernels.work()
-
-
-def test_a_gpu_without_pallas(gpu, caplog):
+@pytest.mark.parametrize("module", [norms, activations])
+def test_kernels_are_for_gpus_on_which_they_work(gpu, caplog, module):
+    assert module.kernels_work() and not caplog.text
     gpu.setattr(kernels, "is_interpreted", lambda: False)  # there is nothing to compile for
-    assert not kernels.work()
-    assert "Kernels of Pallas do not work here" in caplog.text
+    module.kernels_work.cache_clear()
+    assert not module.kernels_work() and "are of no use here" in caplog.text
+    gpu.setattr(jax, "default_backend", lambda: "cpu")
+    module.kernels_work.cache_clear()
+    assert not module.kernels_work()
+
+
+@pytest.mark.parametrize(
+    "module, name, wrong",
+    [
+        (norms, "fused_norm", lambda x, *_: (x, x[..., :1])),
+        (norms, "fused_gradient", lambda past, *_: past),
+        (activations, "fused_gelu", lambda x, bias: x + bias.astype(x.dtype)),
+    ],
+)
+def test_trials_find_kernels_that_are_wrong(gpu, caplog, module, name, wrong):
+    gpu.setattr(module, name, wrong)
+    assert not module.kernels_work() and "of the largest off" in caplog.text
+
+
+def test_without_pallas_for_gpus(gpu, caplog):
+    gpu.setattr(norms, "triton", None)
+    assert not norms.kernels_work() and "AttributeError" in caplog.text
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -263,7 +285,7 @@ def test_auto_is_cudnn_where_the_trial_of_pallas_fails(gpu, caplog):
     def second(query, key, value, bias):
         return attention.plain(query, key, value, bias)
 
-    gpu.setattr(attention, "FUSED", {"pallas": first, "cudnn": second})
+    gpu.setattr(attention, "FUSED", {"pallas": (second, first), "cudnn": (second,)})
     with caplog.at_level("INFO"):
         assert attention.resolve("auto", "bfloat16", 17, 16, True) == "cudnn"
     assert re.search("by cudnn not by pallas: its results are .* off", caplog.text)
@@ -410,7 +432,8 @@ def h200(monkeypatch):
         found = info.get_gpu_info_from_version(info.GpuVersion.H200)
         monkeypatch.setattr(info, "get_gpu_info", lambda: found)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(kernels, "work", lambda: True)
+    for module in (norms, activations):
+        monkeypatch.setattr(module, "kernels_work", lambda: True)
 
 
 @pytest.mark.filterwarnings("ignore:.*Pallas Triton.*:DeprecationWarning")
@@ -440,6 +463,32 @@ def test_a_training_step_of_kernels(h200, family, image_size, patch_size):
     expected["norm"] += family is vit  # of its end; BEiT normalizes a mean, in float32
     assert {name: calls.count(name) for name in expected} == expected
     assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") == sum(expected.values())
+
+
+def test_dots_are_kept_and_what_attention_gave(gpu):
+    """But not results of norms and GELU, which are made again."""
+    model = beit.Model(**SIZES, dtype="bfloat16", remat="dots", drop_path_rate=0.0)
+    image = random(2, 16, 16, 3)
+    params = model.init(jax.random.key(0), image)["params"]
+
+    def layer(x):
+        return beit.Layer(model.config, 0).apply({"params": params["layer_0"]}, x, None, False)
+
+    kept = jax.checkpoint(layer, policy=layers.REMAT_POLICIES["dots"])
+    _, pull = jax.vjp(kept, random(2, 17, 32, dtype="bfloat16"))
+    widths = [x.size / (2 * 17) for x in jax.tree.leaves(pull) if x.shape[:2] == (2, 17)]
+    assert max(widths) <= 4 * 32  # of one product each
+    # the layer's input, query, key and value (as they came and shifted), attention, three products
+    assert sum(widths) <= (1 + 3 + 3 + 1 + 1 + 4 + 1) * 32
+
+
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_heads_of_other_sizes_are_told(head_dim):
+    arrays = [random(1, 5, 1, head_dim)] * 3
+    with pytest.raises(
+        ValueError, match=f"Heads of {head_dim} numbers .* power of 2 of at least 16"
+    ):
+        flash.attend(*arrays, None)
 
 
 def test_convolutions_of_few_channels():

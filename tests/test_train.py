@@ -408,8 +408,11 @@ def test_nothing_to_evaluate(tmp_path, train):
         train(tmp_path / "other", {"eval_only": True})
 
 
-def test_kernels_of_cudnn_are_counted():
-    line = '%a = (bf16[2], u8[0]) custom-call(%y), custom_call_target="__cudnn$fmhaSoftmax"\n'
-    for text, count in ((2 * line, 2), ("", 0), (None, 0)):
+def test_fused_kernels_are_counted():
+    line = '%a = (bf16[2], u8[0]) custom-call(%y), custom_call_target="{}"\n'
+    cudnn, ours, product = map(
+        line.format, ("__cudnn$fmhaSoftmax", "__gpu$xla.gpu.triton", "__cublas$gemm")
+    )
+    for text, count in ((2 * cudnn + ours + product, 3), ("", 0), (None, 0)):
         compiled = types.SimpleNamespace(as_text=lambda text=text: text)
         assert build.fused_kernels_of(compiled) == count

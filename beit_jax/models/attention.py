@@ -22,7 +22,6 @@ from beit_jax.models import flash, kernels
 MASKED = -1e9
 PADDED = 8  # tokens, or rows of a product, come in such numbers where a GPU wants them to
 _DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
-TRIAL_TOLERANCE = 0.05  # bfloat16 has 8 bits
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
@@ -121,10 +120,10 @@ def cudnn(query, key, value, bias):
     return jax.nn.dot_product_attention(query, key, value, **options)[:, :tokens]
 
 
-def saves_kernel(primitive, *_, **__) -> bool:
+def saves_kernel(primitive, *_, **settings) -> bool:
     """Policy of `jax.checkpoint` for what leads to a fused kernel: its results are kept for the
     backward pass, and all else, such as the bias, made again."""
-    return any(name in primitive.name for name in ("dot_product_attention", "custom_partitioning"))
+    return "dot_product_attention" in primitive.name or settings.get("name") == flash.KEPT
 
 
 def pad_tokens(x):
@@ -143,7 +142,18 @@ def mask_padding(bias, tokens: int):
 
 pallas, pallas_packed = flash.attend, flash.attend_packed
 IMPLEMENTATIONS = {"plain": plain, "xla": xla, "cudnn": cudnn, "pallas": pallas}
-FUSED = {"pallas": pallas, "cudnn": cudnn}  # kernels for GPUs, the faster first
+
+
+def _pallas_packed_alone(query, key, value, bias):
+    """`pallas_packed` as if it were `pallas`."""
+    shift = jnp.ones(query.shape[2:], jnp.float32)
+    qkv = jnp.stack([query - shift.astype(query.dtype), key, value], 2)
+    out = pallas_packed(qkv, shift, shift, bias)
+    return out - shift.astype(out.dtype)
+
+
+# kernels for GPUs, the faster first, in all forms that networks use
+FUSED = {"pallas": (pallas, _pallas_packed_alone), "cudnn": (cudnn,)}
 
 
 @functools.cache
@@ -165,14 +175,15 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
         if kernel == "cudnn" and re.search(_DETERMINISTIC, os.environ.get("XLA_FLAGS", "")):
             continue
         try:
-            error = kernels.apart(_trial, FUSED[kernel], tokens, head_dim, biased)
+            sizes = tokens, head_dim, biased
+            error = np.max([kernels.apart(_trial, form, *sizes) for form in FUSED[kernel]])
         except jax.errors.JAXTypeError:  # a mistake of ours
             raise
         except Exception as exception:  # an old GPU, another maker's, sizes it lacks, no cuDNN
             reason = (str(exception).splitlines() or [""])[0][:200]
             reasons.append(f"{kernel}: {type(exception).__name__}: {reason}")
         else:
-            if error <= TRIAL_TOLERANCE:
+            if error <= kernels.TRIAL_TOLERANCE:
                 logging.info("Attention is computed by %s.", " not by ".join([kernel, *reasons]))
                 return kernel
             reasons.append(f"{kernel}: its results are {error:.2g} of the largest off")
@@ -201,9 +212,8 @@ def _trial(kernel, tokens, head_dim, biased):
         return (out, *pull(gradient))
 
     found = results(gradient, *given)
-    pairs = zip(found, _exact_results(*arrays, bias if biased else None), strict=biased)
-    errors = [np.abs(np.float32(a) - b).max() / np.abs(b).max() for a, b in pairs]
-    return float(np.max(errors))  # nan, if there is one
+    exact = _exact_results(*arrays, bias if biased else None)
+    return kernels.distance(found, exact[: len(found)])
 
 
 def _exact_results(query, key, value, gradient, bias):

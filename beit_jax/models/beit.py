@@ -5,8 +5,10 @@ B batch, T tokens (1 + N), N patches, P patch size, D hidden, K classes, V visua
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -238,7 +240,8 @@ class Beit(nn.Module):
         )
         tokens, bias = x.shape[1], None
         kernel = config.resolved_attention(tokens, biased=True) if is_biased else None
-        is_padded = kernel == "cudnn" or kernel == "pallas" and len(x) * tokens % attention.PADDED
+        rows = len(x) // math.gcd(len(x), jax.device_count()) * tokens  # of each device
+        is_padded = kernel == "cudnn" or kernel == "pallas" and rows % attention.PADDED
         pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)

@@ -17,13 +17,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from beit_jax.models import kernels
+from beit_jax.models.kernels import triton
 
 SMALLEST_TILE = 16  # of what tensor cores multiply
 ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
+KEPT = "flash attention"  # name of what policies of `jax.checkpoint` may keep
 LOG2_E = math.log2(math.e)  # logits are kept in powers of 2
 
 
@@ -247,6 +249,12 @@ class _Kernel(NamedTuple):
         return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
 
     def _run(self, *arrays):
+        size = arrays[0].shape[-1]
+        if size < SMALLEST_TILE or size & (size - 1):
+            raise ValueError(
+                f"Heads of {size} numbers have no kernel of ours: expected a power of 2 of at "
+                f"least {SMALLEST_TILE}; use config.model.attention=auto, cudnn or xla."
+            )
         (batch, tokens), (heads, size) = arrays[0].shape[:2], arrays[0].shape[-2:]
         cut = {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
         reach = max(tiles.reach for tiles in cut.values())
@@ -359,6 +367,8 @@ def _attend_forward(qkv, shift, offset, bias):
         out, norm = _FORWARD(*parts, *shared)
     else:
         qkv, out, norm = _SHIFTING(qkv, *shared)
+        qkv = checkpoint_name(qkv, KEPT)
+    out, norm = checkpoint_name(out, KEPT), checkpoint_name(norm, KEPT)
     return out, (qkv, shift, offset, bias, out, norm)
 
 

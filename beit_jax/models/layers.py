@@ -153,10 +153,13 @@ class Dense(nn.Module):
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def weights(self, x, scale=None):
+    def weights(self, x):
         """What tokens [..., in], or `Folded` ones, are to be multiplied by, [in, out], and what is
-        to be added to the result, [out] or None; both times `scale` [out]."""
+        to be added to the result, [out] or None; for whoever does that in place of this layer."""
+        return self._weights(x, None)
+
+    @nn.compact
+    def _weights(self, x, scale):
         x, gain, shift = _unfold(x)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = None
@@ -175,7 +178,7 @@ class Dense(nn.Module):
     def __call__(self, x, scale=None, *, fold: bool = False):
         """Tokens [..., in], or `Folded` ones, to [..., out], and these times `scale` [out]; with
         `fold` the bias is left to the next layer."""
-        kernel, bias = self.weights(x, scale)
+        kernel, bias = self._weights(x, scale)
         x = matmul(_unfold(x).x.astype(self.dtype), kernel)
         if fold:
             return Folded(x.astype(self.dtype), None, bias)
@@ -527,10 +530,10 @@ class Attention(nn.Module):
         # what all values have in common is in the result too, as the weights sum to 1
         if config.fold and kernel is attention.pallas and not sows:  # one product, one backward
             weights = query.weights(x), key.weights(for_keys), value.weights(x)
-            kernels, (added, _, shift) = zip(*weights, strict=True)
-            qkv = matmul(_unfold(x).x.astype(dtype), jnp.concatenate(kernels, 1)).astype(dtype)
+            matrices, (added, _, shift) = zip(*weights, strict=True)
+            qkv = matmul(_unfold(x).x.astype(dtype), jnp.concatenate(matrices, 1)).astype(dtype)
             offset = None
-            if not isinstance(x, Folded):  # as then is the layer that would take it in
+            if not isinstance(x, Folded):  # nor is to be what the next layer is given
                 offset, shift = shift, None
             added = (None if z is None else z.reshape(heads, -1) for z in (added, offset))
             given = qkv.reshape(batch, tokens, 3, heads, -1), *added
