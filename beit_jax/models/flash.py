@@ -188,7 +188,6 @@ def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, *, queries, keys):
     del given_ref  # the same memory
 
     def run(at_q):
-
         def body(at_k, dq):
             return dq + _dot("kq,kc->qc", _load(d_logits_ref, at_k, at_q), _load(k_ref, at_k, ALL))
 
@@ -249,13 +248,12 @@ class _Kernel(NamedTuple):
         return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
 
     def _run(self, *arrays):
-        size = arrays[0].shape[-1]
+        (batch, tokens), (heads, size) = arrays[0].shape[:2], arrays[0].shape[-2:]
         if size < SMALLEST_TILE or size & (size - 1):
             raise ValueError(
                 f"Heads of {size} numbers have no kernel of ours: expected a power of 2 of at "
                 f"least {SMALLEST_TILE}; use config.model.attention=auto, cudnn or xla."
             )
-        (batch, tokens), (heads, size) = arrays[0].shape[:2], arrays[0].shape[-2:]
         cut = {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
         reach = max(tiles.reach for tiles in cut.values())
         places = {
