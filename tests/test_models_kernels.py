@@ -1,6 +1,7 @@
 """Kernels for GPUs, interpreted, against the plain computation of the same; and who uses them."""
 
 import importlib.util
+import json
 import math
 import re
 
@@ -506,3 +507,54 @@ def test_convolutions_of_few_channels():
         assert wide[0].shape[-1] % 8 == 0
         assert math.prod(wide[1].shape[:2]) == (size if channels % 8 else size**2)
         assert_close(convolve(*wide), convolve(x, kernel, "SAME"))
+
+
+AS_A_GPU = """
+import jax
+from beit_jax.models import kernels
+
+jax.default_backend = lambda: "gpu"
+kernels.is_interpreted = lambda: True
+"""
+RUN = """
+import runpy
+import sys
+
+sys.argv[0] = "main.py"
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_with_kernels_on_two_devices(run_python, tmp_path):
+    """As a machine with GPUs does it: trials, training, evaluation, the best checkpoint."""
+    settings = {
+        "data.train": "train[:64]",
+        "data.val": "train[64:96]",
+        "data.test": "",
+        "total_steps": 6,
+        "optim.warmup": "0",
+        "batch_size": 16,
+        "model.hidden_size": 32,
+        "model.num_hidden_layers": 2,
+        "model.num_attention_heads": 2,
+        "model.intermediate_size": 128,
+        "model.dtype": "bfloat16",
+        "eval_every": "3",
+        "log_every": "1",
+        "tensorboard": False,
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    losses, said = [], []
+    for code, devices in ((AS_A_GPU + RUN, 2), (RUN, 1)):
+        workdir = tmp_path / str(devices)
+        given = ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
+        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        result = run_python(code, *given, **environment)
+        assert result.returncode == 0, result.stderr
+        said.append(result.stdout + result.stderr)
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        losses.append([x["train/loss"] for x in map(json.loads, lines) if "train/loss" in x])
+    assert "computed by pallas" in said[0] and "computed by pallas" not in said[1]
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
