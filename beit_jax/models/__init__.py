@@ -3,4 +3,7 @@
 Each has `Model(**architecture)`, `PRESETS`, `layer_id` and `adapt_params`.
 """
 
-SHARED = ("attention", "features", "layers", "mae", "position")  # modules that are no family
+SHARED = (  # modules that are no family
+    *("activations", "attention", "features", "flash", "kernels", "layers", "mae", "norms"),
+    "position",
+)

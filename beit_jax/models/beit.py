@@ -240,8 +240,10 @@ class Beit(nn.Module):
         )
         tokens, bias = x.shape[1], None
         kernel = config.resolved_attention(tokens, biased=True) if is_biased else None
-        rows = len(x) // math.gcd(len(x), jax.device_count()) * tokens  # of each device
-        is_padded = kernel == "cudnn" or kernel == "pallas" and rows % attention.PADDED
+        is_padded = kernel == "cudnn"
+        if kernel == "pallas":
+            own = len(x) // math.gcd(len(x), jax.device_count())  # of each device
+            is_padded = own * tokens % attention.PADDED > 0
         pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)
