@@ -117,15 +117,7 @@ def _lora(kind, config, start, target):
     def keep_classifier(params):  # what a user's fine-tuning resets
         return {**fitted(params), "classifier": start.params["classifier"]}
 
-    task = lora.wrap(task._replace(start=keep_classifier), config, "random")
-    fitted_too = task.start
-
-    def start_at_zero(params):  # with nothing added yet
-        return jax.tree.map_with_path(
-            lambda path, x: 0 * x if path[-1].key == "b" else x, fitted_too(params)
-        )
-
-    return task._replace(start=start_at_zero), batch
+    return lora.wrap(task._replace(start=keep_classifier), config, "random"), batch
 
 
 def _mim(kind, config, start, target):
@@ -164,9 +156,14 @@ _MAKE = {"training": _classify, "lora": _lora, "mim": _mim}
 
 
 def _draw(shapes):
-    """Parameters by NumPy, which has nothing to compile."""
+    """Parameters by NumPy, which has nothing to compile; adapters add nothing yet."""
     rng = np.random.default_rng(SEED)
-    return jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
+
+    def draw(path, x):
+        scale = 0.0 if path[-1].key == "b" else np.float32(0.02)
+        return scale * rng.standard_normal(x.shape, np.float32)
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def _train(task, batch):

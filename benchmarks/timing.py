@@ -172,11 +172,12 @@ def _serve(pipe, make, args):
 
 
 def _begin(step, seconds):
-    start, losses = time.perf_counter(), []
-    for _ in range(3):
+    start = time.perf_counter()
+    step.run(1)
+    seconds += time.perf_counter() - start
+    losses = [step.number()]
+    for _ in range(2):
         step.run(1)
-        if not losses:
-            seconds += time.perf_counter() - start
         losses.append(step.number())
     return {"losses": losses, "first_step_seconds": seconds, **step.tell()}
 

@@ -18,15 +18,11 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.models import flash, kernels
+from beit_jax.models.flash import product
 
 MASKED = -1e9
 PADDED = 8  # tokens, or rows of a product, come in such numbers where a GPU wants them to
 _DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
-
-
-def precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """Of products of this type: float32 is to be float32, of which GPUs would drop 13 bits."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 _exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -58,24 +54,19 @@ def xla(query, key, value, bias):
     return _attend(query, key, value, bias).transpose(0, 2, 1, 3)
 
 
-def _product(equation, a, b):
-    options = {"preferred_element_type": jnp.float32, "precision": precision(a.dtype)}
-    return jnp.einsum(equation, a, b, **options)
-
-
 @jax.custom_vjp
 def _attend(query, key, value, bias):  # [B, H, T, K]
     return _attend_forward(query, key, value, bias)[0]
 
 
 def _attend_forward(query, key, value, bias):
-    logits = _product("bhqk,bhtk->bhqt", query, key) * np.float32(query.shape[-1] ** -0.5)
+    logits = product("bhqk,bhtk->bhqt", query, key) * np.float32(query.shape[-1] ** -0.5)
     if bias is not None:
         logits += bias
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     norm = 1 / weights.sum(-1, keepdims=True)
     weights = weights.astype(query.dtype)
-    out = _product("bhqt,bhtk->bhqk", weights, value) * norm
+    out = product("bhqt,bhtk->bhqk", weights, value) * norm
     like_bias = None if bias is None else jnp.zeros((0,), bias.dtype)
     return out.astype(query.dtype), (query, key, value, weights, norm, out, like_bias)
 
@@ -86,15 +77,15 @@ def _attend_backward(residuals, gradient):
     gradient = gradient.astype(jnp.float32)
     delta = (gradient * out).sum(-1, keepdims=True) * norm
     scaled = (gradient * norm).astype(dtype)
-    d_value = _product("bhqt,bhqk->bhtk", weights, scaled)
-    d_logits = weights.astype(jnp.float32) * (_product("bhqk,bhtk->bhqt", scaled, value) - delta)
+    d_value = product("bhqt,bhqk->bhtk", weights, scaled)
+    d_logits = weights.astype(jnp.float32) * (product("bhqk,bhtk->bhqt", scaled, value) - delta)
     d_bias = None
     if like_bias is not None:
         ones = jnp.ones(query.shape[0], jnp.float32)  # XLA:CPU sums over axis 0 25 times slower
-        d_bias = _product("b,bhqt->hqt", ones, d_logits).astype(like_bias.dtype)
+        d_bias = product("b,bhqt->hqt", ones, d_logits).astype(like_bias.dtype)
     d_logits = d_logits.astype(dtype)
-    d_query = _product("bhqt,bhtk->bhqk", d_logits, key) * scale
-    d_key = _product("bhqt,bhqk->bhtk", d_logits, query) * scale
+    d_query = product("bhqt,bhtk->bhqk", d_logits, key) * scale
+    d_key = product("bhqt,bhqk->bhtk", d_logits, query) * scale
     return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype), d_bias
 
 
@@ -174,19 +165,13 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
     for kernel in FUSED:
         if kernel == "cudnn" and re.search(_DETERMINISTIC, os.environ.get("XLA_FLAGS", "")):
             continue
-        try:
-            sizes = tokens, head_dim, biased
-            error = np.max([kernels.apart(_trial, form, *sizes) for form in FUSED[kernel]])
-        except jax.errors.JAXTypeError:  # a mistake of ours
-            raise
-        except Exception as exception:  # an old GPU, another maker's, sizes it lacks, no cuDNN
-            reason = (str(exception).splitlines() or [""])[0][:200]
-            reasons.append(f"{kernel}: {type(exception).__name__}: {reason}")
-        else:
-            if error <= kernels.TRIAL_TOLERANCE:
-                logging.info("Attention is computed by %s.", " not by ".join([kernel, *reasons]))
-                return kernel
-            reasons.append(f"{kernel}: its results are {error:.2g} of the largest off")
+        sizes = tokens, head_dim, biased
+        trials = [functools.partial(_trial, form, *sizes) for form in FUSED[kernel]]
+        reason = next(filter(None, map(kernels.fault, trials)), None)
+        if reason is None:
+            logging.info("Attention is computed by %s.", " not by ".join([kernel, *reasons]))
+            return kernel
+        reasons.append(f"{kernel}: {reason}")
     logging.warning("Attention is computed by XLA, which is slow here: %s", "; ".join(reasons))
     return "xla"
 

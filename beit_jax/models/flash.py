@@ -94,14 +94,20 @@ def _store(ref, x, *places):
     triton.store(view, x.astype(view.dtype), mask=mask)
 
 
-def _dot(equation, a, b):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """Of products of this type: float32 is to be float32, of which GPUs would drop 13 bits."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum whose sums, and result, are float32."""
+    options = {"preferred_element_type": jnp.float32, "precision": precision(a.dtype)}
+    return jnp.einsum(equation, a, b, **options)
 
 
 def _logits(equation, a, b, bias_ref, *places):
     """Of base 2: a tile of products, scaled, and of the bias."""
-    logits = _dot(equation, a, b) * (a.shape[-1] ** -0.5 * LOG2_E)
+    logits = product(equation, a, b) * (a.shape[-1] ** -0.5 * LOG2_E)
     return logits if bias_ref is None else logits + _load(bias_ref, *places)
 
 
@@ -128,7 +134,7 @@ def _forward_kernel(
             weights = jnp.exp2(logits - higher[:, None])
             rescale = jnp.exp2(highest - higher)
             v = _load(v_ref, at_k, ALL)
-            out = out * rescale[:, None] + _dot("qk,kc->qc", weights.astype(v.dtype), v)
+            out = out * rescale[:, None] + product("qk,kc->qc", weights.astype(v.dtype), v)
             return out, norm * rescale + weights.sum(1), higher
 
         lowest = jnp.finfo(jnp.float32).min
@@ -169,11 +175,11 @@ def _backward_kernel(
             weights = jnp.exp2(logits - _load(norm_ref, at_q)[None])
             if at_q[1] is not None:
                 weights = jnp.where(at_q[1][None], weights, 0)
-            dv += _dot("kq,qc->kc", weights.astype(v.dtype), d_out)
-            d_logits = weights * (_dot("kc,qc->kq", v, d_out) - _load(delta_ref, at_q)[None])
+            dv += product("kq,qc->kc", weights.astype(v.dtype), d_out)
+            d_logits = weights * (product("kc,qc->kq", v, d_out) - _load(delta_ref, at_q)[None])
             d_logits = d_logits.astype(q.dtype)
             _store(d_logits_ref, d_logits, at_k, at_q)
-            return dk + _dot("kq,qc->kc", d_logits, q), dv
+            return dk + product("kq,qc->kc", d_logits, q), dv
 
         zeros = jnp.zeros(k.shape, jnp.float32)
         dk, dv = queries.fold(body, (zeros, zeros))
@@ -189,7 +195,9 @@ def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, *, queries, keys):
 
     def run(at_q):
         def body(at_k, dq):
-            return dq + _dot("kq,kc->qc", _load(d_logits_ref, at_k, at_q), _load(k_ref, at_k, ALL))
+            return dq + product(
+                "kq,kc->qc", _load(d_logits_ref, at_k, at_q), _load(k_ref, at_k, ALL)
+            )
 
         dq = keys.fold(body, jnp.zeros((at_q[0].size, k_ref.shape[-1]), jnp.float32))
         _store((d_qkv_ref, QUERY), dq * k_ref.shape[-1] ** -0.5, at_q, ALL)

@@ -30,25 +30,32 @@ def apart(function: Callable, *args):
         return thread.submit(function, *args).result()
 
 
-def try_out(what: str, trial: Callable[[], float]) -> bool:
-    """Whether this is a GPU on which the kernels of `what` give the right numbers.
+def fault(trial: Callable[[], float]) -> str | None:
+    """What is wrong with a kernel here; None, if nothing is.
 
     Args:
-      what: for the log, which says why they are not used.
-      trial: how far they are from the right numbers, of the largest of them.
+      trial: how far its results are from the right ones, of the largest of them.
     """
-    if jax.default_backend() != "gpu":
-        return False
     try:
         error = apart(trial)
-    except Exception as exception:  # an old GPU, another maker's, a JAX without Pallas's Triton
-        reason = f"{type(exception).__name__}: {(str(exception).splitlines() or [''])[0][:200]}"
-    else:
-        if error <= TRIAL_TOLERANCE:
-            return True
-        reason = f"their results are {error:.2g} of the largest off"
-    logging.warning("Kernels of %s are of no use here, XLA's are slower: %s", what, reason)
-    return False
+    except jax.errors.JAXTypeError:  # a mistake of ours
+        raise
+    except Exception as exception:  # an old GPU, another maker's, sizes it lacks, no such library
+        return f"{type(exception).__name__}: {(str(exception).splitlines() or [''])[0][:200]}"
+    if error <= TRIAL_TOLERANCE:
+        return None
+    return f"its results are {error:.2g} of the largest off"
+
+
+def try_out(what: str, trial: Callable[[], float]) -> bool:
+    """Whether this is a GPU on which the kernels of `what` have no fault; the log tells of one."""
+    if jax.default_backend() != "gpu":
+        return False
+    if reason := fault(trial):
+        logging.warning(
+            "Kernels of %s are of no use here, XLA's are slower. The trial: %s", what, reason
+        )
+    return reason is None
 
 
 def distance(actual, expected) -> float:

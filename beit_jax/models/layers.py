@@ -18,6 +18,7 @@ from flax import linen as nn
 from jax import lax
 
 from beit_jax.models import activations, attention, norms
+from beit_jax.models.flash import precision
 from beit_jax.models.position import Grid, num_relative_positions, relative_position_bias
 
 DTYPES = ("float32", "bfloat16")
@@ -44,8 +45,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _dot(a, b, contract_a, contract_b, dtype):
     dimensions = ((contract_a, contract_b), ((), ()))
-    precision = attention.precision(a.dtype)
-    return lax.dot_general(a, b, dimensions, precision, preferred_element_type=dtype)
+    return lax.dot_general(a, b, dimensions, precision(a.dtype), preferred_element_type=dtype)
 
 
 def _product_dtype(dtype):
@@ -216,7 +216,7 @@ class Conv(nn.Module):
             window_strides=(1, 1),
             padding=padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=None if self.fast else attention.precision(self.dtype),
+            precision=None if self.fast else precision(self.dtype),
         )
         return x + spread(bias, x.shape, self.dtype)
 
@@ -224,7 +224,7 @@ class Conv(nn.Module):
 def widen(x, kernel, multiple: int = 8):
     """Pictures [B, H, W, C], kernel [S, S, C, F] and padding of the same convolution with more
     channels, where C is not a `multiple`: a row of pixels that the kernel sees as channels of one
-    pixel, filled up with zeros. Tensor cores take a tenth of the time for three colours."""
+    pixel, filled up with zeros, as tensor cores want them."""
     size, _, channels, features = kernel.shape
     if channels % multiple == 0:
         return x, kernel, "SAME"
