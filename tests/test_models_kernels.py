@@ -173,7 +173,7 @@ for make, given, d, pulls in (
         if fused:
             print(len(re.findall("all-gather(-start)?[(]", compiled.as_text())))
     for a, b in zip(*map(jax.tree.leaves, found)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
         print(a.sharding.is_equivalent_to(b.sharding, a.ndim))
 """
 
@@ -218,7 +218,15 @@ def test_gelu(shape, biased):
     def plain(x, bias=0):
         return activations.gelu(x + bias)
 
-    assert_close(results(fused, *arrays), results(plain, *arrays))
+    assert_close(results(fused, *arrays), results(plain, *arrays), tolerance=1e-4)
+
+
+def test_gelu_is_as_exact_as_it_says():
+    x = np.linspace(-9, 9, 128 * 150, dtype=np.float32).reshape(-1, 128)
+    exact = [0.5 * t * (1 + math.erf(t * 0.5**0.5)) for t in x.ravel().tolist()]
+    out = activations.fused_gelu(jnp.asarray(x), None)
+    error = np.abs(np.ravel(out) - exact).max()
+    assert 1e-5 < error < 2.1e-5
 
 
 def test_gelu_far_from_zero():
@@ -459,6 +467,7 @@ def test_a_training_step_of_kernels(h200, family, image_size, patch_size):
     lowered = jax.jit(step).trace(params, image).lower(lowering_platforms=("cuda",))
     calls = re.findall(r'name = "(\w+)"', lowered.as_text())
     per_layer = {"shifting_kernel": 1, "backward_kernel": 1, "query_kernel": 1}
+    per_layer["sum_of_pictures"] = int(family is beit)  # of the gradient of the bias
     per_layer |= {"norm": 2, "norm_gradient": 2, "gelu_forward": 1, "gelu_backward": 1}
     expected = {name: depth * count for name, count in per_layer.items()}
     expected["norm"] += family is vit  # of its end; BEiT normalizes a mean, in float32

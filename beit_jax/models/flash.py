@@ -27,39 +27,40 @@ SMALLEST_TILE = 16  # of what tensor cores multiply
 ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
 KEPT = "flash attention"  # name of what policies of `jax.checkpoint` may keep
 LOG2_E = math.log2(math.e)  # logits are kept in powers of 2
+LARGEST_TILE = 64  # of keys, or of queries in the backward pass
+PICTURES, COLUMNS = 8, 2048  # that a sum takes at once
+FEW = 256  # tokens, for which smaller tiles are faster
 
 
 class _Tiles:
-    """Tokens as whole tiles and one for the rest, a power of 2, or none."""
+    """Tokens as tiles of one size and a smaller one for the rest, if there is any."""
 
     def __init__(self, tokens: int, size: int):
         self.tokens, self.size = tokens, size
-        self.whole, rest = divmod(tokens, size)
-        self.rest = max(SMALLEST_TILE, pl.next_power_of_2(rest)) if rest else 0
-        self.count = self.whole + bool(rest)
-        self.reach = self.whole * size + self.rest
+        self.count = pl.cdiv(tokens, size)
+        self.reach = self.count * size
 
-    def _whole(self, index):
-        return pl.ds(index * self.size, self.size), None
+    def own(self):
+        """The tile of this program, the first index of the grid, as a place: which tokens, as a
+        slice, and the mask of those that there are, or None for all."""
+        return self._tile(pl.program_id(0))
 
-    def _last(self):
-        start = self.whole * self.size
-        return pl.ds(start, self.rest), start + jnp.arange(self.rest) < self.tokens
+    def _tile(self, index):
+        start = index * self.size
+        mask = start + jnp.arange(self.size) < self.tokens if self.reach > self.tokens else None
+        return pl.ds(start, self.size), mask
 
-    def run(self, body: Callable):
-        """body(place) for the tile of this program, the first index of the grid. A place is which
-        tokens, as a slice, and the mask of those that there are, or None for all."""
-        index = pl.program_id(0)
-        if not self.rest:
-            body(self._whole(index))
-            return
-        pl.when(index < self.whole)(lambda: body(self._whole(index)))
-        pl.when(index == self.whole)(lambda: body(self._last()))
+    def words(self, place):
+        """A place in rows that are padded to whole words of memory: these are masked as one."""
+        index, mask = place
+        if mask is None:
+            return place
+        end = self.tokens + -self.tokens % ALIGNMENT
+        return index, index.start + jnp.arange(index.size) < end
 
     def fold(self, body: Callable, carry):
         """body(place, carry) for one tile after the other."""
-        carry = lax.fori_loop(0, self.whole, lambda i, x: body(self._whole(i), x), carry)
-        return body(self._last(), carry) if self.rest else carry
+        return lax.fori_loop(0, self.count, lambda i, carry: body(self._tile(i), carry), carry)
 
 
 ALL = slice(None), None
@@ -76,7 +77,8 @@ def _view(ref, places):
     mask = None
     for axis, along in enumerate(masks):
         if along is not None:
-            along = along.reshape([-1 if i == axis else 1 for i in range(len(masks))])
+            # not reshaped, of which Triton does not see that it is the same for whole words
+            along = jnp.expand_dims(along, [i for i in range(len(masks)) if i != axis])
             mask = along if mask is None else mask & along
     # a number of Python would not do for the interpreter
     indices = (jnp.int32(index) if isinstance(index, int) else index for index, _ in places)
@@ -105,48 +107,42 @@ def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, **options)
 
 
-def _logits(equation, a, b, bias_ref, *places):
-    """Of base 2: a tile of products, scaled, and of the bias."""
-    logits = product(equation, a, b) * (a.shape[-1] ** -0.5 * LOG2_E)
-    return logits if bias_ref is None else logits + _load(bias_ref, *places)
-
-
 def _forward_kernel(
     q_ref, k_ref, v_ref, shift_ref, bias_ref, offset_ref, out_ref, norm_ref, *, queries, keys,
     shifted_ref=None
 ):  # fmt: skip
     """Result of a tile of queries, and the logarithm of what their weights were divided by; stores
     the queries as they were used, too, where it is told to."""
+    at_q, scale = queries.own(), out_ref.shape[-1] ** -0.5 * LOG2_E
+    q = _load(q_ref, at_q, ALL)
+    if shift_ref is not None:
+        q = (q + _load(shift_ref, ALL)[None]).astype(q.dtype)
+    if shifted_ref is not None:
+        _store(shifted_ref, q, at_q, ALL)
 
-    def run(at_q):
-        q = _load(q_ref, at_q, ALL)
-        if shift_ref is not None:
-            q = (q + _load(shift_ref, ALL)[None]).astype(q.dtype)
-        if shifted_ref is not None:
-            _store(shifted_ref, q, at_q, ALL)
+    def body(at_k, carry):
+        out, norm, highest = carry
+        k, v = _load(k_ref, at_k, ALL), _load(v_ref, at_k, ALL)
+        logits = product("qc,kc->qk", q, k) * scale
+        if bias_ref is not None:  # which is -inf where there is no key
+            logits += _load(bias_ref, at_q, (at_k[0], None))
+        elif at_k[1] is not None:
+            logits = jnp.where(at_k[1][None], logits, -jnp.inf)
+        higher = jnp.maximum(highest, logits.max(1))
+        weights = kernels.exp2(logits - higher[:, None])
+        rescale = kernels.exp2(highest - higher)
+        out = out * rescale[:, None] + product("qk,kc->qc", weights.astype(v.dtype), v)
+        return out, norm * rescale + weights.sum(1), higher
 
-        def body(at_k, carry):
-            out, norm, highest = carry
-            logits = _logits("qc,kc->qk", q, _load(k_ref, at_k, ALL), bias_ref, at_q, at_k)
-            if at_k[1] is not None:
-                logits = jnp.where(at_k[1][None], logits, -jnp.inf)
-            higher = jnp.maximum(highest, logits.max(1))
-            weights = jnp.exp2(logits - higher[:, None])
-            rescale = jnp.exp2(highest - higher)
-            v = _load(v_ref, at_k, ALL)
-            out = out * rescale[:, None] + product("qk,kc->qc", weights.astype(v.dtype), v)
-            return out, norm * rescale + weights.sum(1), higher
-
-        lowest = jnp.finfo(jnp.float32).min
-        zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros(len(q), jnp.float32)
-        out, norm, highest = keys.fold(body, (*zeros, jnp.full(len(q), lowest, jnp.float32)))
-        out /= norm[:, None]
-        if offset_ref is not None:
-            out += _load(offset_ref, ALL)[None]
-        _store(out_ref, out, at_q, ALL)
-        _store(norm_ref, highest + jnp.log2(norm), at_q)
-
-    queries.run(run)
+    lowest = jnp.finfo(jnp.float32).min
+    zeros = jnp.zeros(q.shape, jnp.float32), jnp.zeros(len(q), jnp.float32)
+    start = (*zeros, jnp.full(len(q), lowest, jnp.float32))
+    out, norm, highest = keys.fold(body, start)
+    out /= norm[:, None]
+    if offset_ref is not None:
+        out += _load(offset_ref, ALL)[None]
+    _store(out_ref, out, at_q, ALL)
+    _store(norm_ref, highest + jnp.log2(norm), (at_q[0], None))
 
 
 def _shifting_kernel(
@@ -160,49 +156,44 @@ def _shifting_kernel(
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, bias_ref, d_out_ref, norm_ref, delta_ref,
-    d_qkv_ref, d_logits_ref, *, queries, keys
+    q_ref, k_ref, v_ref, bias_ref, d_out_ref, norm_ref, delta_ref, d_qkv_ref, d_logits_ref, *,
+    queries, keys
 ):  # fmt: skip
     """Gradients of a tile of keys and values, and of their logits; these are [keys, queries]."""
+    at_k, scale = keys.own(), k_ref.shape[-1] ** -0.5
+    k, v = _load(k_ref, at_k, ALL), _load(v_ref, at_k, ALL)
 
-    def run(at_k):
-        k, v = _load(k_ref, at_k, ALL), _load(v_ref, at_k, ALL)
+    def body(at_q, carry):
+        (dk, dv), every = carry, (at_q[0], None)  # rows and columns go on beyond the tokens
+        q, d_out = _load(q_ref, at_q, ALL), _load(d_out_ref, at_q, ALL)  # zeros of no query
+        logits = product("kc,qc->kq", k, q) * (scale * LOG2_E)
+        d_weights = product("kc,qc->kq", v, d_out)
+        if bias_ref is not None:
+            logits += _load(bias_ref, at_k, every)
+        weights = kernels.exp2(logits - _load(norm_ref, every)[None])
+        dv += product("kq,qc->kc", weights.astype(v.dtype), d_out)
+        d_logits = weights * (d_weights - _load(delta_ref, every)[None])
+        d_logits = d_logits.astype(q.dtype)
+        _store(d_logits_ref, d_logits, at_k, queries.words(at_q))
+        return dk + product("kq,qc->kc", d_logits, q), dv
 
-        def body(at_q, carry):
-            dk, dv = carry
-            q, d_out = _load(q_ref, at_q, ALL), _load(d_out_ref, at_q, ALL)
-            logits = _logits("kc,qc->kq", k, q, bias_ref, at_k, at_q)
-            weights = jnp.exp2(logits - _load(norm_ref, at_q)[None])
-            if at_q[1] is not None:
-                weights = jnp.where(at_q[1][None], weights, 0)
-            dv += product("kq,qc->kc", weights.astype(v.dtype), d_out)
-            d_logits = weights * (product("kc,qc->kq", v, d_out) - _load(delta_ref, at_q)[None])
-            d_logits = d_logits.astype(q.dtype)
-            _store(d_logits_ref, d_logits, at_k, at_q)
-            return dk + product("kq,qc->kc", d_logits, q), dv
-
-        zeros = jnp.zeros(k.shape, jnp.float32)
-        dk, dv = queries.fold(body, (zeros, zeros))
-        _store((d_qkv_ref, KEY), dk * k.shape[-1] ** -0.5, at_k, ALL)
-        _store((d_qkv_ref, VALUE), dv, at_k, ALL)
-
-    keys.run(run)
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = queries.fold(body, (zeros, zeros))
+    _store((d_qkv_ref, KEY), dk * scale, at_k, ALL)
+    _store((d_qkv_ref, VALUE), dv, at_k, ALL)
 
 
 def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, *, queries, keys):
     """Gradient of a tile of queries, from that of the logits; beside those of keys and values."""
     del given_ref  # the same memory
+    at_q = queries.own()
 
-    def run(at_q):
-        def body(at_k, dq):
-            return dq + product(
-                "kq,kc->qc", _load(d_logits_ref, at_k, at_q), _load(k_ref, at_k, ALL)
-            )
+    def body(at_k, dq):
+        d_logits = _load(d_logits_ref, at_k, queries.words(at_q))
+        return dq + product("kq,kc->qc", d_logits, _load(k_ref, at_k, ALL))
 
-        dq = keys.fold(body, jnp.zeros((at_q[0].size, k_ref.shape[-1]), jnp.float32))
-        _store((d_qkv_ref, QUERY), dq * k_ref.shape[-1] ** -0.5, at_q, ALL)
-
-    queries.run(run)
+    dq = keys.fold(body, jnp.zeros((queries.size, k_ref.shape[-1]), jnp.float32))
+    _store((d_qkv_ref, QUERY), dq * k_ref.shape[-1] ** -0.5, at_q, ALL)
 
 
 class _Kernel(NamedTuple):
@@ -214,7 +205,8 @@ class _Kernel(NamedTuple):
         [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
         "pairs" [B, H, T, T]; "shift" and "offset" [H, K] and "bias" [H, T, T], which may be None.
       gives: its results.
-      tiles: tokens of a tile of queries, and of one of keys.
+      few: tokens of a tile of queries, and of one of keys, where there are at most `FEW` tokens.
+      tiles: likewise, where there are more.
       over: which of them, "queries" or "keys", have a program for each tile.
       warps: of a program.
       stages: of the pipeline that loads one tile while others are computed.
@@ -224,10 +216,11 @@ class _Kernel(NamedTuple):
     body: Callable
     takes: tuple[str, ...]
     gives: tuple[str, ...]
+    few: tuple[int, int]
     tiles: tuple[int, int]
     over: str
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
     aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -250,7 +243,7 @@ class _Kernel(NamedTuple):
         kinds = {
             "tokens": ((batch, tokens, heads, size), first.dtype),
             "packed": ((batch, tokens, 3, heads, size), first.dtype),
-            "row": ((batch, heads, tokens), jnp.float32),
+            "row": ((batch, heads, tokens + -tokens % LARGEST_TILE), jnp.float32),
             "pairs": ((batch, heads, tokens, tokens + -tokens % ALIGNMENT), first.dtype),
         }
         return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
@@ -262,7 +255,8 @@ class _Kernel(NamedTuple):
                 f"Heads of {size} numbers have no kernel of ours: expected a power of 2 of at "
                 f"least {SMALLEST_TILE}; use config.model.attention=auto, cudnn or xla."
             )
-        cut = {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
+        tiles = self.few if tokens <= FEW else self.tiles
+        cut = {name: _Tiles(tokens, size) for name, size in zip(_CUT, tiles, strict=True)}
         reach = max(tiles.reach for tiles in cut.values())
         places = {
             "tokens": ((None, reach, None, size), lambda i, h, b: (b, 0, h, 0)),
@@ -301,7 +295,12 @@ _SHARED = "shift", "bias", "offset"  # by all pictures
 
 
 _FORWARD = _Kernel(
-    _forward_kernel, (*_PARTS, *_SHARED), ("tokens", "row"), (64, 32), "queries", stages=3
+    _forward_kernel,
+    (*_PARTS, *_SHARED),
+    ("tokens", "row"),
+    few=(64, 32),
+    tiles=(64, 64),
+    over="queries",
 )
 _SHIFTING = _FORWARD._replace(
     body=_shifting_kernel,
@@ -313,13 +312,57 @@ _BACKWARD = _Kernel(
     _backward_kernel,
     (*_PARTS, "bias", "tokens", "row", "row"),
     ("packed", "pairs"),
-    (64, 64),
-    "keys",
-    stages=3,
+    few=(32, 64),
+    tiles=(64, 64),
+    over="keys",
 )
 _QUERIES = _Kernel(
-    _query_kernel, ("key", "pairs", "packed"), ("packed",), (64, 64), "queries", aliases={2: 0}
+    _query_kernel,
+    ("key", "pairs", "packed"),
+    ("packed",),
+    few=(128, 32),
+    tiles=(128, 32),
+    over="queries",
+    warps=8,
+    aliases={2: 0},
 )
+
+
+def _sum_of_pictures(x):
+    """Sums of x [B, ...] in float32, [N, ...], N a part of the devices: each sums up its pictures.
+
+    XLA takes half as long again as the memory takes to bring x.
+    """
+    group = len(x) // math.gcd(len(x), jax.device_count())
+
+    def body(x_ref, out_ref):
+        width = math.prod(x.shape[1:])
+        step = math.gcd(group, PICTURES)
+        mask = pl.program_id(1) * COLUMNS + jnp.arange(COLUMNS) < width
+
+        def add(i, total):
+            rows = x_ref.at[pl.ds(i * step, step), :]
+            given = triton.load(rows, mask=jnp.expand_dims(mask, 0), other=0.0)
+            return total + given.astype(jnp.float32).sum(0)
+
+        total = lax.fori_loop(0, group // step, add, jnp.zeros(COLUMNS, jnp.float32))
+        triton.store(out_ref.at[:], total, mask=mask)
+
+    def run(x):
+        shape = len(x) // group, math.prod(x.shape[1:])
+        total = pl.pallas_call(
+            body,
+            grid=(shape[0], pl.cdiv(shape[1], COLUMNS)),
+            in_specs=[pl.BlockSpec((group, COLUMNS), lambda i, j: (i, j))],
+            out_specs=pl.BlockSpec((None, COLUMNS), lambda i, j: (i, j)),
+            out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+            compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+            interpret=kernels.is_interpreted(),
+            name="sum_of_pictures",
+        )(x.reshape(len(x), -1))
+        return (total.reshape(shape[0], *x.shape[1:]),)
+
+    return kernels.on_each_device(run, [x], [x.ndim])[0]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -354,12 +397,13 @@ def _attend(qkv, shift, offset, bias):
     return _FORWARD(*parts, shift, _prepare(bias, parts[0].dtype), offset)[0]
 
 
-def _prepare(bias, dtype):
+def _prepare(bias, dtype, fill=-jnp.inf):
     """Of base 2, with rows that begin where whole words of memory do."""
     if bias is None:
         return None
     bias = (bias.astype(jnp.float32) * LOG2_E).astype(dtype)
-    return jnp.pad(bias, ((0, 0), (0, 0), (0, -bias.shape[-1] % ALIGNMENT)))
+    width = -bias.shape[-1] % LARGEST_TILE
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, width)), constant_values=fill)
 
 
 def _parts(qkv):
@@ -383,7 +427,8 @@ def _attend_backward(residuals, d_out):
     parts, wide = _parts(qkv), d_out.astype(jnp.float32)
     attended = out.astype(jnp.float32) - (0 if offset is None else offset)
     delta = (wide * attended).sum(-1).transpose(0, 2, 1)
-    turned = None if bias is None else _prepare(bias.transpose(0, 2, 1), out.dtype)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, norm.shape[-1] - delta.shape[-1])))
+    turned = None if bias is None else _prepare(bias.transpose(0, 2, 1), out.dtype, 0)
     d_qkv, d_logits = _BACKWARD(*parts, turned, d_out, norm, delta)
     (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)
     d_shift = d_offset = d_bias = None
@@ -392,7 +437,7 @@ def _attend_backward(residuals, d_out):
     if offset is not None:
         d_offset = wide.sum((0, 1)).astype(offset.dtype)
     if bias is not None:
-        d_bias = d_logits[..., : bias.shape[1]].sum(0, dtype=jnp.float32)
+        d_bias = _sum_of_pictures(d_logits).sum(0)[..., : bias.shape[1]]
         d_bias = d_bias.transpose(0, 2, 1).astype(bias.dtype)
     if isinstance(qkv, tuple):
         d_qkv = tuple(d_qkv[:, :, part] for part in range(3))
