@@ -281,7 +281,12 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
     )
-    step = jax.jit(step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    step = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=layers.compiler_options(config.batch_size // config.accumulate_steps),
+    )
     return step.lower(state, task.frozen, resident, batch).compile()
 
 

@@ -1,5 +1,6 @@
 """What a network says of every picture of a source, batch by batch."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def make(
     size = model.config.image_size
     params = layers.for_inference(start.params, model.config.dtype)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=layers.compiler_options(batch_size))
     def step(params, image):
         return function(model, params, views.eval_view(image, info.image, size, resized=True))
 

@@ -62,7 +62,7 @@ def make_program(
         network = architecture.make_model(start.info, dtype=dtype, **runtime)
         apply = functools.partial(classify.classify, network, start.info, resized=True)
         params = layers.for_inference(start.params, network.config.dtype)
-        return Program(jax.jit(apply), (params, image), trains=False)
+        return Program(_jit(apply, image), (params, image), trains=False)
     config = common.get_config()
     with config.unlocked():
         config.model.update(dtype=dtype, **runtime)
@@ -72,12 +72,18 @@ def make_program(
     return _train(task, {"image": image, **batch})
 
 
+def _jit(function, pictures, **options):
+    options["compiler_options"] = layers.compiler_options(len(pictures))
+    return jax.jit(function, **options)
+
+
 def make_step(*args, **kwargs) -> Step:
     """Compiles `make_program` of the same arguments. Tells what bytes the compiled step needs on
     the device, the most that JAX had allocated there, and how many of its kernels are cuDNN's
     attention or ours."""
     function, args, trains = make_program(*args, **kwargs)
     compiled = function.lower(*args).compile()
+    run_one = compiled if trains else function  # as `main.py` calls it, and `predict`
     first, *rest = jax.device_put(args)
     del args
     out = None
@@ -85,7 +91,7 @@ def make_step(*args, **kwargs) -> Step:
     def run(n):
         nonlocal first, out
         for _ in range(n):
-            out = compiled(first, *rest)
+            out = run_one(first, *rest)
             if trains:
                 first, out = out
         jax.block_until_ready(out)
@@ -180,5 +186,5 @@ def _train(task, batch):
         seed=SEED,
     )
     current = jax.jit(functools.partial(state.create, tx=tx, ema=False))(params, {})
-    function = jax.jit(step, donate_argnums=0)
+    function = _jit(step, next(iter(batch.values())), donate_argnums=0)
     return Program(function, (current, task.frozen, None, batch), trains=True)

@@ -142,7 +142,7 @@ def _forward_kernel(
     if offset_ref is not None:
         out += _load(offset_ref, ALL)[None]
     _store(out_ref, out, at_q, ALL)
-    _store(norm_ref, highest + jnp.log2(norm), (at_q[0], None))
+    _store(norm_ref, highest + jnp.log2(norm), at_q)
 
 
 def _shifting_kernel(
@@ -164,15 +164,15 @@ def _backward_kernel(
     k, v = _load(k_ref, at_k, ALL), _load(v_ref, at_k, ALL)
 
     def body(at_q, carry):
-        (dk, dv), every = carry, (at_q[0], None)  # rows and columns go on beyond the tokens
+        dk, dv = carry
         q, d_out = _load(q_ref, at_q, ALL), _load(d_out_ref, at_q, ALL)  # zeros of no query
         logits = product("kc,qc->kq", k, q) * (scale * LOG2_E)
         d_weights = product("kc,qc->kq", v, d_out)
         if bias_ref is not None:
-            logits += _load(bias_ref, at_k, every)
-        weights = kernels.exp2(logits - _load(norm_ref, every)[None])
+            logits += _load(bias_ref, at_k, (at_q[0], None))
+        weights = kernels.exp2(logits - _load(norm_ref, at_q)[None])
         dv += product("kq,qc->kc", weights.astype(v.dtype), d_out)
-        d_logits = weights * (d_weights - _load(delta_ref, every)[None])
+        d_logits = weights * (d_weights - _load(delta_ref, at_q)[None])
         d_logits = d_logits.astype(q.dtype)
         _store(d_logits_ref, d_logits, at_k, queries.words(at_q))
         return dk + product("kq,qc->kc", d_logits, q), dv
@@ -243,7 +243,7 @@ class _Kernel(NamedTuple):
         kinds = {
             "tokens": ((batch, tokens, heads, size), first.dtype),
             "packed": ((batch, tokens, 3, heads, size), first.dtype),
-            "row": ((batch, heads, tokens + -tokens % LARGEST_TILE), jnp.float32),
+            "row": ((batch, heads, tokens), jnp.float32),
             "pairs": ((batch, heads, tokens, tokens + -tokens % ALIGNMENT), first.dtype),
         }
         return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
@@ -427,7 +427,6 @@ def _attend_backward(residuals, d_out):
     parts, wide = _parts(qkv), d_out.astype(jnp.float32)
     attended = out.astype(jnp.float32) - (0 if offset is None else offset)
     delta = (wide * attended).sum(-1).transpose(0, 2, 1)
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, norm.shape[-1] - delta.shape[-1])))
     turned = None if bias is None else _prepare(bias.transpose(0, 2, 1), out.dtype, 0)
     d_qkv, d_logits = _BACKWARD(*parts, turned, d_out, norm, delta)
     (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)

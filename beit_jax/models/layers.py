@@ -474,6 +474,29 @@ def uses_kernels(config: TransformerConfig) -> bool:
     return config.attention not in ("plain", "xla")
 
 
+MANY = 16  # pictures on a device: the work on the weights is nothing beside that on the tokens
+
+
+def _are_many(pictures):
+    return pictures // jax.device_count() >= MANY and jax.default_backend() == "gpu"
+
+
+def folds(config: TransformerConfig, x: jax.Array, deterministic: bool) -> bool:
+    """Whether scales around the kernels of a layer are multiplied into them, for tokens x [B, ...]:
+    in training, and where our kernels see many pictures in inference."""
+    pays = uses_kernels(config) and config.dtype == "bfloat16" and _are_many(len(x))
+    return config.fold and (not deterministic or pays)
+
+
+def compiler_options(pictures: int) -> dict[str, bool]:
+    """Of `jax.jit`, for a step of so many pictures on all devices.
+
+    Of many, XLA leaves all products to cuBLAS, which adds biases and the residual stream on the
+    way. Those of Triton, of which it tries many for each product as it compiles, win among few.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if _are_many(pictures) else {}
+
+
 def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
     """A parameter of `module`: one row of attention biases for each offset between patches."""
     shape = (num_relative_positions(config.grid), config.num_attention_heads)
