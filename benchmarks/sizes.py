@@ -25,7 +25,10 @@ def _vit(width, layers, heads, image_size, patch_size, labels, mlp=4):
     )
 
 
-TOKENIZER = 265.9e6  # operations of the dVAE's encoder for each token, four groups of two blocks
+MASKED = 0.4  # of the patches
+# operations of the dVAE's encoder for each token, four groups of two blocks, and of its last layer,
+# which makes logits of masked patches alone
+TOKENIZER, LOGITS = 232.4e6, 2 * 2048 * 8192
 SIZES = {
     "cpu": {
         "ViT-tiny/4 @32": Size(_vit(192, 12, 3, 32, 4, 10), (64,), (32, 64), (64,), (64,)),
@@ -68,12 +71,12 @@ def flops(architecture: dict, kind: str) -> float:
     embed = 2 * patches * 3 * architecture["patch_size"] ** 2 * width
     mlp = 4 * tokens * width * architecture["intermediate_size"]
     layer = 8 * tokens * width**2 + mlp + 4 * tokens**2 * width
-    heads = 0.4 * patches * 8192 if kind.startswith("mim") else architecture["num_labels"]
+    heads = MASKED * patches * 8192 if kind.startswith("mim") else architecture["num_labels"]
     forward = layers * layer + embed + 2 * width * heads
     if kind == "inference":
         return forward
     if "tokenizer" in kind:
-        return flops(architecture, "mim") + TOKENIZER * patches
+        return flops(architecture, "mim") + (TOKENIZER + MASKED * LOGITS) * patches
     if kind == "lora":
         return 2 * forward - embed + layers * 4 * tokens**2 * width  # of queries, keys, values
     return 3 * forward - embed

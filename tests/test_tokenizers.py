@@ -233,6 +233,24 @@ def test_tokens_and_their_picture(image):
     assert 0 <= picture.min() <= picture.max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["vq", "dvae"])
+def test_tokens_of_some_patches(kind, image):
+    if kind == "vq":
+        model, train, params, state = vq_trainer()
+        _, state = train.loss(params, state, image, None, jnp.ones(4), jax.random.key(0))
+        variables = train.variables(params, state)
+    else:
+        model = dvae.Model(
+            image_size=image.shape[1], vocab_size=12, hidden_size=8, initial_size=8, num_groups=2
+        )
+        variables = model.init(jax.random.key(0), image)
+    every = model.apply(variables, image, method="tokenize")
+    index = jnp.asarray([[3, 0], [1, 2], [2, 1], [0, 3]])
+    some = model.apply(variables, image, index, method="tokenize")
+    np.testing.assert_array_equal(some, jnp.take_along_axis(every, index, 1))
+    assert len(np.unique(some)) > 1
+
+
 def test_summary_of_use():
     sums = {"loss": 6.0, "error": 3.0, "weight": 3.0, "counts": jnp.float32([2, 2, 0, 0])}
     found = trainer.summarize(sums)

@@ -25,6 +25,7 @@ from beit_jax.models.layers import (
     norm,
     normal,
     spread,
+    take_tokens,
 )
 from beit_jax.models.position import (
     relative_position_bias,
@@ -152,11 +153,6 @@ class Layer(nn.Module):
         return x
 
 
-def _gather(x, index):
-    """Tokens [B, M, D] of x [B, N, D] at index [B, M]."""
-    return jnp.take_along_axis(x, index[..., None], axis=1)
-
-
 def _lm_head(config, prefix):
     """Norm and logits of patches [B, N, D], all of them or those of an index [B, M]."""
     normed = norm(config, f"{prefix}layernorm")
@@ -165,7 +161,7 @@ def _lm_head(config, prefix):
     dense = Dense(config.vocab_size, normal(config), dtype=dtype, name=name)
 
     def logits(x, index):
-        x = x if index is None else _gather(x, index)
+        x = x if index is None else take_tokens(x, index)
         return dense(normed(x)).astype(jnp.float32)
 
     return logits
@@ -195,7 +191,7 @@ class Embeddings(nn.Module):
             shape = (1, 1 + patches, width)
             x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
         if visible_index is not None:
-            x = jnp.concatenate([x[:, :1], _gather(x[:, 1:], visible_index)], axis=1)
+            x = jnp.concatenate([x[:, :1], take_tokens(x[:, 1:], visible_index)], axis=1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -264,7 +260,7 @@ class Beit(nn.Module):
         if not config.use_mean_pooling:
             x = norm(config, "layernorm")(x)
         if config.head == "tokens":
-            x = x if masked_index is None else _gather(x[:, 1:], masked_index)
+            x = x if masked_index is None else take_tokens(x[:, 1:], masked_index)
             return norm(config, "lm_layernorm")(x)
         if config.head == "mim":
             head = _lm_head(config, "lm_")

@@ -624,6 +624,11 @@ def scaled(module: Callable, x, scale: jax.Array | None, *, fold: bool):
     return x * spread(scale, x.shape, x.dtype)
 
 
+def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Tokens [B, M, D] of x [B, N, D] at an index [B, M]."""
+    return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
 def patchify(image, size: int):
     """Pictures [B, H, W, C] to patches of pixels [B, N, P P C], row by row."""
     batch, height, width, channels = image.shape

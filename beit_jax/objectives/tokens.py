@@ -56,11 +56,12 @@ def make(config, model) -> Objective:
         )
     patches = c.grid[0] * c.grid[1]
 
-    def tokenize(frozen, target):
-        """Tokens int [B, N] of pictures; cached ones are tokens already."""
+    def tokenize(frozen, target, index=None):
+        """Tokens int [B, N] of pictures, or [B, M], at an index alone; cached ones are tokens
+        already."""
         if jnp.issubdtype(target.dtype, jnp.integer):
-            return target
-        token = tokenizer.model.apply(frozen["tokenizer"], target, method="tokenize")
+            return target if index is None else jnp.take_along_axis(target, index, axis=1)
+        token = tokenizer.model.apply(frozen["tokenizer"], target, index, method="tokenize")
         return jax.lax.stop_gradient(token)
 
     def predict(params, views, masks, rng):
@@ -76,7 +77,7 @@ def make(config, model) -> Objective:
         return logits, state.get("aggregation", {}).get("logits", ())
 
     def loss(params, model_state, frozen, views, masks, rng):
-        token = jnp.take_along_axis(tokenize(frozen, views.target), masks.index, axis=1)
+        token = tokenize(frozen, views.target, masks.index)
         logits, aggregated = predict(params, views, masks, rng)
         value = sum(losses.softmax_cross_entropy(x, token) for x in (logits, *aggregated))
         counts = jnp.zeros(c.vocab_size).at[token].add(masks.weight)

@@ -1,8 +1,8 @@
 """Visual tokenizers; `config.tokenizer_name` is the name of a module in this package.
 
 Each has `PRESETS`, `Model(**architecture)`, a linen network whose methods `tokenize` (pictures
-[B, H, W, C] in [0, 1] -> tokens int32 [B, N]) and `decode` (back) need nothing but its variables,
-and `make(config, model, teacher) -> Trainer`.
+[B, H, W, C] in [0, 1] -> tokens int32 [B, N], or [B, M] where it is given an index of patches) and
+`decode` (back) need nothing but its variables, and `make(config, model, teacher) -> Trainer`.
 """
 
 import os

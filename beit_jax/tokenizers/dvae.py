@@ -127,12 +127,13 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Squeezed pictures [B, H, W, C] to logits float32 [B, h, w, V]."""
+    """Squeezed pictures [B, H, W, C] to logits float32 [B, h, w, V]; or [B, 1, M, V], of patches at
+    an index [B, M] alone."""
 
     config: DVAEConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, index=None):
         config = self.config
         x = _conv(config, config.hidden_size, 7, "input")(x.astype(config.dtype))
         for group in range(config.num_groups):
@@ -142,6 +143,8 @@ class Encoder(nn.Module):
                 x = Block(config, features, (3, 3, 3, 1), name=name)(x)
             if group < config.num_groups - 1:
                 x = nn.max_pool(x, (2, 2), (2, 2))
+        if index is not None:
+            x = layers.take_tokens(x.reshape(len(x), -1, x.shape[-1]), index)[:, None]
         # In float32: the best two logits are often closer than bfloat16 can tell.
         options = {"dtype": jnp.float32, "fast": config.dtype != "float32"}
         return _conv(config, config.vocab_size, 1, "output", **options)(nn.relu(x))
@@ -175,18 +178,20 @@ class DVAE(nn.Module):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
 
-    def encode(self, image):
-        """Pictures [B, H, W, C] in [0, 1] to logits float32 [B, h, w, V]."""
+    def encode(self, image, index=None):
+        """Pictures [B, H, W, C] in [0, 1] to logits float32 [B, h, w, V]; see `Encoder`."""
         layers.check_image(self.config, image)
-        return self.encoder(squeeze(image))
+        return self.encoder(squeeze(image), index)
 
     def predict(self, mixture):
         """Mixtures of codes [B, h, w, V] to location and log scale, each [B, H, W, C]."""
         return jnp.split(self.decoder(mixture), 2, axis=-1)
 
-    def tokenize(self, image):
-        """Pictures [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row."""
-        return self.encode(image).argmax(-1).reshape(len(image), -1).astype(jnp.int32)
+    def tokenize(self, image, index=None):
+        """Pictures [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row; or [B, M], of patches
+        at an index [B, M] alone."""
+        logits = self.encode(image, index)
+        return logits.argmax(-1).reshape(len(image), -1).astype(jnp.int32)
 
     def decode(self, token):
         """Tokens [B, N] to pictures float32 [B, H, W, C] in [0, 1]."""

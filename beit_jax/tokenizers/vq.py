@@ -121,11 +121,13 @@ class VQ(nn.Module):
         if config.teacher_dim:
             self.teacher_head = Head(config, config.teacher_dim, dtype)
 
-    def encode(self, image, deterministic=True):
-        """Pictures [B, H, W, C] in [0, 1] to unit vectors float32 [B, N, E]."""
+    def encode(self, image, index=None, deterministic=True):
+        """Pictures [B, H, W, C] in [0, 1] to unit vectors float32 [B, N, E]; or [B, M, E], of
+        patches at an index [B, M] alone."""
         layers.check_image(self.config, image)
-        x = self.patch_embeddings(2 * image - 1)
-        return layers.unit(self.code_head(self.encoder(x, deterministic)))
+        x = self.encoder(self.patch_embeddings(2 * image - 1), deterministic)
+        x = x if index is None else layers.take_tokens(x, index)
+        return layers.unit(self.code_head(x))
 
     def predict(self, code, deterministic=True):
         """Codes [B, N, E] to pixels [B, N, P P C] in [0, 1] and features [B, N, F] or None."""
@@ -134,9 +136,11 @@ class VQ(nn.Module):
             return self.pixel_head(x) + 0.5, None
         return self.pixel_head(jax.lax.stop_gradient(x)) + 0.5, self.teacher_head(x)
 
-    def tokenize(self, image):
-        """Pictures [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row."""
-        return codebook.nearest(self.get_variable("codebook", "embedding"), self.encode(image))
+    def tokenize(self, image, index=None):
+        """Pictures [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row; or [B, M], of patches
+        at an index [B, M] alone."""
+        vectors = self.encode(image, index)
+        return codebook.nearest(self.get_variable("codebook", "embedding"), vectors)
 
     def decode(self, token):
         """Tokens [B, N] to pictures float32 [B, H, W, C] in [0, 1]."""
@@ -184,7 +188,8 @@ def make(config, model: VQ, teacher_dim: int) -> Trainer:
     def loss(params, model_state, image, features, weight, rng):
         def run(method, *args):
             options = {} if rng is None else {"rngs": {"dropout": rng}}
-            return model.apply({"params": params}, *args, rng is None, method=method, **options)
+            options["deterministic"] = rng is None
+            return model.apply({"params": params}, *args, method=method, **options)
 
         z = run("encode", image)
         flat = jax.lax.stop_gradient(z).reshape(-1, z.shape[-1])
