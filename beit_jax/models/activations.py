@@ -123,8 +123,8 @@ def _for_each_step(x_ref, bias_ref, body, shape=None):
 
 
 def _call(body, arrays, bias, sums):
-    """Runs a kernel on blocks of arrays [B, ..., D]: the result, and with `sums` also an array
-    [B, D] whose sum is that of all rows of the result; each device adds one row to it."""
+    """Runs a kernel on blocks of arrays [B, ..., D]: the result, and with `sums` also the sum of
+    all its rows, [D]."""
     arrays = [*arrays] if bias is None else [*arrays, bias]
 
     def run(*given):
@@ -149,12 +149,11 @@ def _call(body, arrays, bias, sums):
             interpret=kernels.is_interpreted(),
             name="gelu" + body.__name__.removesuffix("_kernel"),
         )(*(x.reshape(tall, width) for x in own), added)
-        total = [jnp.zeros((len(first), width)).at[0].set(x.sum(0)) for x in total]
-        return (out.reshape(first.shape), *total)
+        return (out.reshape(first.shape), *(x.sum(0) for x in total))
 
     shared = [] if bias is None else [len(arrays) - 1]
-    ranks = [arrays[0].ndim] + [2] * sums
-    return kernels.on_each_device(run, arrays, ranks, shared)
+    ranks = [arrays[0].ndim] + [1] * sums
+    return kernels.on_each_device(run, arrays, ranks, shared, summed=[1])
 
 
 def _forward(x, bias):
@@ -164,8 +163,8 @@ def _forward(x, bias):
 
 def _backward(residuals, gradient):
     x, bias = residuals
-    d_x, sums = _call(_backward_kernel, [x, gradient], bias, sums=True)
-    return d_x, None if bias is None else sums.sum(0).astype(bias.dtype)
+    d_x, total = _call(_backward_kernel, [x, gradient], bias, sums=True)
+    return d_x, None if bias is None else total.astype(bias.dtype)
 
 
 fused_gelu.defvjp(_forward, _backward)

@@ -6,7 +6,7 @@ in the type of the computation: their gradient, of which the gradients of the qu
 over the batch, of the bias are made. Nothing is added up in an order that changes between runs.
 
 B batch, T tokens, H heads, K size of a head. Arrays are [B, T, H, K], as the products before and
-after leave and take them, and need no padding: the last few tokens have a tile of their own size.
+after leave and take them, and need no padding: what the last tile has beyond the tokens is masked.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from beit_jax.models import kernels
 from beit_jax.models.kernels import triton
 
-SMALLEST_TILE = 16  # of what tensor cores multiply
+SMALLEST_TILE = 16  # of what tensor cores multiply, and so of a head
 ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
 KEPT = "flash attention"  # name of what policies of `jax.checkpoint` may keep
 LOG2_E = math.log2(math.e)  # logits are kept in powers of 2
@@ -33,7 +33,8 @@ FEW = 256  # tokens, for which smaller tiles are faster
 
 
 class _Tiles:
-    """Tokens as tiles of one size and a smaller one for the rest, if there is any."""
+    """Tokens as tiles of one size, of which the last may go on beyond them. One of its own size has
+    less to compute, but a second body of the loop takes registers that other programs want."""
 
     def __init__(self, tokens: int, size: int):
         self.tokens, self.size = tokens, size
@@ -329,40 +330,36 @@ _QUERIES = _Kernel(
 
 
 def _sum_of_pictures(x):
-    """Sums of x [B, ...] in float32, [N, ...], N a part of the devices: each sums up its pictures.
-
-    XLA takes half as long again as the memory takes to bring x.
-    """
-    group = len(x) // math.gcd(len(x), jax.device_count())
-
-    def body(x_ref, out_ref):
-        width = math.prod(x.shape[1:])
-        step = math.gcd(group, PICTURES)
-        mask = pl.program_id(1) * COLUMNS + jnp.arange(COLUMNS) < width
-
-        def add(i, total):
-            rows = x_ref.at[pl.ds(i * step, step), :]
-            given = triton.load(rows, mask=jnp.expand_dims(mask, 0), other=0.0)
-            return total + given.astype(jnp.float32).sum(0)
-
-        total = lax.fori_loop(0, group // step, add, jnp.zeros(COLUMNS, jnp.float32))
-        triton.store(out_ref.at[:], total, mask=mask)
+    """Sum of x [B, ...] over the batch, in float32; XLA takes half as long again."""
 
     def run(x):
-        shape = len(x) // group, math.prod(x.shape[1:])
+        batch, width = len(x), math.prod(x.shape[1:])
+
+        def body(x_ref, out_ref):
+            step = math.gcd(batch, PICTURES)
+            mask = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS) < width
+
+            def add(i, total):
+                rows = x_ref.at[pl.ds(i * step, step), :]
+                given = triton.load(rows, mask=jnp.expand_dims(mask, 0), other=0.0)
+                return total + given.astype(jnp.float32).sum(0)
+
+            total = lax.fori_loop(0, batch // step, add, jnp.zeros(COLUMNS, jnp.float32))
+            triton.store(out_ref.at[:], total, mask=mask)
+
         total = pl.pallas_call(
             body,
-            grid=(shape[0], pl.cdiv(shape[1], COLUMNS)),
-            in_specs=[pl.BlockSpec((group, COLUMNS), lambda i, j: (i, j))],
-            out_specs=pl.BlockSpec((None, COLUMNS), lambda i, j: (i, j)),
-            out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+            grid=(pl.cdiv(width, COLUMNS),),
+            in_specs=[pl.BlockSpec((batch, COLUMNS), lambda i: (0, i))],
+            out_specs=pl.BlockSpec((COLUMNS,), lambda i: (i,)),
+            out_shape=jax.ShapeDtypeStruct((width,), jnp.float32),
             compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
             interpret=kernels.is_interpreted(),
             name="sum_of_pictures",
-        )(x.reshape(len(x), -1))
-        return (total.reshape(shape[0], *x.shape[1:]),)
+        )(x.reshape(batch, width))
+        return (total.reshape(x.shape[1:]),)
 
-    return kernels.on_each_device(run, [x], [x.ndim])[0]
+    return kernels.on_each_device(run, [x], [x.ndim - 1], summed=[0])[0]
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -436,7 +433,7 @@ def _attend_backward(residuals, d_out):
     if offset is not None:
         d_offset = wide.sum((0, 1)).astype(offset.dtype)
     if bias is not None:
-        d_bias = _sum_of_pictures(d_logits).sum(0)[..., : bias.shape[1]]
+        d_bias = _sum_of_pictures(d_logits)[..., : bias.shape[1]]
         d_bias = d_bias.transpose(0, 2, 1).astype(bias.dtype)
     if isinstance(qkv, tuple):
         d_qkv = tuple(d_qkv[:, :, part] for part in range(3))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -90,7 +91,11 @@ def distance(actual, expected) -> float:
 
 
 def on_each_device(
-    run: Callable, arrays: Sequence[jax.Array], gives: Sequence[int], shared: Sequence[int] = ()
+    run: Callable,
+    arrays: Sequence[jax.Array],
+    gives: Sequence[int],
+    shared: Sequence[int] = (),
+    summed: Sequence[int] = (),
 ):
     """run(*arrays); where a batch is split over devices, on each of them for its part.
 
@@ -99,6 +104,7 @@ def on_each_device(
       arrays: the first axes of these are so too, of the first array in any case, but of `shared`.
       gives: numbers of axes of the results.
       shared: places of the arrays that belong to all pictures.
+      summed: places of results that are sums over pictures: those of the devices are added up.
     """
     names = (f"x{i}" for i in itertools.count())
     whole = []
@@ -111,13 +117,27 @@ def on_each_device(
     def place(mesh, batch, is_shared):
         return NamedSharding(mesh, PartitionSpec() if is_shared else PartitionSpec(batch))
 
-    def partition(mesh, arguments, results):
+    def partition(mesh, arguments, _):
         batch = (arguments[0].sharding.spec or [None])[0]
         takes = tuple(place(mesh, batch, i in shared) for i in range(len(arguments)))
-        return mesh, run, tuple(place(mesh, batch, False) for _ in results), takes
+
+        def run_part(*parts):
+            found = run(*parts)
+            if batch is None:
+                return found
+            return tuple(lax.psum(x, batch) if i in summed else x for i, x in enumerate(found))
+
+        return (
+            mesh,
+            run_part,
+            tuple(place(mesh, batch, i in summed) for i in range(len(gives))),
+            takes,
+        )
 
     takes = ", ".join(axes(x.ndim, i in shared) for i, x in enumerate(arrays))
-    rule = f"{takes} -> {', '.join(axes(rank, False) for rank in gives)}"
+    made = ", ".join(axes(rank, i in summed) for i, rank in enumerate(gives))
     call = custom_partitioning(run)
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(whole))
+    call.def_partition(
+        partition, sharding_rule=f"{takes} -> {made}", need_replication_factors=tuple(whole)
+    )
     return call(*arrays)
