@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from beit_jax import checkpoint, lora, modules, optim, pretrained, sharding
+from beit_jax import checkpoint, compiler, lora, modules, optim, pretrained, sharding
 from beit_jax import state as states
 from beit_jax.models import attention, layers
 from beit_jax.steps import to_steps
@@ -281,11 +281,12 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
     )
+    pictures = config.batch_size // config.accumulate_steps // mesh.size
     step = jax.jit(
         step,
         donate_argnums=0,
         out_shardings=sharding.replicated(mesh),
-        compiler_options=layers.compiler_options(config.batch_size // config.accumulate_steps),
+        compiler_options=compiler.options(pictures),
     )
     return step.lower(state, task.frozen, resident, batch).compile()
 

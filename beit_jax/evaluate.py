@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import build, fileio, plots, pretrained, report, sharding
+from beit_jax import build, compiler, fileio, plots, pretrained, report, sharding
 from beit_jax import workdir as workdirs
 from beit_jax.data import inputs
-from beit_jax.models import layers
 from beit_jax.state import take
 
 
@@ -30,7 +29,7 @@ def make_evaluator(task, config, mesh):
     def sums_only(params, model_state, frozen, resident, batch):
         return task.evaluate(params, model_state, frozen, take(resident, batch))[0]
 
-    options = layers.compiler_options(config.eval_batch_size)
+    options = compiler.options(config.eval_batch_size // mesh.size)
     step = jax.jit(add, donate_argnums=0, compiler_options=options)
 
     def evaluate(split, params, model_state):

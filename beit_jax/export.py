@@ -54,7 +54,7 @@ def make_classifier(
       The jitted function, with the weights inside, and (H, W, C).
     """
     network = architecture.make_model(model.info, dtype=dtype, attention="xla")
-    params = layers.for_inference(model.params, dtype)
+    network, params = layers.for_inference(network, model.params)
 
     @jax.jit
     def logits(image):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from beit_jax import architecture, pretrained
+from beit_jax import architecture, compiler, pretrained
 from beit_jax.data import pipeline, views
 from beit_jax.data.source import Source
 from beit_jax.models import layers
@@ -47,11 +47,14 @@ def make(
     info = start.info
     model = architecture.make_model(info, dtype=dtype)
     size = model.config.image_size
-    params = layers.for_inference(start.params, model.config.dtype)
+    model, params = layers.for_inference(model, start.params)
 
-    @functools.partial(jax.jit, compiler_options=layers.compiler_options(batch_size))
     def step(params, image):
         return function(model, params, views.eval_view(image, info.image, size, resized=True))
+
+    @functools.cache
+    def compiled_for(pictures):
+        return jax.jit(step, compiler_options=compiler.options(pictures))
 
     def apply(source):
         if not len(source):
@@ -67,7 +70,7 @@ def make(
         ) as batches:
             count, hidden = -(-len(source) // rows), not sys.stderr.isatty()
             for batch in track(batches, source.split, total=count, disable=hidden):
-                found = jax.device_get(step(params, batch["image"]))
+                found = jax.device_get(compiled_for(rows)(params, batch["image"]))
                 real = batch["weight"] > 0
                 index = batch["index"][real]
                 if result is None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 
 @contextlib.contextmanager
@@ -41,9 +42,18 @@ def at_steps(
         return
     trace = contextlib.ExitStack()
 
+    def wait():
+        """For what the device has been given before."""
+        jnp.zeros(()).block_until_ready()
+
     def start():
+        wait()
         directory = os.path.join(workdir, "profile")
         trace.enter_context(jax.profiler.trace(directory, create_perfetto_trace=True))
 
+    def stop():
+        wait()
+        trace.close()
+
     with trace:
-        yield {first: start, last: trace.close}
+        yield {first: start, last: stop}

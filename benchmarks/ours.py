@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import architecture, build, checkpoint, convert, lora, optim, state
+from beit_jax import architecture, build, checkpoint, compiler, convert, lora, optim, state
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert.preprocessor import DEFAULT
 from beit_jax.models import layers
@@ -60,8 +60,8 @@ def make_program(
     start = load(directory)
     if kind == "inference":
         network = architecture.make_model(start.info, dtype=dtype, **runtime)
+        network, params = layers.for_inference(network, start.params)
         apply = functools.partial(classify.classify, network, start.info, resized=True)
-        params = layers.for_inference(start.params, network.config.dtype)
         return Program(_jit(apply, image), (params, image), trains=False)
     config = common.get_config()
     with config.unlocked():
@@ -73,7 +73,7 @@ def make_program(
 
 
 def _jit(function, pictures, **options):
-    options["compiler_options"] = layers.compiler_options(len(pictures))
+    options["compiler_options"] = compiler.options(len(pictures))
     return jax.jit(function, **options)
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import optax
 
-from beit_jax import architecture, build, optim, state
+from beit_jax import architecture, build, compiler, optim, state
 from beit_jax.data import views
 from beit_jax.fileio import write_json
 from beit_jax.tasks import classify
@@ -100,9 +100,10 @@ def make(start, batch: dict, **changes):
     }
 
 
-def runner(function, arguments):
+def runner(pictures, function, arguments):
     """run(n) for `measure`, and the compiled function; nothing is donated."""
-    compiled = jax.jit(function).lower(*arguments).compile()
+    options = compiler.options(pictures)
+    compiled = jax.jit(function, compiler_options=options).lower(*arguments).compile()
     arguments = jax.device_put(arguments)
 
     def run(n):
@@ -147,15 +148,15 @@ def main():
         start = ours.load(directory)
     runs, memory, failed = {}, {}, {}
     for name, (function, arguments) in make(start, batch, dtype=dtype).items():
-        runs[name], compiled = runner(function, arguments)
+        runs[name], compiled = runner(count, function, arguments)
         memory[name] = build.memory_of(compiled)
         print(f"{name}: compiled", flush=True)
     for name in args.options:
         changes = OPTIONS[name]
         try:
-            runs[name], compiled = runner(
-                *make(start, batch, **{"dtype": dtype, **changes})["step"]
-            )
+            parts = make(start, batch, **{"dtype": dtype, **changes})
+            pictures = count // changes.get("accumulate_steps", 1)
+            runs[name], compiled = runner(pictures, *parts["step"])
         except (RuntimeError, ValueError) as error:  # no such attention here
             failed[name] = str(error).splitlines()[0][:200]
             continue

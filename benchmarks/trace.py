@@ -3,8 +3,8 @@
     python -m benchmarks.trace --steps 5 WORKDIR/profile
     python -m benchmarks.trace --steps 2 --out FILE.json "BEiT-B/16, training=DIRECTORY" ...
 
-A trace is what `--config.profile_steps=10:15` leaves in the workdir. Times are sums over kernels;
-"idle" is what is left of the time from the first to the last.
+A trace is what `--config.profile_steps=10:15` leaves in the workdir. Times are sums over kernels,
+also of those beside each other; "idle" is time without any, from the first to the last.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from beit_jax.fileio import write_json
 
 KINDS = {  # of kernels, by the first of these that is found in their names
     "attention": r"^(forward|shifting|backward|query)_kernel|^sum_of_pictures|fmha|sdpa",
-    "norms": r"^norm(_gradient)?(_\d+)?$",
+    "norms": r"^norm(_gradient)?$",
     "GELU": r"^gelu_",
     "convolutions": r"fprop|dgrad|wgrad|conv2d",
     "products": r"gemm|nvjet|cutlass|cublas",
     "sums": r"reduce",
+    "copies": r"(?i)memcpy|memset|nccl",
 }
 
 
@@ -51,11 +52,14 @@ def summarize(profile: jax.profiler.ProfileData, steps: int) -> dict:
         for part in (("kinds", kind_of(name)), ("kernels", name)):
             time[part] += event.duration_ns / steps / 1e6
             count[part] += 1 / steps
-    end = max(event.start_ns + event.duration_ns for event in events)
-    span = (end - min(event.start_ns for event in events)) / steps / 1e6
+    start = end = min(event.start_ns for event in events)
+    idle = 0
+    for event in sorted(events, key=lambda event: event.start_ns):
+        idle += max(event.start_ns - end, 0)
+        end = max(end, event.start_ns + event.duration_ns)
     told = {name: value for plane in profile.planes for name, value in plane.stats if name}
-    result = {"device": told.get("gpu_device_name"), "jax": told.get("jax_version"), "ms": span}
-    result["idle_ms"] = span - sum(e.duration_ns for e in events) / steps / 1e6
+    result = {"device": told.get("gpu_device_name"), "jax": told.get("jax_version")}
+    result |= {"ms": (end - start) / steps / 1e6, "idle_ms": idle / steps / 1e6}
     for part in ("kinds", "kernels"):
         names = [name for (which, name), _ in time.most_common() if which == part]
         result[part] = {n: {"ms": time[part, n], "count": count[part, n]} for n in names}
@@ -74,7 +78,7 @@ def table(found: dict[str, dict], part: str, rows: int | None = None) -> str:
     for name, _ in total.most_common(rows):
         cells = [trace[part].get(name) for trace in found.values()]
         shares = [
-            f"{cell['ms'] / trace['ms']:.1%} ({cell['count']:,.0f})" if cell else "–"
+            f"{cell['ms'] / trace['ms']:.1%} ({cell['count']:,.4g})" if cell else "–"
             for cell, trace in zip(cells, found.values(), strict=True)
         ]
         lines.append(f"| {name} | {' | '.join(shares)} |")
@@ -89,11 +93,16 @@ def main():
     )
     parser.add_argument("traces", nargs="+", help="DIRECTORY, or NAME=DIRECTORY")
     parser.add_argument("--steps", type=int, required=True, help="that each trace is of")
+    parser.add_argument("--note", help="what else is to be known of them, such as the commit")
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     found = {}
     for given in args.traces:
-        name, _, directory = given.rpartition("=")
+        name, directory = "", given
+        if not pathlib.Path(given).exists():
+            name, _, directory = given.rpartition("=")
+        if (name or directory) in found:
+            parser.error(f"two traces are named {name or directory}")
         paths = sorted(pathlib.Path(directory).rglob("*.xplane.pb"))
         if not paths:
             parser.error(f"{directory} has no trace (*.xplane.pb)")
@@ -105,7 +114,7 @@ def main():
     print(table(found, "kinds"), table(found, "kernels", 20), sep="\n\n")
     if args.out:
         command = shlex.join(["python", "-m", "benchmarks.trace", *sys.argv[1:]])
-        write_json(args.out, {"command": command, "traces": found})
+        write_json(args.out, {"command": command, "note": args.note, "traces": found})
 
 
 if __name__ == "__main__":

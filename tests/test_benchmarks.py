@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks import __main__ as steps
-from benchmarks import compiled, epoch, ours, parts, peers, runs, sizes, timing
+from benchmarks import compiled, epoch, ours, parts, peers, runs, sizes, timing, trace
 from benchmarks.timing import RESULTS
 
 ROOT = pathlib.Path(RESULTS).parents[1]
@@ -353,8 +353,9 @@ def test_a_run_of_main_that_fails_tells_why(tmp_path, monkeypatch):
         ("README.md", lambda: steps.table(results("gpu.json"))),
         ("docs/step.md", lambda: parts.table(results("parts_cpu.json"))),
         ("docs/step.md", lambda: compiled.table(results("compiled_h200.json")["rows"])),
+        ("docs/step.md", lambda: trace.table(results("trace_h200.json")["traces"], "kinds")),
     ],
-    ids=["steps", "steps on a GPU", "parts", "compiled"],
+    ids=["steps", "steps on a GPU", "parts", "compiled", "trace"],
 )
 def test_documents_have_the_tables_of_the_results(document, table):
     assert table() in (ROOT / document).read_text()

@@ -39,7 +39,7 @@ def test_summary_and_table():
     assert list(found["kernels"])[:2] == ["nvjet_sm90_tst_128x128", "backward_kernel"]
     assert found["kernels"]["loop_add_fusion"] == {"ms": 1, "count": 1}
     lines = trace.table({"a": found}, "kinds").splitlines()
-    assert lines[2:4] == ["| ms | 5.0 |", "| products | 40.0% (0) |"]
+    assert lines[2:4] == ["| ms | 5.0 |", "| products | 40.0% (0.5) |"]
     assert lines[-1] == "| idle | 10.0% |"
 
 

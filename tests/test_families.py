@@ -1,5 +1,7 @@
 """Every family by its name in the config: from scratch, from a checkpoint, to predictions."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -239,14 +241,11 @@ def test_adapters_of_every_family(tmp_path, pictures, name):
 
 @pytest.mark.parametrize("name", sorted(set(DIGITS) - {"cnn"}))
 def test_kernels_converted_ahead_give_the_same_bits(name):
-    family = modules.load("models", name)
-    architecture = {**family.PRESETS["digits"], "num_labels": 10}
-    model = family.Model(**architecture, dtype="bfloat16")
-    side = model.config.image_size
-    image = jax.random.normal(jax.random.key(0), (2, *side, model.config.num_channels))
-    params = model.init(jax.random.key(1), image)["params"]
-    params = jax.tree.map(lambda x: x + 0.05, params)
-    ready = layers.for_inference(params, "bfloat16")
+    model, params, image = _for_inference(name)
+    fields = {"layer_scale_init_value": 0.0} if name in ("beit", "vit") else {}
+    model = model.clone(config=dataclasses.replace(model.config, **fields))
+    same, ready = layers.for_inference(model, params)
+    assert same == model
     converted = {
         "/".join(path[-2:])
         for path, x in traverse_util.flatten_dict(ready).items()
@@ -257,5 +256,28 @@ def test_kernels_converted_ahead_give_the_same_bits(name):
     apply = jax.jit(model.apply)
     expected = apply({"params": params}, image)
     np.testing.assert_array_equal(apply({"params": ready}, image), expected)
-    same = layers.for_inference(params, "float32")
-    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@pytest.mark.parametrize("name", ["beit", "vit"])
+def test_layer_scales_are_multiplied_into_kernels(name):
+    model, params, image = _for_inference(name, dtype="float32", layer_scale_init_value=0.3)
+    other, ready = layers.for_inference(model, params)
+    assert "lambda_1" in params["layer_0"] and "lambda_2" in params["layer_1"]
+    assert not [path for path in traverse_util.flatten_dict(ready) if "lambda" in path[-1]]
+    expected = model.apply({"params": params}, image)
+    np.testing.assert_allclose(
+        other.apply({"params": ready}, image), expected, rtol=1e-3, atol=2e-5
+    )
+    params["layer_1"]["lambda_2"] *= 2
+    assert np.abs(model.apply({"params": params}, image) - expected).max() > 0.01
+
+
+def _for_inference(name, **changes):
+    """A network with parameters that are none of them 0, and pictures."""
+    family = modules.load("models", name)
+    architecture = {**family.PRESETS["digits"], "num_labels": 10, "dtype": "bfloat16", **changes}
+    model = family.Model(**architecture)
+    side = model.config.image_size
+    image = jax.random.normal(jax.random.key(0), (2, *side, model.config.num_channels))
+    params = model.init(jax.random.key(1), image)["params"]
+    return model, jax.tree.map(lambda x: x + 0.05, params), image

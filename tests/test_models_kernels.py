@@ -1,5 +1,6 @@
 """Kernels for GPUs, interpreted, against the plain computation of the same; and who uses them."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -60,7 +61,7 @@ def assert_close(actual, expected, tolerance=2e-5):
         np.testing.assert_array_less(np.abs(a - b).max(), tolerance * np.abs(b).max() + 1e-6)
 
 
-TOKENS = [1, 16, 17, 64, 65, 80, 129]  # less than a tile, one, more; rests of all sizes
+TOKENS = [1, 16, 17, 64, 65, 80, 129, 257, 300]  # less than a tile, one, more; few and many
 
 
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
@@ -154,12 +155,12 @@ def attend(fused):
     return flash.attend if fused else attention.plain
 
 
-for make, given, d, pulls in (
-    (attend, (query, key, value, bias), d_out, True),
-    (gelu, (x, vector), gradient, True),
-    (gelu, (x[:, :1], vector), gradient[:, :1], True),  # few rows on each device
-    (norm, (x, vector), gradient, False),
-    (norm_gradient, (x, gradient), gradient, False),
+for make, given, d, pulls, tolerance in (
+    (attend, (query, key, value, bias), d_out, True, 1e-4),
+    (gelu, (x, vector), gradient, True, 1e-3),
+    (gelu, (x[:, :1], vector), gradient[:, :1], True, 1e-3),  # few rows on each device
+    (norm, (x, vector), gradient, False, 1e-4),
+    (norm_gradient, (x, gradient), gradient, False, 1e-4),
 ):
     found = []
     for fused in (True, False):
@@ -173,7 +174,7 @@ for make, given, d, pulls in (
         if fused:
             print(len(re.findall("all-gather(-start)?[(]", compiled.as_text())))
     for a, b in zip(*map(jax.tree.leaves, found)):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
         print(a.sharding.is_equivalent_to(b.sharding, a.ndim))
 """
 
@@ -226,7 +227,10 @@ def test_gelu_is_as_exact_as_it_says():
     exact = [0.5 * t * (1 + math.erf(t * 0.5**0.5)) for t in x.ravel().tolist()]
     out = activations.fused_gelu(jnp.asarray(x), None)
     error = np.abs(np.ravel(out) - exact).max()
-    assert 1e-5 < error < 2.1e-5
+    assert error < 2.1e-5
+    slope = jax.vmap(jax.vmap(jax.grad(lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)))))(x)
+    _, pull = jax.vjp(lambda x: activations.fused_gelu(x, None), jnp.asarray(x))
+    assert np.abs(pull(jnp.ones_like(x))[0] - slope).max() < 4e-5
 
 
 def test_gelu_far_from_zero():
@@ -398,7 +402,8 @@ def test_networks_in_bfloat16(gpu, family, training, fold):
     plain = family.Model(**SIZES, attention="xla", dtype="bfloat16", fold=fold)
     options = {"deterministic": not training, "rngs": {"dropout": jax.random.key(0)}}
     if not training:
-        params = layers.for_inference(params, "bfloat16")
+        fused, params = layers.for_inference(fused, params)
+        plain = plain.clone(config=dataclasses.replace(plain.config, layer_scale_init_value=0.0))
     program = str(jax.make_jaxpr(lambda p: fused.apply({"params": p}, image, **options))(params))
     names = set(re.findall(r"name=(\w+_kernel|norm\w*|gelu\w*)\n", program))
     assert names == {"forward_kernel", "norm", "gelu_forward"}

@@ -128,7 +128,7 @@ class Layer(nn.Module):
         dropout = nn.Dropout(config.hidden_dropout_prob)
         rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
         output_init = normal(config, rescale)
-        fold = layers.folds(config, x, deterministic)
+        fold = config.fold and not deterministic
         attend = Attention(
             config,
             output_init,

@@ -27,7 +27,7 @@ SMALLEST_TILE = 16  # of what tensor cores multiply, and so of a head
 ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
 KEPT = "flash attention"  # name of what policies of `jax.checkpoint` may keep
 LOG2_E = math.log2(math.e)  # logits are kept in powers of 2
-LARGEST_TILE = 64  # of keys, or of queries in the backward pass
+LARGEST_TILE = 64  # of columns of the bias: keys, and queries in the backward pass
 PICTURES, COLUMNS = 8, 2048  # that a sum takes at once
 FEW = 256  # tokens, for which smaller tiles are faster
 
@@ -206,22 +206,22 @@ class _Kernel(NamedTuple):
         [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
         "pairs" [B, H, T, T]; "shift" and "offset" [H, K] and "bias" [H, T, T], which may be None.
       gives: its results.
-      few: tokens of a tile of queries, and of one of keys, where there are at most `FEW` tokens.
-      tiles: likewise, where there are more.
+      tiles: tokens of a tile of queries, and of one of keys.
       over: which of them, "queries" or "keys", have a program for each tile.
       warps: of a program.
       stages: of the pipeline that loads one tile while others are computed.
+      few: tiles where there are at most `FEW` tokens, if not `tiles`.
       aliases: {argument: result} that are the same memory.
     """
 
     body: Callable
     takes: tuple[str, ...]
     gives: tuple[str, ...]
-    few: tuple[int, int]
     tiles: tuple[int, int]
     over: str
     warps: int = 4
     stages: int = 3
+    few: tuple[int, int] | None = None
     aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -256,8 +256,8 @@ class _Kernel(NamedTuple):
                 f"Heads of {size} numbers have no kernel of ours: expected a power of 2 of at "
                 f"least {SMALLEST_TILE}; use config.model.attention=auto, cudnn or xla."
             )
-        tiles = self.few if tokens <= FEW else self.tiles
-        cut = {name: _Tiles(tokens, size) for name, size in zip(_CUT, tiles, strict=True)}
+        tiles = self.few if self.few and tokens <= FEW else self.tiles
+        cut = {name: _Tiles(tokens, n) for name, n in zip(_CUT, tiles, strict=True)}
         reach = max(tiles.reach for tiles in cut.values())
         places = {
             "tokens": ((None, reach, None, size), lambda i, h, b: (b, 0, h, 0)),
@@ -321,7 +321,6 @@ _QUERIES = _Kernel(
     _query_kernel,
     ("key", "pairs", "packed"),
     ("packed",),
-    few=(128, 32),
     tiles=(128, 32),
     over="queries",
     warps=8,
@@ -395,7 +394,8 @@ def _attend(qkv, shift, offset, bias):
 
 
 def _prepare(bias, dtype, fill=-jnp.inf):
-    """Of base 2, with rows that begin where whole words of memory do."""
+    """Of base 2, with columns for whole tiles, which are loaded without a mask. Those that are no
+    tokens get `fill`: -inf keeps such keys out, and 0 does for queries, whose gradient is 0."""
     if bias is None:
         return None
     bias = (bias.astype(jnp.float32) * LOG2_E).astype(dtype)

@@ -100,7 +100,7 @@ def on_each_device(
     """run(*arrays); where a batch is split over devices, on each of them for its part.
 
     Args:
-      run: makes a tuple of arrays whose first axes are pictures.
+      run: makes a tuple of arrays whose first axes are pictures, but of `summed`.
       arrays: the first axes of these are so too, of the first array in any case, but of `shared`.
       gives: numbers of axes of the results.
       shared: places of the arrays that belong to all pictures.

@@ -9,7 +9,7 @@ import math
 import numbers
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -474,29 +474,6 @@ def uses_kernels(config: TransformerConfig) -> bool:
     return config.attention not in ("plain", "xla")
 
 
-MANY = 16  # pictures on a device: the work on the weights is nothing beside that on the tokens
-
-
-def _are_many(pictures):
-    return pictures // jax.device_count() >= MANY and jax.default_backend() == "gpu"
-
-
-def folds(config: TransformerConfig, x: jax.Array, deterministic: bool) -> bool:
-    """Whether scales around the kernels of a layer are multiplied into them, for tokens x [B, ...]:
-    in training, and where our kernels see many pictures in inference."""
-    pays = uses_kernels(config) and config.dtype == "bfloat16" and _are_many(len(x))
-    return config.fold and (not deterministic or pays)
-
-
-def compiler_options(pictures: int) -> dict[str, bool]:
-    """Of `jax.jit`, for a step of so many pictures on all devices.
-
-    Of many, XLA leaves all products to cuBLAS, which adds biases and the residual stream on the
-    way. Those of Triton, of which it tries many for each product as it compiles, win among few.
-    """
-    return {"xla_gpu_enable_triton_gemm": False} if _are_many(pictures) else {}
-
-
 def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
     """A parameter of `module`: one row of attention biases for each offset between patches."""
     shape = (num_relative_positions(config.grid), config.num_attention_heads)
@@ -696,16 +673,33 @@ def classifier(config: TransformerConfig, x, name: str = "classifier"):
     return Dense(config.num_labels, initial, name=name)(x.astype(jnp.float32))
 
 
-def for_inference(params, dtype: str):
-    """The parameters with the kernels of attention and MLP already in the type of the computation,
-    to which the network would otherwise convert them in every call; the results are the same."""
+def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
+    """A network and its parameters for inference alone: kernels of attention and MLP are in the
+    type of the computation, to which the network would otherwise convert them in every call, and
+    layer scales are multiplied into them before, so that nothing lies between a product and the
+    residual stream."""
     kernel = re.compile(r"(query|key|value|output|fc1|fc2)/kernel")
 
     def convert(path, x):
         is_kernel = kernel.fullmatch("/".join(str(key.key) for key in path[-2:]))
-        return jnp.asarray(x, dtype) if is_kernel else jnp.asarray(x)
+        return jnp.asarray(x, model.config.dtype) if is_kernel else jnp.asarray(x)
 
-    return jax.tree.map_with_path(convert, params)
+    if getattr(model.config, "layer_scale_init_value", 0):
+        config = dataclasses.replace(model.config, layer_scale_init_value=0.0)
+        model, params = model.clone(config=config), _without_layer_scales(params)
+    return model, jax.tree.map_with_path(convert, params)
+
+
+def _without_layer_scales(params):
+    params = {
+        k: _without_layer_scales(v) if isinstance(v, Mapping) else v for k, v in params.items()
+    }
+    for name, branch, dense in (("lambda_1", "attention", "output"), ("lambda_2", "mlp", "fc2")):
+        if name in params:
+            scale = params.pop(name)
+            scaled = {k: v * scale for k, v in params[branch][dense].items()}
+            params[branch] = {**params[branch], dense: scaled}
+    return params
 
 
 def layer_id(name: str, num_layers: int) -> int:

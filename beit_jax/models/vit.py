@@ -166,7 +166,7 @@ class Layer(nn.Module):
         mlp = Mlp(config, normal(config), name="mlp")
 
         attend = functools.partial(attention, bias=None, deterministic=deterministic)
-        fold = layers.folds(config, x, deterministic)
+        fold = config.fold and not deterministic
 
         def branch(module, layernorm, scale, x):
             x, y = layernorm.beside(x, fold=fold) if layernorm else (x, x)

@@ -121,7 +121,7 @@ class VQ(nn.Module):
         if config.teacher_dim:
             self.teacher_head = Head(config, config.teacher_dim, dtype)
 
-    def encode(self, image, index=None, deterministic=True):
+    def encode(self, image, index=None, *, deterministic=True):
         """Pictures [B, H, W, C] in [0, 1] to unit vectors float32 [B, N, E]; or [B, M, E], of
         patches at an index [B, M] alone."""
         layers.check_image(self.config, image)
@@ -129,7 +129,7 @@ class VQ(nn.Module):
         x = x if index is None else layers.take_tokens(x, index)
         return layers.unit(self.code_head(x))
 
-    def predict(self, code, deterministic=True):
+    def predict(self, code, *, deterministic=True):
         """Codes [B, N, E] to pixels [B, N, P P C] in [0, 1] and features [B, N, F] or None."""
         x = self.decoder(self.code_embeddings(code), deterministic)
         if not self.config.teacher_dim:
