@@ -102,10 +102,11 @@ class Brightness(nn.Module):
 
     config: types.SimpleNamespace
 
-    def tokenize(self, image):
+    def tokenize(self, image, index=None):
         assert image.shape[1:] == (8, 8, 3)
         brightness = layers.patchify(image, 2).mean(-1)
-        return jnp.int32(jnp.clip(brightness * self.scale(), 0, 10))
+        token = jnp.int32(jnp.clip(brightness * self.scale(), 0, 10))
+        return token if index is None else jnp.take_along_axis(token, index, axis=1)
 
     def decode(self, token):
         patches = jnp.repeat(token[..., None] / self.scale(), 12, axis=-1)
