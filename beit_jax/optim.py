@@ -30,7 +30,6 @@ def _half_cosine(progress):
     return 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
-SMALL = 2**12  # numbers of an array whose norm is not worth a kernel of its own
 _CURVES = {  # share of the way from end_value back to the peak, by progress in [0, 1]
     "constant": jnp.ones_like,
     "linear": lambda progress: 1 - progress,
@@ -239,15 +238,6 @@ def untrained(trainable: str, params, layer_id: Callable[[str], int], num_layers
     )
 
 
-def global_norm(tree) -> jax.Array:
-    """The norm of all numbers of a tree. Small arrays are put in a row before: of a network there
-    are hundreds, and for each a GPU would have to start a sum."""
-    leaves = jax.tree.leaves(tree)
-    row = [x.ravel() for x in leaves if x.size <= SMALL]
-    large = [x for x in leaves if x.size > SMALL]
-    return optax.tree.norm([*large, *([jnp.concatenate(row)] if row else [])])
-
-
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales updates down to a global norm of `max_norm`, as torch's `clip_grad_norm_`; stateless.
 
@@ -256,7 +246,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
 
     def clip(updates, _):
-        factor = jnp.minimum(max_norm / (global_norm(updates) + 1e-6), 1)
+        factor = jnp.minimum(max_norm / (optax.tree.norm(updates) + 1e-6), 1)
         return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
 
     return optax.stateless(clip)

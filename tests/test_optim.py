@@ -330,7 +330,7 @@ def test_clipped_norm_is_the_given_one_and_small_gradients_pass():
 
 
 def test_clipping_costs_no_copy_of_the_gradients():
-    params = {f"layer_{i}": {"kernel": jnp.ones((96, 96))} for i in range(8)}
+    params = {f"layer_{i}": {"kernel": jnp.ones((64, 64))} for i in range(8)}
     tx, _ = optim.make_optimizer("adamw", learning_rate=0.1, params=params, clip_norm=1.0)
 
     def step(params, state, grads):
@@ -338,7 +338,7 @@ def test_clipping_costs_no_copy_of_the_gradients():
         return optax.apply_updates(params, updates), state
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 8 * 96 * 96 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 8 * 64 * 64 * 4
 
 
 @pytest.mark.parametrize(("name", "expected"), [("adamw", 0.999), ("adam", 0.999), ("lion", 0.99)])
@@ -481,21 +481,3 @@ def test_weight_decay_on_its_own_schedule():
     for expected in unilm_schedule(0.2, 0.1, total=8, warmup=0, start=0.0):
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
         np.testing.assert_allclose(updates["kernel"], -0.5 * expected, rtol=1e-6)
-
-
-def test_global_norm_of_small_and_large_arrays():
-    rng = np.random.default_rng(0)
-    shapes = [(3,), (), (optim.SMALL,), (optim.SMALL + 1,), (2, 3)]
-    tree = {str(i): rng.standard_normal(shape, np.float32) for i, shape in enumerate(shapes)}
-    expected = np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in tree.values()))
-    np.testing.assert_allclose(optim.global_norm(tree), expected, rtol=1e-6)
-    for name in ("0", "3"):  # small ones alone, and large
-        np.testing.assert_allclose(
-            optim.global_norm(tree[name]), np.linalg.norm(tree[name]), rtol=1e-6
-        )
-
-
-def test_global_norm_makes_one_sum_of_small_arrays():
-    tree = [np.ones(8, np.float32)] * 50
-    program = str(jax.make_jaxpr(optim.global_norm)(tree))
-    assert program.count("reduce_sum") == 1
