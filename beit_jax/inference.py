@@ -61,6 +61,7 @@ def make(
             raise ValueError("There are no pictures.")
         result, read, label = None, np.zeros(len(source), bool), np.zeros(len(source), np.int32)
         rows = min(batch_size, len(source))
+        run = compiled_for(rows)
         with pipeline.eval_batches(
             source,
             rows,
@@ -70,7 +71,7 @@ def make(
         ) as batches:
             count, hidden = -(-len(source) // rows), not sys.stderr.isatty()
             for batch in track(batches, source.split, total=count, disable=hidden):
-                found = jax.device_get(compiled_for(rows)(params, batch["image"]))
+                found = jax.device_get(run(params, batch["image"]))
                 real = batch["weight"] > 0
                 index = batch["index"][real]
                 if result is None:

@@ -16,6 +16,7 @@ import sys
 
 import jax
 
+from beit_jax import command
 from beit_jax.fileio import write_json
 
 KINDS = {  # of kernels, by the first of these that is found in their names
@@ -92,7 +93,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("traces", nargs="+", help="DIRECTORY, or NAME=DIRECTORY")
-    parser.add_argument("--steps", type=int, required=True, help="that each trace is of")
+    parser.add_argument(
+        "--steps", type=command.positive, required=True, help="that each trace is of"
+    )
     parser.add_argument("--note", help="what else is to be known of them, such as the commit")
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
@@ -113,8 +116,8 @@ def main():
             parser.error(f"{directory}: {error}")
     print(table(found, "kinds"), table(found, "kernels", 20), sep="\n\n")
     if args.out:
-        command = shlex.join(["python", "-m", "benchmarks.trace", *sys.argv[1:]])
-        write_json(args.out, {"command": command, "note": args.note, "traces": found})
+        line = shlex.join(["python", "-m", "benchmarks.trace", *sys.argv[1:]])
+        write_json(args.out, {"command": line, "note": args.note, "traces": found})
 
 
 if __name__ == "__main__":

@@ -61,13 +61,14 @@ def test_kinds(kernel, kind):
 
 
 def test_what_is_no_trace_of_a_gpu_is_told(tmp_path):
-    def run():
-        command = [sys.executable, "-m", "benchmarks.trace", "--steps", "1", str(tmp_path)]
+    def run(steps="1"):
+        command = [sys.executable, "-m", "benchmarks.trace", "--steps", steps, str(tmp_path)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 2
         return result.stderr
 
     assert "has no trace (*.xplane.pb)" in run()
+    assert "--steps: 0 is less than 1" in run("0")
     with jax.profiler.trace(str(tmp_path)):
         jax.block_until_ready(jax.numpy.ones(3) + 1)
     assert "no kernels of a GPU in the trace, which has" in run()

@@ -602,7 +602,7 @@ def scaled(module: Callable, x, scale: jax.Array | None, *, fold: bool):
 
 
 def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Tokens [B, M, D] of x [B, N, D] at an index [B, M]."""
+    """Tokens [B, M, D], or patches, of x [B, N, D] at an index [B, M]."""
     return jnp.take_along_axis(x, index[..., None], axis=1)
 
 

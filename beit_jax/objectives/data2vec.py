@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from beit_jax import losses
 from beit_jax.data import masking
 from beit_jax.models.features import layer_outputs
-from beit_jax.models.layers import Dense
+from beit_jax.models.layers import Dense, take_tokens
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
 ARCHITECTURE = {"head": "tokens", "use_mask_token": True}
@@ -92,7 +92,7 @@ def make(config, model) -> Objective:
             model_state = update(params, model_state)
         outputs = layer_outputs(teacher, model_state["teacher"], views.image)
         target = jax.lax.stop_gradient(average_layers(outputs, d.layers))
-        target = jnp.take_along_axis(target, masks.index[..., None], axis=1)
+        target = take_tokens(target, masks.index)
         x = model.apply(
             {"params": params},
             views.image,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from beit_jax.data import masking
 from beit_jax.models.beit import BeitConfig
-from beit_jax.models.layers import patchify, unpatchify
+from beit_jax.models.layers import patchify, take_tokens, unpatchify
 from beit_jax.models.mae import Decoder
 from beit_jax.models.position import sincos_position_embeddings
 from beit_jax.objectives import pixels
@@ -82,10 +82,10 @@ def make(config, model) -> Objective:
         index = masking.visible(masks.index, patches)
         x = model.apply({"params": params}, views.image, visible_index=index, **apply_options(rng))
         x = decoder.apply({"params": params["decoder"]}, x, index, rng is None)
-        return pixels.gather(x, masks.index)  # [B, M, Q]
+        return take_tokens(x, masks.index)  # [B, M, Q]
 
     def targets(views, masks):
-        target = pixels.gather(patchify(views.image, c.patch_size), masks.index)
+        target = take_tokens(patchify(views.image, c.patch_size), masks.index)
         if not config.decoder.norm_pixels:
             return target, 0.0, 1.0
         mean = target.mean(-1, keepdims=True)

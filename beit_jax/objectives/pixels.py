@@ -16,11 +16,6 @@ def check(config) -> None:
             )
 
 
-def gather(patches, index):
-    """Patches [B, M, Q] at index [B, M]."""
-    return jnp.take_along_axis(patches, index[..., None], axis=1)
-
-
 def fill(patches, index, predicted):
     """Patches [B, N, Q] with those at index [B, M] replaced by [B, M, Q]."""
     return patches.at[jnp.arange(index.shape[0])[:, None], index].set(predicted)

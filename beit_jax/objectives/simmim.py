@@ -4,7 +4,7 @@ import jax
 
 from beit_jax import losses
 from beit_jax.data import masking
-from beit_jax.models.layers import Dense, patchify, unpatchify
+from beit_jax.models.layers import Dense, patchify, take_tokens, unpatchify
 from beit_jax.objectives import pixels
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
@@ -44,7 +44,7 @@ def make(config, model) -> Objective:
         return head.apply({"params": params["decoder"]}, x)  # [B, M, Q]
 
     def loss(params, model_state, frozen, views, masks, rng):
-        target = pixels.gather(patchify(views.image, c.patch_size), masks.index)
+        target = take_tokens(patchify(views.image, c.patch_size), masks.index)
         constant = jax.numpy.tile(views.image.mean((1, 2)), c.patch_size**2)[:, None]
         value = losses.l1(predict(params, views, masks, rng), target)
         return pixels.sums(value, losses.l1(constant, target), masks.weight), model_state
