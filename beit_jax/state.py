@@ -95,7 +95,7 @@ def make_train_step(
         (value, (model_state, scalars)), gradient = optim.accumulate_gradients(
             value_and_grad, state.params, batch, rng, accumulate_steps
         )
-        norm = optax.tree.norm(gradient)
+        norm = optim.global_norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -20,6 +20,7 @@ from beit_jax.models import (
     kernels,
     layers,
     norms,
+    position,
     swin,
     vit,
 )
@@ -75,6 +76,27 @@ def test_attention(tokens, biased):
 
     expected = results(call(attention.plain), *arrays)
     assert_close(results(call(flash.attend), *arrays), expected)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
+@pytest.mark.parametrize("tokens", [16, 24, 70])  # those of the grid, and others as padding
+def test_attention_with_a_table(gpu, tokens, packed):
+    table = random(position.num_relative_positions((3, 5)), HEADS, seed=3)
+    arrays = [random(2, tokens, HEADS, 16, seed=i) for i in range(3)]
+
+    def by_kernels(query, key, value, rows):
+        bias = position.Table(rows, (3, 5))
+        if packed:
+            qkv = jnp.stack([query, key, value], 2)
+            return flash.attend_packed(qkv, None, None, bias)[:, :16]
+        return flash.attend(query, key, value, bias)[:, :16]
+
+    def plain(query, key, value, rows):
+        bias = attention.mask_padding(position.relative_position_bias(rows, (3, 5)), tokens)
+        return attention.plain(query, key, value, bias)[:, :16]
+
+    assert_close(by_kernels(*arrays, table), plain(*arrays, table))  # without a gradient
+    assert_close(results(by_kernels, *arrays, table), results(plain, *arrays, table))
 
 
 def test_attention_in_bfloat16_sums_the_gradient_of_the_bias_in_float32():

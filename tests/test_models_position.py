@@ -93,10 +93,13 @@ def test_number_of_rows(grid, rows):
     assert position.num_relative_positions(grid) == rows
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     "grid, dtype", [*((grid, "float32") for grid in GRIDS), ((2, 5), "bfloat16")]
 )
-def test_bias_and_its_gradient_are_those_of_a_gather(grid, dtype):
+def test_bias_and_its_gradient_are_those_of_a_gather(monkeypatch, grid, dtype, backend, turned):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     table = jnp.asarray(random_table(grid), dtype)
     index = unilm_relative_position_index(grid)
     # multiples of 1/8, whose sums bfloat16 and float32 hold exactly in whatever order
@@ -107,8 +110,9 @@ def test_bias_and_its_gradient_are_those_of_a_gather(grid, dtype):
         bias, backward = jax.vjp(function, table)
         return bias, *backward(jnp.asarray(gradient, dtype))
 
-    actual = bias_and_gradient(lambda t: position.relative_position_bias(t, grid), table)
-    expected = bias_and_gradient(lambda t: t[index].transpose(2, 0, 1), table)
+    axes = (2, 1, 0) if turned else (2, 0, 1)
+    actual = bias_and_gradient(lambda t: position.relative_position_bias(t, grid, turned), table)
+    expected = bias_and_gradient(lambda t: t[index].transpose(axes), table)
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype == dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

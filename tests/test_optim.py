@@ -320,6 +320,16 @@ def test_decay_mask_skips_vectors_of_any_name():
     assert optim.decay_mask(tree) == {"gain": False, "temperature": False, "matrix": True}
 
 
+@pytest.mark.parametrize("drop", [(), ("matrix", "array"), ("vector", "scalar")])
+def test_global_norm_is_that_of_all_numbers(drop):
+    shapes = {"matrix": (3, 4), "array": (2, 3, 4), "vector": (5,), "scalar": ()}
+    rng = np.random.default_rng(0)
+    tree = {k: rng.standard_normal(v) for k, v in shapes.items() if k not in drop}
+    norm = jax.jit(optim.global_norm)(tree)
+    assert norm.dtype == jnp.float32
+    assert norm == pytest.approx(float(optax.tree.norm(tree)), rel=1e-6)
+
+
 def test_clipped_norm_is_the_given_one_and_small_gradients_pass():
     grads = random_params()
     tx = optim.clip_by_global_norm(0.5)

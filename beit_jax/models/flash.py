@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 
 from beit_jax.models import kernels
 from beit_jax.models.kernels import triton
+from beit_jax.models.position import Table, relative_position_bias, table_gradient
 
 SMALLEST_TILE = 16  # of what tensor cores multiply, and so of a head
 ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
@@ -361,7 +362,9 @@ def _sum_of_pictures(x):
     return kernels.on_each_device(run, [x], [x.ndim - 1], summed=[0])[0]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | Table | None
+) -> jax.Array:
     """softmax(q k^T / sqrt(K) + bias) v.
 
     The bias is rounded to the type of the queries, and its gradient summed in float32.
@@ -370,7 +373,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array |
       query: [B, T, H, K], K a power of 2 of at least 16.
       key: likewise.
       value: likewise.
-      bias: [H, T, T], or None.
+      bias: [H, T, T], or None; or a `Table`, which is all that is then kept for the backward pass,
+        of the first tokens: others are padding, which no token sees.
     """
     return _attend((query, key, value), None, None, bias)
 
@@ -379,7 +383,7 @@ def attend_packed(
     qkv: jax.Array,
     shift: jax.Array | None,
     offset: jax.Array | None,
-    bias: jax.Array | None,
+    bias: jax.Array | Table | None,
 ) -> jax.Array:
     """`attend` of queries, keys and values that are one array [B, T, 3, H, K], as is then their
     gradient: of one product, whose backward pass is one product too. `shift` [H, K] is added to
@@ -390,17 +394,28 @@ def attend_packed(
 @jax.custom_vjp
 def _attend(qkv, shift, offset, bias):
     parts = _parts(qkv)
-    return _FORWARD(*parts, shift, _prepare(bias, parts[0].dtype), offset)[0]
+    bias = _prepare(bias, parts[0].dtype, parts[0].shape[1])
+    return _FORWARD(*parts, shift, bias, offset)[0]
 
 
-def _prepare(bias, dtype, fill=-jnp.inf):
-    """Of base 2, with columns for whole tiles, which are loaded without a mask. Those that are no
-    tokens get `fill`: -inf keeps such keys out, and 0 does for queries, whose gradient is 0."""
+def _prepare(bias, dtype, tokens, *, turned=False):
+    """Of base 2, of queries and keys or, `turned`, of keys and queries, of all tokens, with columns
+    for whole tiles, which are loaded without a mask. -inf keeps out keys that the bias lacks, and 0
+    does for queries."""
     if bias is None:
         return None
+    if isinstance(bias, Table):
+        bias = relative_position_bias(*bias, turned)
+    elif turned:
+        bias = bias.transpose(0, 2, 1)
     bias = (bias.astype(jnp.float32) * LOG2_E).astype(dtype)
-    width = -bias.shape[-1] % LARGEST_TILE
-    return jnp.pad(bias, ((0, 0), (0, 0), (0, width)), constant_values=fill)
+    sizes = 0, tokens, tokens + -tokens % LARGEST_TILE
+    keys, queries = (1, 2) if turned else (2, 1)
+    for axis, fill in ((queries, 0.0), (keys, -jnp.inf)):
+        width = [(0, 0)] * 3
+        width[axis] = 0, sizes[axis] - bias.shape[axis]
+        bias = jnp.pad(bias, width, constant_values=fill)
+    return bias
 
 
 def _parts(qkv):
@@ -409,7 +424,7 @@ def _parts(qkv):
 
 def _attend_forward(qkv, shift, offset, bias):
     parts = _parts(qkv)
-    shared = shift, _prepare(bias, parts[0].dtype), offset
+    shared = shift, _prepare(bias, parts[0].dtype, parts[0].shape[1]), offset
     if shift is None:
         out, norm = _FORWARD(*parts, *shared)
     else:
@@ -421,10 +436,12 @@ def _attend_forward(qkv, shift, offset, bias):
 
 def _attend_backward(residuals, d_out):
     qkv, shift, offset, bias, out, norm = residuals
+    if isinstance(bias, Table):  # or XLA makes this form of the bias too in the forward pass
+        bias, d_out = lax.optimization_barrier((bias, d_out))
     parts, wide = _parts(qkv), d_out.astype(jnp.float32)
     attended = out.astype(jnp.float32) - (0 if offset is None else offset)
     delta = (wide * attended).sum(-1).transpose(0, 2, 1)
-    turned = None if bias is None else _prepare(bias.transpose(0, 2, 1), out.dtype, 0)
+    turned = _prepare(bias, out.dtype, out.shape[1], turned=True)
     d_qkv, d_logits = _BACKWARD(*parts, turned, d_out, norm, delta)
     (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)
     d_shift = d_offset = d_bias = None
@@ -433,11 +450,20 @@ def _attend_backward(residuals, d_out):
     if offset is not None:
         d_offset = wide.sum((0, 1)).astype(offset.dtype)
     if bias is not None:
-        d_bias = _sum_of_pictures(d_logits)[..., : bias.shape[1]]
-        d_bias = d_bias.transpose(0, 2, 1).astype(bias.dtype)
+        d_bias = _sum_of_pictures(d_logits)[..., : out.shape[1]]
+        d_bias = _bias_gradient(bias, d_bias)
     if isinstance(qkv, tuple):
         d_qkv = tuple(d_qkv[:, :, part] for part in range(3))
     return d_qkv, d_shift, d_offset, d_bias
+
+
+def _bias_gradient(bias, turned):
+    """As a bias is given, from that of keys and queries."""
+    if not isinstance(bias, Table):
+        return turned.transpose(0, 2, 1).astype(bias.dtype)
+    size = 1 + math.prod(bias.grid)
+    rows = table_gradient(turned[:, :size, :size], bias.grid, turned=True)
+    return Table(rows.astype(bias.rows.dtype), bias.grid)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -19,7 +19,7 @@ from jax import lax
 
 from beit_jax.models import activations, attention, norms
 from beit_jax.models.flash import precision
-from beit_jax.models.position import Grid, num_relative_positions, relative_position_bias
+from beit_jax.models.position import Grid, Table, num_relative_positions, relative_position_bias
 
 DTYPES = ("float32", "bfloat16")
 DROP_PATH_MODES = ("sample", "window")
@@ -549,10 +549,14 @@ class Attention(nn.Module):
         def attend(given, bias, table):
             return kernel(*given, whole_bias(bias, table))
 
-        # which would keep every layer's bias
-        if implementation in attention.FUSED and self.has_bias_table and not drops:
-            attend = jax.checkpoint(attend, policy=attention.saves_kernel)
-        x = attend(given, bias, table).reshape(batch, tokens, width)
+        keeps = self.has_bias_table and not drops  # every layer's bias, left to JAX
+        if keeps and implementation == "pallas" and bias is None:
+            x = kernel(*given, Table(table, config.grid))
+        elif keeps and implementation in attention.FUSED:
+            x = jax.checkpoint(attend, policy=attention.saves_kernel)(given, bias, table)
+        else:
+            x = attend(given, bias, table)
+        x = x.reshape(batch, tokens, width)
         x = x if shift is None else Folded(x, None, shift)
         return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
 

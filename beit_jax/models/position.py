@@ -9,6 +9,7 @@ Source: microsoft/unilm `beit/modeling_finetune.py`, arXiv:2106.08254.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,42 +38,75 @@ def relative_position_index(grid: Grid) -> np.ndarray:
     return index
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def relative_position_bias(table: jax.Array, grid: Grid) -> jax.Array:
-    """Bias of every attention logit, [heads, 1+N, 1+N], from a `table` [R, heads].
+class Table(NamedTuple):
+    """A table [R, heads] and the grid that it is of, in the place of the bias that it makes."""
 
-    The gradient sums over equal offsets by two one-hot products instead of a scatter-add, which is
-    faster and, on a GPU, deterministic.
+    rows: jax.Array
+    grid: Grid
+
+
+jax.tree_util.register_pytree_node(
+    Table, lambda table: ((table.rows,), table.grid), lambda grid, rows: Table(*rows, grid)
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def relative_position_bias(table: jax.Array, grid: Grid, turned: bool = False) -> jax.Array:
+    """Bias of every attention logit, [heads, 1+N, 1+N], from a `table` [R, heads]: of queries and
+    keys or, `turned`, of keys and queries.
+
+    The gradient is `table_gradient`, not a scatter-add, which is slower and, on a GPU, not
+    deterministic.
     """
     index = relative_position_index(grid)
-    bias = jnp.take(table, index.reshape(-1), axis=0).T
+    index = index.T if turned else index
+    bias = table.at[index.reshape(-1)].get(mode="promise_in_bounds").T
     return bias.reshape(table.shape[1], *index.shape)
 
 
-def _bias_forward(table, grid):
-    return relative_position_bias(table, grid), jnp.zeros((0,), table.dtype)
+def _bias_forward(table, grid, turned):
+    return relative_position_bias(table, grid, turned), jnp.zeros((0,), table.dtype)
 
 
-def _bias_backward(grid, like_table, gradient):
-    height, width = grid
-    heads = gradient.shape[0]
-    gradient = gradient.astype(jnp.float32)
-
-    def offsets(n):  # [query, key, offset], one-hot
-        position = np.arange(n)
-        difference = position[:, None] - position + n - 1
-        return (difference[..., None] == np.arange(2 * n - 1)).astype(np.float32)
-
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    patches = gradient[:, 1:, 1:].reshape(heads, height, width, height, width)
-    rows = product("hyxcz,ycr->hxzr", patches, offsets(height))
-    rows = product("hxzr,xzs->rsh", rows, offsets(width)).reshape(-1, heads)
-    from_class, to_class = gradient[:, 0, 1:].sum(-1), gradient[:, 1:, 0].sum(-1)
-    rows = jnp.concatenate([rows, jnp.stack([from_class, to_class, gradient[:, 0, 0]])])
-    return (rows.astype(like_table.dtype),)
+def _bias_backward(grid, turned, like_table, gradient):
+    return (table_gradient(gradient, grid, turned).astype(like_table.dtype),)
 
 
 relative_position_bias.defvjp(_bias_forward, _bias_backward)
+
+
+def table_gradient(gradient: jax.Array, grid: Grid, turned: bool = False) -> jax.Array:
+    """Gradient float32 [R, heads] of a table, from that of its bias, [heads, 1+N, 1+N] of queries
+    and keys or, `turned`, of keys and queries."""
+    heads, (height, width) = gradient.shape[0], grid
+    gradient = gradient.astype(jnp.float32)
+    patches = gradient[:, 1:, 1:].reshape(heads, height, width, height, width)
+    rows = _sum_of_offsets(_sum_of_offsets(patches)[..., None])[:, :-1, :-1, 0]  # key less query
+    ends = [gradient[:, 0, 1:], gradient[:, 1:, 0]]
+    if turned:
+        ends = ends[::-1]
+    else:
+        rows = rows[:, ::-1, ::-1]
+    ends.append(jnp.pad(gradient[:, 0, :1], ((0, 0), (0, height * width - 1))))
+    # a barrier, or XLA keeps the gradient for what the optimizer wants of it
+    ends = jax.lax.optimization_barrier(jnp.stack(ends).sum(-1))
+    return jnp.concatenate([rows.reshape(heads, -1).T, ends])
+
+
+def _sum_of_offsets(x):
+    """Sums x [A, N, B, N, C] over its diagonals, to [A, B, 2 N, C]: the place of the sum over all
+    x[:, i, :, j, :] of an offset is j - i + N - 1, and the last place is empty."""
+    a, n, b, _, c = x.shape
+    if jax.default_backend() == "cpu":  # slow at the other
+        place = np.arange(n) - np.arange(n)[:, None] + n - 1
+        place = (place[..., None] == np.arange(2 * n)).astype(np.float32)
+        return jnp.einsum("aibjc,ijo->aboc", x, place, precision=jax.lax.Precision.HIGHEST)
+    # Rows i that are C numbers longer than they were, in the same memory, are each shifted by C
+    # less than the one before: what has to be added up comes to stand in one column.
+    row = b * 2 * n * c
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (n - 1, 1), (0, 0))).reshape(a, n * row)
+    x = jnp.pad(x, ((0, 0), (0, n * c))).reshape(a, n, row + c).sum(1)
+    return x[:, :row].reshape(a, b, 2 * n, c)
 
 
 def resize_relative_position_bias_table(
