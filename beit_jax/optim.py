@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+TOGETHER = 64  # arrays, which a kernel of a GPU can be given
 _NO_DECAY = {
     "bias",
     "scale",
@@ -241,15 +242,21 @@ def untrained(trainable: str, params, layer_id: Callable[[str], int], num_layers
 def global_norm(tree) -> jax.Array:
     """Euclidean norm of all arrays of a tree together, float32.
 
-    Rows of matrices are summed, and then all the sums together: of a sum of each matrix XLA makes
-    two kernels of a GPU, and does so unless barriers forbid it.
+    Of a sum for each array XLA makes a GPU kernel or two, hundreds for a few numbers each. Here
+    rows of matrices are summed, and their sums and vectors put together, many at a time, before
+    they are summed; barriers keep XLA from taking that apart.
     """
-    squares = [jnp.square(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
-    total = sum(x.sum() for x in squares if x.ndim < 2)
-    if rows := [x.sum(-1).reshape(-1) for x in squares if x.ndim > 1]:
-        rows = jax.lax.optimization_barrier(rows)
-        total += jax.lax.optimization_barrier(jnp.concatenate(rows)).sum()
+    leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
+    parts = [x.reshape(-1) if x.ndim < 2 else _norms_of_rows(x) for x in leaves]
+    total = 0.0
+    for i in range(0, len(parts), TOGETHER):
+        part = jax.lax.optimization_barrier(jnp.concatenate(parts[i : i + TOGETHER]))
+        total += jnp.square(part).sum()
     return jnp.sqrt(total)
+
+
+def _norms_of_rows(x):
+    return jax.lax.optimization_barrier(jnp.sqrt(jnp.square(x).sum(-1).reshape(-1)))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

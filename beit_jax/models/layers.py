@@ -99,6 +99,45 @@ def _spread_backward(shape, dtype, parameter, gradient):
 spread.defvjp(_spread_forward, _spread_backward)
 
 
+def _sum_of_rows(x):
+    """Of [N, D], in two steps: in one, XLA would write down what is to be summed, and give a GPU
+    few threads for it."""
+    if jax.default_backend() == "cpu":
+        return x.sum(0)
+    rows = math.gcd(len(x), 64)
+    return lax.optimization_barrier(x.reshape(-1, rows, x.shape[1]).sum(1)).sum(0)
+
+
+@jax.custom_vjp
+def multiply_row(row: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A row [in] times a kernel [in, out], all in float32."""
+    if jax.default_backend() == "cpu":
+        return jnp.matmul(row, kernel, precision=lax.Precision.HIGHEST)
+    return _sum_of_rows(row[:, None] * kernel)
+
+
+def _multiply_row_backward(residuals, gradient):
+    row, kernel = residuals
+    return (kernel * gradient).sum(1), row[:, None] * gradient
+
+
+multiply_row.defvjp(lambda *args: (multiply_row(*args), args), _multiply_row_backward)
+
+
+@jax.custom_vjp
+def scale_columns(kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """A kernel [in, out] times a scale [out]."""
+    return kernel * scale
+
+
+def _scale_columns_backward(residuals, gradient):
+    kernel, scale = residuals
+    return gradient * scale, _sum_of_rows(gradient * kernel)
+
+
+scale_columns.defvjp(lambda *args: (scale_columns(*args), args), _scale_columns_backward)
+
+
 class Folded(NamedTuple):
     """Tokens [..., D] with a scale and a shift, [D] each or None, that are still to be applied.
 
@@ -166,13 +205,11 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if shift is not None:
-            bias = jnp.matmul(shift, kernel, precision=lax.Precision.HIGHEST) + (
-                0.0 if bias is None else bias
-            )
+            bias = multiply_row(shift, kernel) + (0.0 if bias is None else bias)
         if gain is not None:
             kernel *= gain[:, None]
         if scale is not None:
-            kernel, bias = kernel * scale, None if bias is None else bias * scale
+            kernel, bias = scale_columns(kernel, scale), None if bias is None else bias * scale
         return kernel, bias
 
     def __call__(self, x, scale=None, *, fold: bool = False):

@@ -60,7 +60,7 @@ def relative_position_bias(table: jax.Array, grid: Grid, turned: bool = False) -
     """
     index = relative_position_index(grid)
     index = index.T if turned else index
-    bias = table.at[index.reshape(-1)].get(mode="promise_in_bounds").T
+    bias = jnp.asarray(table).at[index.reshape(-1)].get(mode="promise_in_bounds").T
     return bias.reshape(table.shape[1], *index.shape)
 
 
