@@ -767,6 +767,28 @@ if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(golden_trees(), indent=2) + "\n")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("rows", [1, 96, 128])
+def test_scales_and_shifts_in_kernels(monkeypatch, backend, rows):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    given = [np.float32(rng.standard_normal(shape)) for shape in ((rows,), (rows, 24), (24,))]
+
+    def found(row, kernel, scale):
+        return layers.multiply_row(row, kernel), layers.scale_columns(kernel, scale)
+
+    def plain(row, kernel, scale):
+        return row @ kernel, kernel * scale
+
+    def results(function):
+        out, pull = jax.vjp(function, *given)
+        weights = [np.cos(np.arange(x.size)).reshape(x.shape).astype(np.float32) for x in out]
+        return jax.tree.leaves((out, pull(tuple(weights))))
+
+    for a, b in zip(results(jax.jit(found)), results(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
 def test_the_gradient_of_a_norm_comes_from_its_result(dtype, tolerance):
     rng = np.random.default_rng(0)

@@ -251,6 +251,32 @@ def test_tokens_of_some_patches(kind, image):
     assert len(np.unique(some)) > 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["vq", "dvae"])
+def test_nothing_changes_for_inference(kind, dtype, image):
+    """But that kernels are no longer float32, where the computation is not."""
+    changes = {"image_size": image.shape[1], "vocab_size": 12, "hidden_size": 16, "num_groups": 2}
+    if kind == "vq":
+        module, changes = vq, TINY
+    else:
+        module, changes = dvae, changes | {"initial_size": 8}
+    model = module.Model(**changes | {"dtype": dtype})
+    variables = model.init(jax.random.key(0), image)
+    if kind == "vq":
+        book = jax.random.normal(jax.random.key(1), (TINY["vocab_size"], TINY["code_dim"]))
+        variables["codebook"] = {"embedding": layers.unit(book)}
+    found = module.for_inference(model, variables)
+    converted = sum(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found[1]))
+    assert bool(converted) == (dtype == "bfloat16")
+
+    def results(model, variables):
+        token = model.apply(variables, image, method="tokenize")
+        return token, model.apply(variables, token, method="decode")
+
+    for a, b in zip(results(*found), results(model, variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_summary_of_use():
     sums = {"loss": 6.0, "error": 3.0, "weight": 3.0, "counts": jnp.float32([2, 2, 0, 0])}
     found = trainer.summarize(sums)

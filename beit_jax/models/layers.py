@@ -230,6 +230,7 @@ class Conv(nn.Module):
 
     Attributes:
       fast: products of float32 may lose 13 bits on a GPU.
+      outputs_first: the kernel is [features, S, S, C], as a GPU wants it, not [S, S, C, features].
     """
 
     features: int
@@ -238,11 +239,17 @@ class Conv(nn.Module):
     kernel_init: nn.initializers.Initializer
     dtype: jnp.dtype = jnp.float32
     fast: bool = False
+    outputs_first: bool = False
 
     @nn.compact
     def __call__(self, x):
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        if self.outputs_first:
+            kernel = self.param("kernel", self.kernel_init, (shape[-1], *shape[:-1]))
+            kernel = kernel.transpose(1, 2, 3, 0)
+        else:
+            kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = kernel.astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, padding = x.astype(self.dtype), self.padding
         if padding == "SAME" and self.dtype == jnp.bfloat16 and jax.default_backend() == "gpu":

@@ -2,7 +2,8 @@
 
 Each has `PRESETS`, `Model(**architecture)`, a linen network whose methods `tokenize` (pictures
 [B, H, W, C] in [0, 1] -> tokens int32 [B, N], or [B, M] where it is given an index of patches) and
-`decode` (back) need nothing but its variables, and `make(config, model, teacher) -> Trainer`.
+`decode` (back) need nothing but its variables, `for_inference(model, variables)`, the same for that
+alone, and `make(config, model, teacher) -> Trainer`.
 """
 
 import os
@@ -18,7 +19,7 @@ SHARED = ("codebook", "trainer")  # modules that are no tokenizer
 
 
 class Tokenizer(NamedTuple):
-    """A trained tokenizer.
+    """A trained tokenizer, for inference alone.
 
     Attributes:
       model: the network; `model.config` has image_size, grid, vocab_size and num_channels.
@@ -59,8 +60,9 @@ def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenize
     if name == "dvae":
         patch = 2 ** (architecture["num_groups"] - 1)
         architecture["image_size"] = tuple(n * patch for n in grid)
-    model = modules.load("tokenizers", name).Model(**architecture, dtype=resolve_dtype(dtype))
-    return Tokenizer(model, variables, interpolation)
+    module = modules.load("tokenizers", name)
+    model = module.Model(**architecture, dtype=resolve_dtype(dtype))
+    return Tokenizer(*module.for_inference(model, variables), interpolation)
 
 
 def vocab_size(source: str) -> int:

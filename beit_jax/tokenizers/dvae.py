@@ -55,6 +55,7 @@ class DVAEConfig:
       num_groups: of blocks; between them the resolution halves.
       blocks_per_group: residual blocks.
       dtype: computation type; parameters are float32, logits and pixels too.
+      outputs_first: kernels begin with their output channels, see `for_inference`.
     """
 
     FAMILY: ClassVar[str] = "dVAE"
@@ -67,6 +68,7 @@ class DVAEConfig:
     num_groups: int = 4
     blocks_per_group: int = 2
     dtype: str = "float32"
+    outputs_first: bool = False
 
     def __post_init__(self):
         size = layers.pair_image_size(self)
@@ -98,7 +100,7 @@ class DVAEConfig:
 def _conv(config, features, size, name, **options):
     """A convolution, initialised as OpenAI's."""
     normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    options = {"dtype": jnp.dtype(config.dtype)} | options
+    options = {"dtype": jnp.dtype(config.dtype), "outputs_first": config.outputs_first} | options
     return layers.Conv(features, size, "SAME", normal, name=name, **options)
 
 
@@ -206,6 +208,25 @@ class DVAE(nn.Module):
 def Model(**architecture: Any) -> DVAE:
     """The network of an architecture, the keyword arguments of `DVAEConfig`."""
     return DVAE(make_config(DVAEConfig, architecture))
+
+
+def for_inference(model: DVAE, variables: dict) -> tuple[DVAE, dict]:
+    """A network and its variables for inference alone: kernels are in the type of the computation,
+    and for a GPU in its order of axes, which would otherwise be made of them in every call."""
+    config = model.config
+    if config.dtype == "float32":
+        return model, variables
+
+    def convert(path, x):
+        name = "/".join(key.key for key in path)
+        if not name.endswith("/kernel"):
+            return jnp.asarray(x)
+        dtype = "float32" if name == "encoder/output/kernel" else config.dtype
+        return jnp.asarray(x, dtype).transpose(3, 0, 1, 2)
+
+    params = jax.tree.map_with_path(convert, variables["params"])
+    config = dataclasses.replace(config, outputs_first=True)
+    return model.clone(config=config), {**variables, "params": params}
 
 
 def squeeze(image):

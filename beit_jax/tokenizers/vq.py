@@ -157,6 +157,13 @@ def Model(**architecture: Any) -> VQ:
     return VQ(layers.make_config(VQConfig, architecture))
 
 
+def for_inference(model: VQ, variables: dict) -> tuple[VQ, dict]:
+    """A network and its variables for inference alone, see `layers.for_inference`."""
+    params = variables["params"]
+    parts = {name: layers.for_inference(model, params[name])[1] for name in ("encoder", "decoder")}
+    return model, {**variables, "params": {**params, **parts}}
+
+
 def make(config, model: VQ, teacher_dim: int) -> Trainer:
     """The training of a network; `teacher_dim` is the width of the teacher's features, or 0.
 
