@@ -18,7 +18,7 @@ from flax import traverse_util
 from scipy import special, stats
 
 from beit_jax import convert
-from beit_jax.models import beit, norms
+from beit_jax.models import beit, layers, norms
 from beit_jax.models.layers import Dense, DropPath
 
 TINY = {
