@@ -1,6 +1,5 @@
 """Kernels for GPUs, interpreted, against the plain computation of the same; and who uses them."""
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from beit_jax.models import (
     activations,
@@ -423,14 +423,15 @@ def test_networks_in_bfloat16(gpu, family, training, fold):
     fused, _, params, image = make(family, attention="auto", dtype="bfloat16", fold=fold)
     plain = family.Model(**SIZES, attention="xla", dtype="bfloat16", fold=fold)
     options = {"deterministic": not training, "rngs": {"dropout": jax.random.key(0)}}
+    given = params
     if not training:
         fused, params = layers.for_inference(fused, params)
-        plain = plain.clone(config=dataclasses.replace(plain.config, layer_scale_init_value=0.0))
     program = str(jax.make_jaxpr(lambda p: fused.apply({"params": p}, image, **options))(params))
     names = set(re.findall(r"name=(\w+_kernel|norm\w*|gelu\w*)\n", program))
     assert names == {"forward_kernel", "norm", "gelu_forward"}
     if not training:
-        assert_close(*(m.apply({"params": params}, image) for m in (fused, plain)), 0.03)
+        expected = plain.apply({"params": given}, image)
+        assert_close(fused.apply({"params": params}, image), expected, 0.03)
         return
     (actual, out), (expected, wanted) = (
         gradients(m, params, image, **options) for m in (fused, plain)
@@ -443,6 +444,33 @@ def test_networks_in_bfloat16(gpu, family, training, fold):
             continue
         error = jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2))
         assert error < 0.05, (jax.tree_util.keystr(path), error)
+
+
+@pytest.mark.parametrize("batch", [2, 8])  # with padding and without
+@pytest.mark.parametrize("family, changes", [x for x in NETWORKS if len(x[1]) < 2])
+def test_packed_for_inference(monkeypatch, family, changes, batch):
+    fused, _, params, image = make(family, batch=batch, **changes)
+    packed, ready = layers.for_inference(fused, params)
+    assert packed.config.packed and layers.for_inference(packed, ready)[0] == packed
+    names = {path[-2:] for path in traverse_util.flatten_dict(ready) if "attention" in path}
+    own = [("attention", "position_bias")] if packed.config.FAMILY == "BEiT" else []
+    if "use_relative_position_bias" in changes:
+        own = []
+    dense = [(name, kind) for name in ("qkv", "output") for kind in ("kernel", "bias")]
+    assert names == {*dense, *own}
+    made = []
+    monkeypatch.setattr(flash, "relative_position_bias", lambda *_: made.append(1))
+    actual = packed.apply({"params": ready}, image)
+    assert not made  # of a table, whose bias is there already
+    monkeypatch.undo()
+    assert_close(actual, fused.apply({"params": params}, image), 1e-4)
+
+
+def test_nothing_learns_that_is_for_inference(gpu):
+    fused, _, params, image = make(beit)
+    packed, ready = layers.for_inference(fused, params)
+    with pytest.raises(ValueError, match="prepared has no gradient"):
+        gradients(packed, ready, image)
 
 
 @pytest.mark.parametrize("name", ["plain", "xla"])

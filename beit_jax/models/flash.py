@@ -362,48 +362,34 @@ def _sum_of_pictures(x):
     return kernels.on_each_device(run, [x], [x.ndim - 1], summed=[0])[0]
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | Table | None
-) -> jax.Array:
-    """softmax(q k^T / sqrt(K) + bias) v.
+class Prepared(NamedTuple):
+    """What `prepare` has made of a bias, [H, rows, columns], in its place; for inference alone."""
 
-    The bias is rounded to the type of the queries, and its gradient summed in float32.
-
-    Args:
-      query: [B, T, H, K], K a power of 2 of at least 16.
-      key: likewise.
-      value: likewise.
-      bias: [H, T, T], or None; or a `Table`, which is all that is then kept for the backward pass,
-        of the first tokens: others are padding, which no token sees.
-    """
-    return _attend((query, key, value), None, None, bias)
+    bias: jax.Array
 
 
-def attend_packed(
-    qkv: jax.Array,
-    shift: jax.Array | None,
-    offset: jax.Array | None,
-    bias: jax.Array | Table | None,
-) -> jax.Array:
-    """`attend` of queries, keys and values that are one array [B, T, 3, H, K], as is then their
-    gradient: of one product, whose backward pass is one product too. `shift` [H, K] is added to
-    the queries, `offset` [H, K] to the result."""
-    return _attend(qkv, shift, offset, bias)
+def prepared_shape(tokens: int) -> tuple[int, int]:
+    """Rows and columns of a bias for so many tokens, also where they are padded to `ALIGNMENT`."""
+    rows = tokens + -tokens % ALIGNMENT
+    return rows, rows + -rows % LARGEST_TILE
 
 
-@jax.custom_vjp
-def _attend(qkv, shift, offset, bias):
-    parts = _parts(qkv)
-    bias = _prepare(bias, parts[0].dtype, parts[0].shape[1])
-    return _FORWARD(*parts, shift, bias, offset)[0]
-
-
-def _prepare(bias, dtype, tokens, *, turned=False):
-    """Of base 2, of queries and keys or, `turned`, of keys and queries, of all tokens, with columns
-    for whole tiles, which are loaded without a mask. -inf keeps out keys that the bias lacks, and 0
-    does for queries."""
+def prepare(
+    bias: jax.Array | Table | Prepared | None,
+    dtype: jnp.dtype,
+    tokens: int,
+    *,
+    turned: bool = False,
+) -> jax.Array | None:
+    """A bias as the kernels want it, for `tokens` or less: of base 2, with columns for whole tiles,
+    which are loaded without a mask. -inf keeps out keys that the bias lacks, and 0 does for
+    queries. It is of queries and keys or, `turned`, of keys and queries."""
     if bias is None:
         return None
+    if isinstance(bias, Prepared):
+        if turned:
+            raise ValueError("A bias that is prepared has no gradient.")
+        return bias.bias
     if isinstance(bias, Table):
         bias = relative_position_bias(*bias, turned)
     elif turned:
@@ -418,13 +404,52 @@ def _prepare(bias, dtype, tokens, *, turned=False):
     return bias
 
 
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | Table | Prepared | None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(K) + bias) v.
+
+    The bias is rounded to the type of the queries, and its gradient summed in float32.
+
+    Args:
+      query: [B, T, H, K], K a power of 2 of at least 16.
+      key: likewise.
+      value: likewise.
+      bias: [H, T, T], or None; or a `Table`, which is all that is then kept for the backward pass,
+        of the first tokens: others are padding, which no token sees; or one that is `Prepared`.
+    """
+    return _attend((query, key, value), None, None, bias)
+
+
+def attend_packed(
+    qkv: jax.Array,
+    shift: jax.Array | None,
+    offset: jax.Array | None,
+    bias: jax.Array | Table | Prepared | None,
+) -> jax.Array:
+    """`attend` of queries, keys and values that are one array [B, T, 3, H, K], as is then their
+    gradient: of one product, whose backward pass is one product too. `shift` [H, K] is added to
+    the queries, `offset` [H, K] to the result."""
+    return _attend(qkv, shift, offset, bias)
+
+
+@jax.custom_vjp
+def _attend(qkv, shift, offset, bias):
+    parts = _parts(qkv)
+    bias = prepare(bias, parts[0].dtype, parts[0].shape[1])
+    return _FORWARD(*parts, shift, bias, offset)[0]
+
+
 def _parts(qkv):
     return qkv if isinstance(qkv, tuple) else (qkv,) * 3
 
 
 def _attend_forward(qkv, shift, offset, bias):
     parts = _parts(qkv)
-    shared = shift, _prepare(bias, parts[0].dtype, parts[0].shape[1]), offset
+    shared = shift, prepare(bias, parts[0].dtype, parts[0].shape[1]), offset
     if shift is None:
         out, norm = _FORWARD(*parts, *shared)
     else:
@@ -441,7 +466,7 @@ def _attend_backward(residuals, d_out):
     parts, wide = _parts(qkv), d_out.astype(jnp.float32)
     attended = out.astype(jnp.float32) - (0 if offset is None else offset)
     delta = (wide * attended).sum(-1).transpose(0, 2, 1)
-    turned = _prepare(bias, out.dtype, out.shape[1], turned=True)
+    turned = prepare(bias, out.dtype, out.shape[1], turned=True)
     d_qkv, d_logits = _BACKWARD(*parts, turned, d_out, norm, delta)
     (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)
     d_shift = d_offset = d_bias = None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from beit_jax.models import activations, attention, norms
+from beit_jax.models import activations, attention, flash, norms
 from beit_jax.models.flash import precision
 from beit_jax.models.position import Grid, Table, num_relative_positions, relative_position_bias
 
@@ -407,6 +407,7 @@ class TransformerConfig:
       fold: whether kernels and biases take in, while training, the scales and shifts that surround
         them, see `Folded`.
       drop_path_mode: "sample", or "window" that saves work, see `DropPath`.
+      packed: attention has the parameters that `for_inference` makes.
     """
 
     FAMILY: ClassVar[str] = "The model"
@@ -435,6 +436,7 @@ class TransformerConfig:
     remat: str = "none"
     fold: bool = True
     drop_path_mode: str = "sample"
+    packed: bool = False
 
     def __post_init__(self):
         size = pair_image_size(self)
@@ -478,12 +480,17 @@ class TransformerConfig:
         """Patches (down, across)."""
         return tuple(n // self.patch_size for n in self.image_size)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of a picture, without padding."""
+        return self.num_prefix + math.prod(self.grid)
+
     def resolved_attention(self, tokens: int, biased: bool) -> str:
         """The implementation for so many tokens, with a bias or without."""
         if self.attention == "auto" and self.attention_probs_dropout_prob:
             return "xla"  # only `plain` drops probabilities
         if biased:
-            tokens = self.num_prefix + math.prod(self.grid)  # not those that pad them
+            tokens = self.num_tokens  # not those that pad them
         head_dim = self.hidden_size // self.num_attention_heads
         return attention.resolve(self.attention, self.dtype, tokens, head_dim, biased)
 
@@ -525,7 +532,8 @@ def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention.
+    """Multi-head self-attention; of a packed configuration with the parameters that `for_inference`
+    makes: "qkv" in the place of query, key and value, and "position_bias" in that of a table.
 
     Attributes:
       output_init: of the kernel of the output projection.
@@ -547,6 +555,14 @@ class Attention(nn.Module):
         config = self.config
         batch, tokens, width = x.shape
         heads, dtype = config.num_attention_heads, jnp.dtype(config.dtype)
+        if config.packed:
+            qkv = Dense(3 * width, normal(config), dtype=dtype, name="qkv")(x)
+            if self.has_bias_table:
+                shape = (heads, *flash.prepared_shape(config.num_tokens))
+                bias = flash.Prepared(self.param("position_bias", nn.initializers.zeros, shape))
+            qkv = qkv.reshape(batch, tokens, 3, heads, -1)
+            x = attention.pallas_packed(qkv, None, None, bias).reshape(batch, tokens, width)
+            return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
         drops = bool(config.attention_probs_dropout_prob) and not deterministic
         fold = isinstance(x, Folded) and not drops
 
@@ -722,32 +738,75 @@ def classifier(config: TransformerConfig, x, name: str = "classifier"):
 
 
 def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
-    """A network and its parameters for inference alone: kernels of attention and MLP are in the
-    type of the computation, to which the network would otherwise convert them in every call, and
-    layer scales are multiplied into them before, so that nothing lies between a product and the
-    residual stream."""
-    kernel = re.compile(r"(query|key|value|output|fc1|fc2)/kernel")
+    """A network and its parameters for inference alone.
+
+    Kernels of attention and MLP are in the type of the computation, to which the network would
+    otherwise convert them in every call, and layer scales are multiplied into them before, so that
+    nothing lies between a product and the residual stream. For our own attention query, key and
+    value become one kernel, and tables what the attention makes of them, see `Attention`.
+    """
+    config, kernel = model.config, re.compile(r"(qkv|query|key|value|output|fc1|fc2)/kernel")
 
     def convert(path, x):
         is_kernel = kernel.fullmatch("/".join(str(key.key) for key in path[-2:]))
-        return jnp.asarray(x, model.config.dtype) if is_kernel else jnp.asarray(x)
+        return jnp.asarray(x, config.dtype) if is_kernel else jnp.asarray(x)
 
-    if getattr(model.config, "layer_scale_init_value", 0):
-        config = dataclasses.replace(model.config, layer_scale_init_value=0.0)
-        model, params = model.clone(config=config), _without_layer_scales(params)
-    return model, jax.tree.map_with_path(convert, params)
+    if getattr(config, "layer_scale_init_value", 0):
+        config, params = dataclasses.replace(config, layer_scale_init_value=0.0), _unscaled(params)
+    if isinstance(config, TransformerConfig) and not config.packed and _can_pack(config, params):
+        config, params = dataclasses.replace(config, packed=True), _packed(params, config)
+    return model.clone(config=config), jax.tree.map_with_path(convert, params)
 
 
-def _without_layer_scales(params):
-    params = {
-        k: _without_layer_scales(v) if isinstance(v, Mapping) else v for k, v in params.items()
-    }
+def _unscaled(params):
+    """Without layer scales, which are multiplied into kernels and biases."""
+    params = {k: _unscaled(v) if isinstance(v, Mapping) else v for k, v in params.items()}
     for name, branch, dense in (("lambda_1", "attention", "output"), ("lambda_2", "mlp", "fc2")):
         if name in params:
             scale = params.pop(name)
             scaled = {k: v * scale for k, v in params[branch][dense].items()}
             params[branch] = {**params[branch], dense: scaled}
     return params
+
+
+def _attentions(params):
+    """The parameters of each `Attention`."""
+    if "query" in params:
+        yield params
+    for x in params.values():
+        yield from _attentions(x) if isinstance(x, Mapping) else ()
+
+
+def _can_pack(config, params):
+    has_table = ["relative_position_bias_table" in x for x in _attentions(params)]
+    is_shared = "relative_position_bias_table" in params
+    if not has_table or (is_shared and any(has_table)):
+        return False
+    biased = is_shared or any(has_table)
+    return config.resolved_attention(config.num_tokens, biased) == "pallas"
+
+
+def _packed(params, config):
+    """As `Attention` wants them of a packed configuration; what a product adds is in its type."""
+    dtype = jnp.dtype(config.dtype)
+    if "query" not in params:
+        params = {k: _packed(v, config) if isinstance(v, Mapping) else v for k, v in params.items()}
+        if "fc2" in params:
+            params["fc2"] = {**params["fc2"], "bias": jnp.asarray(params["fc2"]["bias"], dtype)}
+        return params
+    parts = [params[name] for name in ("query", "key", "value")]
+    width = config.hidden_size
+    qkv = {
+        "kernel": jnp.concatenate([x["kernel"] for x in parts], 1),
+        "bias": jnp.concatenate([x.get("bias", jnp.zeros(width)) for x in parts]).astype(dtype),
+    }
+    output = {**params["output"], "bias": jnp.asarray(params["output"]["bias"], dtype)}
+    packed = {"qkv": qkv, "output": output}
+    if "relative_position_bias_table" in params:
+        table = Table(params["relative_position_bias_table"], config.grid)
+        rows, _ = flash.prepared_shape(config.num_tokens)
+        packed["position_bias"] = flash.prepare(table, dtype, rows)
+    return packed
 
 
 def layer_id(name: str, num_layers: int) -> int:

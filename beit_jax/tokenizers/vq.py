@@ -159,9 +159,10 @@ def Model(**architecture: Any) -> VQ:
 
 def for_inference(model: VQ, variables: dict) -> tuple[VQ, dict]:
     """A network and its variables for inference alone, see `layers.for_inference`."""
-    params = variables["params"]
-    parts = {name: layers.for_inference(model, params[name])[1] for name in ("encoder", "decoder")}
-    return model, {**variables, "params": {**params, **parts}}
+    params = dict(variables["params"])
+    for name in ("encoder", "decoder"):
+        made, params[name] = layers.for_inference(model, params[name])
+    return made, {**variables, "params": params}
 
 
 def make(config, model: VQ, teacher_dim: int) -> Trainer:
