@@ -118,7 +118,7 @@ def multiply_row(row: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _multiply_row_backward(residuals, gradient):
     row, kernel = residuals
-    return (kernel * gradient).sum(1), row[:, None] * gradient
+    return jnp.matmul(kernel, gradient, precision=lax.Precision.HIGHEST), row[:, None] * gradient
 
 
 multiply_row.defvjp(lambda *args: (multiply_row(*args), args), _multiply_row_backward)
@@ -787,25 +787,28 @@ def _can_pack(config, params):
 
 
 def _packed(params, config):
-    """As `Attention` wants them of a packed configuration; what a product adds is in its type."""
-    dtype = jnp.dtype(config.dtype)
-    if "query" not in params:
-        params = {k: _packed(v, config) if isinstance(v, Mapping) else v for k, v in params.items()}
-        if "fc2" in params:
-            params["fc2"] = {**params["fc2"], "bias": jnp.asarray(params["fc2"]["bias"], dtype)}
-        return params
+    """As networks of a packed configuration want them; what a product adds is in its type."""
+    if "query" in params:
+        return _packed_attention(params, config)
+    params = {k: _packed(v, config) if isinstance(v, Mapping) else v for k, v in params.items()}
+    if "fc2" in params:
+        bias = jnp.asarray(params["fc2"]["bias"], config.dtype)
+        params["fc2"] = {**params["fc2"], "bias": bias}
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=1)  # compiled once for all layers
+def _packed_attention(params, config):
+    none = jnp.zeros(config.hidden_size)
     parts = [params[name] for name in ("query", "key", "value")]
-    width = config.hidden_size
-    qkv = {
-        "kernel": jnp.concatenate([x["kernel"] for x in parts], 1),
-        "bias": jnp.concatenate([x.get("bias", jnp.zeros(width)) for x in parts]).astype(dtype),
-    }
-    output = {**params["output"], "bias": jnp.asarray(params["output"]["bias"], dtype)}
-    packed = {"qkv": qkv, "output": output}
+    kernel = jnp.concatenate([x["kernel"] for x in parts], 1)
+    bias = jnp.concatenate([x.get("bias", none) for x in parts])
+    packed = {"qkv": {"kernel": kernel, "bias": bias}, "output": params["output"]}
+    packed = jax.tree.map(lambda x: x.astype(config.dtype), packed)
     if "relative_position_bias_table" in params:
         table = Table(params["relative_position_bias_table"], config.grid)
         rows, _ = flash.prepared_shape(config.num_tokens)
-        packed["position_bias"] = flash.prepare(table, dtype, rows)
+        packed["position_bias"] = flash.prepare(table, jnp.dtype(config.dtype), rows)
     return packed
 
 
