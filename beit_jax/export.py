@@ -30,7 +30,7 @@ from jax import export as jax_export
 
 from beit_jax import architecture, command, fileio, pretrained
 from beit_jax.convert import files
-from beit_jax.models import layers
+from beit_jax.models import packed
 from beit_jax.tasks import classify
 
 PROGRAM, DESCRIPTION = "program.bin", "program.json"
@@ -54,7 +54,7 @@ def make_classifier(
       The jitted function, with the weights inside, and (H, W, C).
     """
     network = architecture.make_model(model.info, dtype=dtype, attention="xla")
-    network, params = layers.for_inference(network, model.params)
+    network, params = packed.for_inference(network, model.params)
 
     @jax.jit
     def logits(image):

@@ -12,7 +12,7 @@ from rich.progress import track
 from beit_jax import architecture, compiler, pretrained
 from beit_jax.data import pipeline, views
 from beit_jax.data.source import Source
-from beit_jax.models import layers
+from beit_jax.models import packed
 
 
 class Outputs(NamedTuple):
@@ -47,7 +47,7 @@ def make(
     info = start.info
     model = architecture.make_model(info, dtype=dtype)
     size = model.config.image_size
-    model, params = layers.for_inference(model, start.params)
+    model, params = packed.for_inference(model, start.params)
 
     def step(params, image):
         return function(model, params, views.eval_view(image, info.image, size, resized=True))

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax.models.layers import DTYPES, Folded, matmul
+from beit_jax.models.dense import Folded, matmul
+from beit_jax.models.layers import DTYPES
 from beit_jax.tasks.task import Task
 
 Flat = dict[str, Any]  # by name, such as "layer_0/attention/query/kernel"

@@ -12,7 +12,7 @@ import numpy as np
 from beit_jax import architecture, build, checkpoint, compiler, convert, lora, optim, state
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert.preprocessor import DEFAULT
-from beit_jax.models import layers
+from beit_jax.models import packed
 from beit_jax.pretrained import Pretrained
 from beit_jax.tasks import classify, pretrain
 from beit_jax.tasks.task import Data
@@ -60,7 +60,7 @@ def make_program(
     start = load(directory)
     if kind == "inference":
         network = architecture.make_model(start.info, dtype=dtype, **runtime)
-        network, params = layers.for_inference(network, start.params)
+        network, params = packed.for_inference(network, start.params)
         apply = functools.partial(classify.classify, network, start.info, resized=True)
         return Program(_jit(apply, image), (params, image), trains=False)
     config = common.get_config()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from beit_jax import checkpoint, modules, predict, pretrained, report, train
 from beit_jax.convert import __main__ as convert_command
-from beit_jax.models import layers
+from beit_jax.models import packed
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from configs import common, quickstart, vit_cifar10
@@ -244,7 +244,7 @@ def test_kernels_converted_ahead_give_the_same_bits(name):
     model, params, image = _for_inference(name)
     fields = {"layer_scale_init_value": 0.0} if name in ("beit", "vit") else {}
     model = model.clone(config=dataclasses.replace(model.config, **fields))
-    same, ready = layers.for_inference(model, params)
+    same, ready = packed.for_inference(model, params)
     assert same == model
     converted = {
         "/".join(path[-2:])
@@ -261,7 +261,7 @@ def test_kernels_converted_ahead_give_the_same_bits(name):
 @pytest.mark.parametrize("name", ["beit", "vit"])
 def test_layer_scales_are_multiplied_into_kernels(name):
     model, params, image = _for_inference(name, dtype="float32", layer_scale_init_value=0.3)
-    other, ready = layers.for_inference(model, params)
+    other, ready = packed.for_inference(model, params)
     assert "lambda_1" in params["layer_0"] and "lambda_2" in params["layer_1"]
     assert not [path for path in traverse_util.flatten_dict(ready) if "lambda" in path[-1]]
     expected = model.apply({"params": params}, image)

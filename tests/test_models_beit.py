@@ -18,8 +18,9 @@ from flax import traverse_util
 from scipy import special, stats
 
 from beit_jax import convert
-from beit_jax.models import beit, layers, norms
-from beit_jax.models.layers import Dense, DropPath
+from beit_jax.models import beit, dense, norms
+from beit_jax.models.dense import Dense
+from beit_jax.models.layers import DropPath
 
 TINY = {
     "hidden_size": 24,
@@ -775,7 +776,7 @@ def test_scales_and_shifts_in_kernels(monkeypatch, backend, rows):
     given = [np.float32(rng.standard_normal(shape)) for shape in ((rows,), (rows, 24), (24,))]
 
     def found(row, kernel, scale):
-        return layers.multiply_row(row, kernel), layers.scale_columns(kernel, scale)
+        return dense.multiply_row(row, kernel), dense.scale_columns(kernel, scale)
 
     def plain(row, kernel, scale):
         return row @ kernel, kernel * scale

@@ -15,11 +15,13 @@ from beit_jax.models import (
     activations,
     attention,
     beit,
+    dense,
     features,
     flash,
     kernels,
     layers,
     norms,
+    packed,
     position,
     swin,
     vit,
@@ -425,7 +427,7 @@ def test_networks_in_bfloat16(gpu, family, training, fold):
     options = {"deterministic": not training, "rngs": {"dropout": jax.random.key(0)}}
     given = params
     if not training:
-        fused, params = layers.for_inference(fused, params)
+        fused, params = packed.for_inference(fused, params)
     program = str(jax.make_jaxpr(lambda p: fused.apply({"params": p}, image, **options))(params))
     names = set(re.findall(r"name=(\w+_kernel|norm\w*|gelu\w*)\n", program))
     assert names == {"forward_kernel", "norm", "gelu_forward"}
@@ -450,17 +452,17 @@ def test_networks_in_bfloat16(gpu, family, training, fold):
 @pytest.mark.parametrize("family, changes", [x for x in NETWORKS if len(x[1]) < 2])
 def test_packed_for_inference(monkeypatch, family, changes, batch):
     fused, _, params, image = make(family, batch=batch, **changes)
-    packed, ready = layers.for_inference(fused, params)
-    assert packed.config.packed and layers.for_inference(packed, ready)[0] == packed
+    network, ready = packed.for_inference(fused, params)
+    assert network.config.packed and packed.for_inference(network, ready)[0] == network
     names = {path[-2:] for path in traverse_util.flatten_dict(ready) if "attention" in path}
-    own = [("attention", "position_bias")] if packed.config.FAMILY == "BEiT" else []
+    own = [("attention", "position_bias")] if network.config.FAMILY == "BEiT" else []
     if "use_relative_position_bias" in changes:
         own = []
     dense = [(name, kind) for name in ("qkv", "output") for kind in ("kernel", "bias")]
     assert names == {*dense, *own}
     made = []
     monkeypatch.setattr(flash, "relative_position_bias", lambda *_: made.append(1))
-    actual = packed.apply({"params": ready}, image)
+    actual = network.apply({"params": ready}, image)
     assert not made  # of a table, whose bias is there already
     monkeypatch.undo()
     assert_close(actual, fused.apply({"params": params}, image), 1e-4)
@@ -468,9 +470,9 @@ def test_packed_for_inference(monkeypatch, family, changes, batch):
 
 def test_nothing_learns_that_is_for_inference(gpu):
     fused, _, params, image = make(beit)
-    packed, ready = layers.for_inference(fused, params)
+    network, ready = packed.for_inference(fused, params)
     with pytest.raises(ValueError, match="prepared has no gradient"):
-        gradients(packed, ready, image)
+        gradients(network, ready, image)
 
 
 @pytest.mark.parametrize("name", ["plain", "xla"])
@@ -567,7 +569,7 @@ def test_convolutions_of_few_channels():
                 x, kernel, (1, 1), padding, dimension_numbers=numbers
             )
 
-        wide = layers.widen(x, kernel)
+        wide = dense.widen(x, kernel)
         assert wide[0].shape[-1] % 8 == 0
         assert math.prod(wide[1].shape[:2]) == (size if channels % 8 else size**2)
         assert_close(convolve(*wide), convolve(x, kernel, "SAME"))

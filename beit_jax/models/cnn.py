@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models import layers
-from beit_jax.models.layers import Dense, layer_id
+from beit_jax.models import dense, layers
+from beit_jax.models.dense import Dense
+from beit_jax.models.layers import layer_id
 from beit_jax.models.position import Grid
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
@@ -94,7 +95,7 @@ class Cnn(nn.Module):
         x = image.astype(dtype)
         for index, channels in enumerate(config.conv_channels):
             name = f"layer_{index}"
-            x = layers.Conv(channels, config.kernel_size, "VALID", initial, dtype, name=name)(x)
+            x = dense.Conv(channels, config.kernel_size, "VALID", initial, dtype, name=name)(x)
             x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
         for index, size in enumerate(config.hidden_sizes, len(config.conv_channels)):

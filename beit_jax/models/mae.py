@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models.beit import BeitConfig, Layer
-from beit_jax.models.layers import Dense, spread
+from beit_jax.models.dense import Dense, spread
 from beit_jax.models.position import sincos_position_embeddings
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import activations, attention
+from beit_jax.models.dense import Dense, spread
 from beit_jax.models.layers import (
     DROP_PATH_MODES,
     DTYPES,
     REMAT_POLICIES,
-    Dense,
     Mlp,
     PatchEmbeddings,
     classifier,
@@ -32,7 +32,6 @@ from beit_jax.models.layers import (
     norm,
     normal,
     pair_image_size,
-    spread,
 )
 from beit_jax.models.position import Grid, relative_position_bias, resize_bicubic
 

@@ -12,7 +12,8 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import swin
-from beit_jax.models.layers import Dense, expect, make_config, normal, unit
+from beit_jax.models.dense import Dense
+from beit_jax.models.layers import expect, make_config, normal, unit
 from beit_jax.models.position import Grid
 from beit_jax.models.swin import Swin, layer_id
 

@@ -14,17 +14,16 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import layers
+from beit_jax.models.dense import Dense, spread
 from beit_jax.models.layers import (
     REMAT_POLICIES,
     Attention,
-    Dense,
     Mlp,
     PatchEmbeddings,
     drop_path,
     layer_id,
     norm,
     normal,
-    spread,
 )
 from beit_jax.models.position import resize_position_embeddings, sincos_position_embeddings
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from beit_jax import losses
 from beit_jax.data import masking
+from beit_jax.models.dense import Dense
 from beit_jax.models.features import layer_outputs
-from beit_jax.models.layers import Dense, take_tokens
+from beit_jax.models.layers import take_tokens
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
 ARCHITECTURE = {"head": "tokens", "use_mask_token": True}

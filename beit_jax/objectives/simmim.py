@@ -4,7 +4,8 @@ import jax
 
 from beit_jax import losses
 from beit_jax.data import masking
-from beit_jax.models.layers import Dense, patchify, take_tokens, unpatchify
+from beit_jax.models.dense import Dense
+from beit_jax.models.layers import patchify, take_tokens, unpatchify
 from beit_jax.objectives import pixels
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models import layers
+from beit_jax.models import dense, layers
 from beit_jax.models.layers import DTYPES, make_config
 from beit_jax.tokenizers.trainer import Trainer, count
 
@@ -101,7 +101,7 @@ def _conv(config, features, size, name, **options):
     """A convolution, initialised as OpenAI's."""
     normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
     options = {"dtype": jnp.dtype(config.dtype), "outputs_first": config.outputs_first} | options
-    return layers.Conv(features, size, "SAME", normal, name=name, **options)
+    return dense.Conv(features, size, "SAME", normal, name=name, **options)
 
 
 class Block(nn.Module):

@@ -15,16 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models import layers, vit
-from beit_jax.models.layers import (
-    Dense,
-    PatchEmbeddings,
-    norm,
-    normal,
-    patchify,
-    spread,
-    unpatchify,
-)
+from beit_jax.models import layers, packed, vit
+from beit_jax.models.dense import Dense, spread
+from beit_jax.models.layers import PatchEmbeddings, norm, normal, patchify, unpatchify
 from beit_jax.tokenizers import codebook
 from beit_jax.tokenizers.trainer import Trainer, count
 
@@ -158,10 +151,10 @@ def Model(**architecture: Any) -> VQ:
 
 
 def for_inference(model: VQ, variables: dict) -> tuple[VQ, dict]:
-    """A network and its variables for inference alone, see `layers.for_inference`."""
+    """A network and its variables for inference alone, see `packed.for_inference`."""
     params = dict(variables["params"])
     for name in ("encoder", "decoder"):
-        made, params[name] = layers.for_inference(model, params[name])
+        made, params[name] = packed.for_inference(model, params[name])
     return made, {**variables, "params": params}
 
 

@@ -1,0 +1,89 @@
+"""Networks for inference alone, whose parameters are made ready before."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from beit_jax.models import flash
+from beit_jax.models.layers import TransformerConfig
+from beit_jax.models.position import Table
+
+
+def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
+    """A network and its parameters for inference alone.
+
+    Kernels of attention and MLP are in the type of the computation, to which the network would
+    otherwise convert them in every call, and layer scales are multiplied into them before, so that
+    nothing lies between a product and the residual stream. For our own attention query, key and
+    value become one kernel, and tables what the attention makes of them, see `Attention`.
+    """
+    config, kernel = model.config, re.compile(r"(qkv|query|key|value|output|fc1|fc2)/kernel")
+
+    def convert(path, x):
+        is_kernel = kernel.fullmatch("/".join(str(key.key) for key in path[-2:]))
+        return jnp.asarray(x, config.dtype) if is_kernel else jnp.asarray(x)
+
+    if getattr(config, "layer_scale_init_value", 0):
+        config, params = dataclasses.replace(config, layer_scale_init_value=0.0), _unscaled(params)
+    if isinstance(config, TransformerConfig) and not config.packed and _can_pack(config, params):
+        config, params = dataclasses.replace(config, packed=True), _packed(params, config)
+    return model.clone(config=config), jax.tree.map_with_path(convert, params)
+
+
+def _unscaled(params):
+    """Without layer scales, which are multiplied into kernels and biases."""
+    params = {k: _unscaled(v) if isinstance(v, Mapping) else v for k, v in params.items()}
+    for name, branch, dense in (("lambda_1", "attention", "output"), ("lambda_2", "mlp", "fc2")):
+        if name in params:
+            scale = params.pop(name)
+            scaled = {k: v * scale for k, v in params[branch][dense].items()}
+            params[branch] = {**params[branch], dense: scaled}
+    return params
+
+
+def _attentions(params):
+    """The parameters of each `Attention`."""
+    if "query" in params:
+        yield params
+    for x in params.values():
+        yield from _attentions(x) if isinstance(x, Mapping) else ()
+
+
+def _can_pack(config, params):
+    has_table = ["relative_position_bias_table" in x for x in _attentions(params)]
+    is_shared = "relative_position_bias_table" in params
+    if not has_table or (is_shared and any(has_table)):
+        return False
+    biased = is_shared or any(has_table)
+    return config.resolved_attention(config.num_tokens, biased) == "pallas"
+
+
+def _packed(params, config):
+    """As networks of a packed configuration want them; what a product adds is in its type."""
+    if "query" in params:
+        return _packed_attention(params, config)
+    params = {k: _packed(v, config) if isinstance(v, Mapping) else v for k, v in params.items()}
+    if "fc2" in params:
+        bias = jnp.asarray(params["fc2"]["bias"], config.dtype)
+        params["fc2"] = {**params["fc2"], "bias": bias}
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=1)  # compiled once for all layers
+def _packed_attention(params, config):
+    none = jnp.zeros(config.hidden_size)
+    parts = [params[name] for name in ("query", "key", "value")]
+    kernel = jnp.concatenate([x["kernel"] for x in parts], 1)
+    bias = jnp.concatenate([x.get("bias", none) for x in parts])
+    packed = {"qkv": {"kernel": kernel, "bias": bias}, "output": params["output"]}
+    packed = jax.tree.map(lambda x: x.astype(config.dtype), packed)
+    if "relative_position_bias_table" in params:
+        table = Table(params["relative_position_bias_table"], config.grid)
+        rows, _ = flash.prepared_shape(config.num_tokens)
+        packed["position_bias"] = flash.prepare(table, jnp.dtype(config.dtype), rows)
+    return packed
