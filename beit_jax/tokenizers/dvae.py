@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import dense, layers
@@ -220,9 +221,9 @@ def for_inference(model: DVAE, variables: dict) -> tuple[DVAE, dict]:
     def convert(path, x):
         name = "/".join(key.key for key in path)
         if not name.endswith("/kernel"):
-            return jnp.asarray(x)
+            return x
         dtype = "float32" if name == "encoder/output/kernel" else config.dtype
-        return jnp.asarray(x, dtype).transpose(3, 0, 1, 2)
+        return np.asarray(x).astype(jnp.dtype(dtype)).transpose(3, 0, 1, 2)  # nothing to compile
 
     params = jax.tree.map_with_path(convert, variables["params"])
     config = dataclasses.replace(config, outputs_first=True)
