@@ -307,8 +307,9 @@ def bias_table(module: nn.Module, config: TransformerConfig) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; of a packed configuration with the parameters that `models/packed.py`
-    makes: "qkv" in the place of query, key and value, and "position_bias" in that of a table.
+    """Multi-head self-attention; of a packed configuration with the parameters that
+    `models/packed.py` makes: "qkv" in the place of query, key and value, and "position_bias" in
+    that of a table.
 
     Attributes:
       output_init: of the kernel of the output projection.
