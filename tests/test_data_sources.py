@@ -15,7 +15,7 @@ from beit_jax import sharding
 from beit_jax.data import __main__ as command
 from beit_jax.data import images, inputs, sources
 from beit_jax.data.source import balanced_order, check, stratified_fold
-from configs import _shared, common
+from configs import _shared, common, image_folder
 
 
 def save(path, color=(1, 2, 3), size=(6, 4)):
@@ -356,6 +356,54 @@ def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
     with caplog.at_level("INFO"):
         inputs.open_splits(config, sharding.make_mesh())
     assert f"folder:{tmp_path} has splits that are not used: val, test." in caplog.messages
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_that_is_the_test_is_told(tmp_path, caplog, name):
+    class_folders(tmp_path, {"cat": 20, "dog": 20}, prefix="train")
+    class_folders(tmp_path, {"cat": 2, "dog": 2}, prefix=name)
+    config = image_folder.get_config(str(tmp_path)).data
+    assert (config.train, config.val, config.test) == ("train[:90%]", "train[90%:]", name)
+    mesh = sharding.make_mesh()
+    caplog.set_level("INFO")
+    inputs.open_splits(config, mesh)
+    (message,) = caplog.messages
+    assert f"has no split 'test': its '{name}' is the test" in message
+    flags = message.partition("without a test: ")[2].replace("--config.data.", "").split()
+    config.update_from_flattened_dict(dict(flag.split("=") for flag in flags))
+    caplog.clear()
+    splits = inputs.open_splits(config, mesh)
+    assert {key: len(split.source) for key, split in splits.items()} == {"train": 40, "val": 4}
+    assert not caplog.messages
+    class_folders(tmp_path, {"cat": 1, "dog": 1}, prefix="test")
+    inputs.open_splits(image_folder.get_config(str(tmp_path)).data, mesh)
+    assert not caplog.messages
+
+
+def test_which_fold_is_told(tmp_path, caplog):
+    class_folders(tmp_path, {"cat": 10, "dog": 10})
+    config = image_folder.get_config(str(tmp_path)).data
+    config.folds, config.fold = 5, 2
+    mesh = sharding.make_mesh()
+    caplog.set_level("INFO")
+    splits = inputs.open_splits(config, mesh)
+    assert caplog.messages == [
+        "Fold 2 of 5 (from 0, by config.data.fold) validates, the others are learnt."
+    ]
+    assert splits["val"].source.split.endswith("fold 2 of 5")
+
+
+def test_classes_without_a_picture_to_measure_are_told(tmp_path, caplog):
+    class_folders(tmp_path, {"cat": 2, "eel": 1})
+    config = image_folder.get_config(f"{tmp_path},test").data
+    mesh = sharding.make_mesh()
+    classes = ["dog", "cat", "eel"]
+    inputs.open_splits(config, mesh, ("val", "test"), classes)
+    (message,) = caplog.messages
+    assert message.startswith("The split 'train' has no picture of dog, of which its accuracy says")
+    caplog.clear()
+    inputs.open_splits(config, mesh, ("val", "test"), classes[1:])
+    assert not caplog.messages
 
 
 def test_shared_pictures_of_folds_are_counted():
