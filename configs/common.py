@@ -105,9 +105,11 @@ def get_config() -> ConfigDict:
     mask.kind = config_dict.placeholder(str)  # blockwise; beit_v1: perhaps fewer; random; simmim
     mask.ratio = config_dict.placeholder(float)  # of the patches
     mask.num_mask_patches = config_dict.placeholder(int)  # overrides ratio
-    mask.min_mask_patches_per_block = 16
+    # None: BEiT's 16 of 14 x 14 patches, in proportion fewer of a smaller grid
+    mask.min_mask_patches_per_block = config_dict.placeholder(int)
     mask.max_mask_patches_per_block = config_dict.placeholder(int)
-    mask.unit = 1  # side of simmim's squares, in patches
+    # side of simmim's squares, in patches; None: 2, or 1 where a side of the grid is odd or below 12
+    mask.unit = config_dict.placeholder(int)
     mask.bank = 65536  # masks drawn before the first step; each step takes some of them
     config.decoder = decoder = ConfigDict()  # of mae
     decoder.hidden_size = 512
