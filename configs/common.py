@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     # None: BEiT's 16 of 14 x 14 patches, in proportion fewer of a smaller grid
     mask.min_mask_patches_per_block = config_dict.placeholder(int)
     mask.max_mask_patches_per_block = config_dict.placeholder(int)
-    # side of simmim's squares, in patches; None: 2, or 1 where a side of the grid is odd or below 12
+    # side of simmim's squares, in patches; None: 2, or 1 if a side of the grid is odd or below 12
     mask.unit = config_dict.placeholder(int)
     mask.bank = 65536  # masks drawn before the first step; each step takes some of them
     config.decoder = decoder = ConfigDict()  # of mae
