@@ -244,6 +244,23 @@ def test_empty_folders_are_errors(tmp_path):
         sources.get_source(f"folder:{tmp_path}")
 
 
+def test_check_lists_empty_folders_beside_broken_files(tmp_path, capsys):
+    class_folders(tmp_path, {"cat": 2}, prefix="train")
+    class_folders(tmp_path, {"cat": 1}, prefix="test")
+    for name in ("train/dog", "test/eel"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "test/cat/broken.png").write_bytes(b"")
+    assert command.main([f"folder:{tmp_path}"]) == 2
+    told = f"no pictures in the class folders train/dog, test/eel of {tmp_path}; looked for .jpg"
+    error = capsys.readouterr().err
+    assert told in error and "remove these folders, or put pictures there" in error
+    assert command.main([f"folder:{tmp_path}", "--check"]) == 1
+    out = capsys.readouterr().out
+    assert told in out and "broken.png: the file is empty" in out and "1 of 4 pictures" in out
+    (tmp_path / "test/cat/broken.png").unlink()
+    assert command.main([f"folder:{tmp_path}", "--check"]) == 1
+
+
 def test_class_names_set_the_numbers(tmp_path):
     class_folders(tmp_path, {"cat": 2, "dog": 2})
     source = sources.get_source(f"folder:{tmp_path}", class_names=["fish", "dog", "cat"])

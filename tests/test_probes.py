@@ -104,6 +104,7 @@ def test_probes_learn_and_the_network_does_not(tmp_path, workdir):
     assert val["accuracy"] == max(val[f"accuracy_layer_{i}"] for i in range(3))
     assert test["best_layer"] == val["best_layer"]  # chosen there, measured here
     assert test["accuracy"] == layers[test["best_layer"]]
+    assert test["chosen_by"] == "the validation" and "chosen_by" not in val
     assert min(layers) > 0.5  # random features of digits are good features
     assert test["count"] == 100
     saved = checkpoint.load_params(tmp_path)
@@ -174,7 +175,10 @@ def test_knn_command(tmp_path, start, workdir):
     assert finished.status == 0, finished.output
     content = json.loads(out.read_text())
     assert len(content["accuracy"]) == 3 and min(content["accuracy"]) > 0.6
-    assert f"layer  {content['best_layer']}" in finished.output
+    best = content["best_layer_of_test"]
+    assert content["accuracy"][best] == max(content["accuracy"])
+    told = f"layer  {best}  accuracy {content['accuracy'][best]:.4f}  highest, on these very pict"
+    assert told in finished.output
 
 
 def test_knn_into_no_folder(tmp_path, start, workdir):

@@ -30,6 +30,10 @@ def unused(config) -> dict:
     return settings
 
 
+def check_classes(config, class_names) -> None:
+    """Nothing: labels have no influence."""
+
+
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
     """The task of a config; arguments as of `tasks/classify.py`, labels have no influence.
 
