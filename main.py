@@ -85,14 +85,14 @@ def main(argv):
     that of its signal."""
     if len(argv) > 1:
         sys.exit(f"Unexpected arguments: {' '.join(argv[1:])}. Flags start with --.")
-    from beit_jax import errors, train
-
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
     logging.captureWarnings(True)
     for chatty in ("absl", "jax", "matplotlib"):  # failed saves are told by checkpoint.py
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     for chatty in ("datasets", "fsspec", "httpx", "httpx2", "huggingface_hub", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    from beit_jax import errors, train  # and what it imports, which talks as it is imported
+
     try:
         results = train.run(CONFIG.value, WORKDIR.value)
     except errors.KINDS as error:

@@ -176,8 +176,8 @@ def test_only_tests_where_the_folder_has_a_test(tmp_path, picture_folder):
 
 def test_few_steps_are_told(tmp_path, picture_folder, hf_directory, caplog):
     few = {"total_steps": None, "num_epochs": 2.0}
-    with pytest.raises(ValueError, match="Unknown config.best_metric"):  # first what stops the run
-        changes = STILL | few | {"best_metric": "f2"}
+    with pytest.raises(ValueError, match="num_labels is 7"):  # first what stops the run
+        changes = STILL | few | {"model.num_labels": 7}
         finetune(tmp_path, picture_folder, hf_directory, changes)
     assert "steps are few to learn from" not in caplog.text
     finetune(tmp_path, picture_folder, hf_directory, STILL | few)

@@ -121,10 +121,14 @@ def _to_hf(args) -> int:
     print(f"{args.dst}: written")
     if not args.verify:
         return 0
-    difference = verify.max_difference(args.dst, params, architecture)
+    difference, largest = verify.max_difference(args.dst, params, architecture)
     is_same = difference <= _TOLERANCE
     verdict = "ok" if is_same else "too large"
-    print(f"largest difference from transformers: {difference:.3g} ({verdict})")
+    share = difference / largest if largest else difference
+    print(
+        f"largest difference from transformers: {difference:.3g}, {share:.2g} of the largest "
+        f"output ({verdict})"
+    )
     return 0 if is_same else 1
 
 
