@@ -55,6 +55,7 @@ def run(config, workdir: str) -> dict | int:
     views.check(config)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    config = inputs.with_own_splits(config)
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     with contextlib.ExitStack() as stack:

@@ -144,9 +144,11 @@ def get_config() -> ConfigDict:
     data.data_dir = ""
     data.image_key = config_dict.placeholder(str)  # column; None: image, or the only one
     data.label_key = config_dict.placeholder(str)  # None: label, or the only one
-    data.train = "train[:90%]"
-    data.val = "train[90%:]"  # "" for no validation
-    data.test = "test"  # "" for no final test
+    # None: as the data are split, and else by `shares`
+    data.train = config_dict.FieldReference("train[:90%]", field_type=str)
+    data.val = config_dict.FieldReference("train[90%:]", field_type=str)  # "" for no validation
+    data.test = config_dict.FieldReference("test", field_type=str)  # "" for no final test
+    data.shares = ()  # the three, of data that are one split
     data.folds = 0  # of stratified cross-validation over train + val; val is then one fold of it
     data.fold = 0  # which, from 0
     data.labelled = True  # False: pictures alone, of a folder at any depth

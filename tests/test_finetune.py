@@ -14,6 +14,7 @@ from flax import traverse_util
 from PIL import Image
 
 from beit_jax import checkpoint, convert, fileio, predict, pretrained, report, train
+from beit_jax.data import inputs
 from configs import image_folder, lora
 
 torch = pytest.importorskip("torch")
@@ -170,7 +171,7 @@ def test_measures_pictures_of_some_classes(tmp_path, picture_folder, finetuned, 
 def test_only_tests_where_the_folder_has_a_test(tmp_path, picture_folder):
     for split in ("train", "test"):
         shutil.copytree(picture_folder, tmp_path / split)
-    config = image_folder.get_config(f"{tmp_path},test")
+    config = inputs.with_own_splits(image_folder.get_config(f"{tmp_path},test"))
     assert (config.eval_only, config.data.val, config.data.test) == (True, "", "test")
 
 

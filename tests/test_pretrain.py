@@ -569,8 +569,8 @@ def test_sizes_are_arguments(recipe):
 
 
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])
-def test_a_test_of_its_own_is_left_whole(recipe, tmp_path):
+def test_a_test_of_its_own_is_left_whole(recipe, tmp_path, picture_folder):
     for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-    data = recipe.get_config(f"folder:{tmp_path}").data
+        shutil.copytree(picture_folder, tmp_path / split)
+    data = inputs.with_own_splits(recipe.get_config(f"folder:{tmp_path}")).data
     assert (data.train, data.val, data.test) == ("train[:90%]", "train[90%:]", "")

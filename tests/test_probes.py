@@ -11,7 +11,7 @@ from flax import linen as nn
 from sklearn.neighbors import KNeighborsClassifier
 
 from beit_jax import checkpoint, compare, inference, knn, pretrained, train
-from beit_jax.data import sources
+from beit_jax.data import inputs, sources
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import beit, features
 from configs import image_folder, linear_probe
@@ -191,11 +191,11 @@ def test_knn_into_no_folder(tmp_path, start, workdir):
 
 
 @pytest.mark.parametrize("has_test", [True, False])
-def test_probes_see_the_pictures_of_fine_tuning(tmp_path, has_test):
+def test_probes_see_the_pictures_of_fine_tuning(tmp_path, picture_folder, has_test):
     for name in ("train", "test")[: 1 + has_test]:
-        (tmp_path / name).mkdir()
-    probe = linear_probe.get_config(f"folder:{tmp_path}").data
-    tuning = image_folder.get_config(str(tmp_path)).data
+        shutil.copytree(picture_folder, tmp_path / name)
+    probe = inputs.with_own_splits(linear_probe.get_config(f"folder:{tmp_path}")).data
+    tuning = inputs.with_own_splits(image_folder.get_config(str(tmp_path))).data
     assert probe.name == tuning.name
     assert (probe.train, probe.val, probe.test) == (tuning.train, tuning.val, tuning.test)
     assert probe.test == ("test" if has_test else "train[90%:]")
