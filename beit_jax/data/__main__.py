@@ -45,18 +45,16 @@ def run(args) -> int:
         image_key=args.image_key,
         label_key=args.label_key,
     )
-    empty = None
     try:
         source = open_source(labelled=not args.unlabelled)
     except folder.EmptyFoldersError as error:
         if not args.check:
             raise
-        source, empty = open_source(labelled=False), error
+        report_bad_images(open_source(labelled=False))
+        print(error)
+        return 1
     describe(source)
-    status = report_bad_images(source) if args.check else 0
-    if empty:
-        print(empty)
-    return 1 if empty else status
+    return report_bad_images(source) if args.check else 0
 
 
 def describe(source: Source) -> None:
