@@ -1,14 +1,24 @@
-"""python main.py --config=configs/NAME.py[:ARG] --workdir=DIR [--config.key=value ...]"""
+"""python main.py --config=configs/NAME.py[:ARG] --workdir=DIR [--config.key=value ...]
+
+Each recipe says at the top of its file what it does and what ARG may be. The keys, with their
+defaults, are those of configs/common.py. README.md shows both in use.
+"""
 
 import logging
 import pathlib
 import sys
 import traceback
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+try:
+    from absl import app, flags
+    from ml_collections import ConfigDict, config_flags
 
-from configs import common
+    from configs import common
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"{error}: activate the environment that `make quickstart` makes, by "
+        "`. .venv/bin/activate`, or `pip install -r requirements-cpu.txt`."
+    )
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run leaves everything.")
@@ -17,6 +27,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def parse_flags(argv):
     """Returns the arguments that are no flags; a mistake is one message and exit status 1."""
+    if not {"--help", "-help", "-h"}.isdisjoint(argv):
+        print(f"{__doc__}\nRecipes: {recipes()}")
+        sys.exit()
     try:
         arguments = flags.FLAGS(argv)
         CONFIG.value.keys()  # a file that is not there is an error only now
@@ -30,9 +43,7 @@ def parse_flags(argv):
             message = "Expected python main.py --config=configs/NAME.py --workdir=DIR; " + message
         sys.exit(message)
     except OSError as error:
-        recipes = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
-        available = ", ".join(recipe for recipe in recipes if recipe != "configs/common.py")
-        sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {available}")
+        sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {recipes()}")
     except (AttributeError, KeyError, TypeError) as error:
         # of the last name of a key, of one before it, or of one that stands below a setting
         unknown = error.__context__ if isinstance(error, AttributeError) else error
@@ -43,6 +54,12 @@ def parse_flags(argv):
         if isinstance(unknown, KeyError):
             message += ": " + str(unknown.args[0]).replace("\n", ". ")
         sys.exit(message if "Did you mean" in message else message + siblings(argv))
+
+
+def recipes() -> str:
+    """The files of configs/ that are recipes."""
+    files = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
+    return ", ".join(file for file in files if file != "configs/common.py")
 
 
 def raised_in(error) -> str:
@@ -68,14 +85,14 @@ def main(argv):
     that of its signal."""
     if len(argv) > 1:
         sys.exit(f"Unexpected arguments: {' '.join(argv[1:])}. Flags start with --.")
-    from beit_jax import errors, train
-
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
     logging.captureWarnings(True)
     for chatty in ("absl", "jax", "matplotlib"):  # failed saves are told by checkpoint.py
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     for chatty in ("datasets", "fsspec", "httpx", "httpx2", "huggingface_hub", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    from beit_jax import errors, train  # and what it imports, which talks as it is imported
+
     try:
         results = train.run(CONFIG.value, WORKDIR.value)
     except errors.KINDS as error:

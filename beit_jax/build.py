@@ -30,12 +30,11 @@ class Plan(NamedTuple):
     keep_every: float
 
 
-def make_task(config, splits, workdir, mesh, step: int | None, start=None):
-    """The task of the config: of the model in the workdir, if it has a step, else of a new one,
-    which begins with `start`, or else with what the config names.
+def check_classes(config, splits):
+    """The classes of the splits, or None, checked by the task.
 
     Raises:
-      ValueError: task, data, architecture and weights do not fit each other.
+      ValueError: they differ, or are nothing for the task.
     """
     names = {name: split.source.class_names for name, split in splits.items()}
     class_names = next(iter(names.values()))
@@ -45,7 +44,18 @@ def make_task(config, splits, workdir, mesh, step: int | None, start=None):
                 f"The splits differ in their classes: {name} ({config.data[name]}) has {others}, "
                 f"expected {class_names}."
             )
-    info = None
+    modules.load("tasks", config.task_name).check_classes(config, class_names)
+    return class_names
+
+
+def make_task(config, splits, workdir, mesh, step: int | None, start=None):
+    """The task of the config: of the model in the workdir, if it has a step, else of a new one,
+    which begins with `start`, or else with what the config names.
+
+    Raises:
+      ValueError: task, data, architecture and weights do not fit each other.
+    """
+    class_names, info = check_classes(config, splits), None
     if step is None:
         check_use(config)
     else:
@@ -89,9 +99,15 @@ def check_use(config) -> None:
 
 def check(config) -> None:
     """Raises ValueError where settings make no run."""
-    for key in ("batch_size", "eval_batch_size", "accumulate_steps", "num_epochs", "total_steps"):
+    for key, kind in (
+        ("batch_size", "whole"),
+        ("eval_batch_size", "whole"),
+        ("accumulate_steps", "whole"),
+        ("total_steps", "whole"),
+        ("num_epochs", "finite"),
+    ):
         if config[key] is not None and not 0 < config[key] < np.inf:
-            raise ValueError(f"config.{key} is {config[key]}; expected a finite number above 0.")
+            raise ValueError(f"config.{key} is {config[key]}; expected a {kind} number above 0.")
     rates = ("learning_rate", "end_value", "warmup_init", "weight_decay", "weight_decay_end")
     for key in (*rates, "clip_norm"):
         if (value := config.optim[key]) is not None and not 0 <= value < np.inf:
@@ -155,14 +171,6 @@ def make_plan(config, num_examples: int) -> Plan:
     total_steps = config.total_steps
     if total_steps is None:
         total_steps = max(1, round(config.num_epochs * steps_per_epoch))
-        if total_steps < FEW_STEPS:
-            logging.warning(
-                "%d steps are few to learn from: a smaller config.batch_size than %d, or more than "
-                "%g config.num_epochs, makes more of them.",
-                total_steps,
-                config.batch_size,
-                config.num_epochs,
-            )
 
     def steps(duration, name):
         return to_steps(
@@ -186,6 +194,18 @@ def make_plan(config, num_examples: int) -> Plan:
         warmup=warmup,
         **{name: steps(config[name], name) for name in names},
     )
+
+
+def warn_of_few_steps(config, plan: Plan) -> None:
+    """Warns of a run whose epochs make few steps."""
+    if config.total_steps is None and plan.total_steps < FEW_STEPS:
+        logging.warning(
+            "%d steps are few to learn from: a smaller config.batch_size than %d, or more than "
+            "%g config.num_epochs, makes more of them.",
+            plan.total_steps,
+            config.batch_size,
+            config.num_epochs,
+        )
 
 
 def make_optimizer(config, task, plan):

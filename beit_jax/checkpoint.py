@@ -6,6 +6,7 @@ array, and its own CRC32: orbax itself has no checksums. What cannot be read is 
 `checkpoints/_quarantine`.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -27,6 +28,7 @@ from beit_jax import fileio
 from beit_jax.steps import is_time
 
 _OWN_ITEMS = ("params", "ema_params")
+_ARRAY_ITEMS = (*_OWN_ITEMS, "rest")
 _FORMAT = 1
 _FIX = "Restore it, or take another workdir"
 _TRASH = "_trash"
@@ -88,6 +90,33 @@ def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
     except (KeyError, TypeError) as error:  # of keys, or of what has none
         raise fileio.FileFormatError(path, f"not a model: {error}", _FIX) from error
     raise ValueError(f"{path} has format {version}; this version reads {_FORMAT}.")
+
+
+class _ArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's, but that an array that cannot be read is an error only when the others are read:
+    each of these would find the event loop closed, and print a traceback."""
+
+    async def deserialize(self, infos, args=None):
+        pairs = zip(infos, args or [ocp.RestoreArgs()] * len(infos), strict=True)
+        read = (super(_ArrayHandler, self).deserialize([info], [arg]) for info, arg in pairs)
+        found = await asyncio.gather(*read, return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException):
+                raise error
+        return [array for (array,) in found]
+
+
+def _make_manager(directory, options=None) -> ocp.CheckpointManager:
+    """The manager of the steps in a directory, whose arrays are read and written as numpy's."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _ArrayHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused; without one orbax warns
+    )
+    handlers = {
+        name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in _ARRAY_ITEMS
+    }
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 class _BestN(preservation_policy.PreservationPolicy):
@@ -154,7 +183,7 @@ class Checkpointer:
             preservation_policy=self._policy,
             todelete_subdir=_TRASH,  # a rename: no kill leaves half a checkpoint
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = _make_manager(self.directory, options)
         self._scores |= _read_scores(self._manager)
 
     def _sweep(self):
@@ -191,7 +220,7 @@ class Checkpointer:
             "arrays": {"/".join(path): _describe(x) for path, x in arrays.items()},
         }
         meta["crc32"] = _crc32_of_json(meta)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _by_item(arrays).items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in _by_item(arrays).items()}
         items["meta"] = ocp.args.JsonSave(meta)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -351,7 +380,7 @@ def _load(workdir, step, choose):
     directory = os.path.join(os.path.abspath(workdir), "checkpoints")
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"{workdir} has no checkpoints; expected {directory}.")
-    with ocp.CheckpointManager(directory) as manager:
+    with _make_manager(directory) as manager:
         steps = _by_preference(_read_scores(manager) if step == "best" else {}, manager.all_steps())
         candidates = {"best": steps, "latest": steps[:1]}.get(step, [step])
         _check_step(next(iter(candidates), None), steps, directory)
@@ -371,7 +400,8 @@ def _load(workdir, step, choose):
 def _flatten(state) -> dict[_Path, np.ndarray]:
     """Arrays by path, on the host."""
     tree = traverse_util.flatten_dict(serialization.to_state_dict(state))
-    return jax.device_get({path: x for path, x in tree.items() if x is not None})
+    found = jax.device_get({path: x for path, x in tree.items() if x is not None})
+    return {path: np.asarray(x) for path, x in found.items()}
 
 
 def _check_step(step, steps, directory):
@@ -445,7 +475,7 @@ def _read(manager, step, items=None) -> dict[_Path, np.ndarray]:
         path: np.broadcast_to(np.zeros((), np.dtype(array["dtype"])), array["shape"])
         for path, array in described.items()
     }
-    restore = {name: ocp.args.StandardRestore(tree) for name, tree in _by_item(targets).items()}
+    restore = {name: ocp.args.PyTreeRestore(tree) for name, tree in _by_item(targets).items()}
     restored = manager.restore(step, args=ocp.args.Composite(**restore))
     arrays = {}
     for tree in restored.values():

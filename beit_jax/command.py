@@ -66,7 +66,10 @@ def check_out(parser, out: str) -> None:
 
 def guard(parser, function: Callable[[], int]) -> int:
     """The exit status that a function returns; 2, and a message, where its input is bad."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig()
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:  # perhaps of the import of orbax
+            handler.setFormatter(logging.Formatter("%(message)s"))
     try:
         return function()
     except errors.KINDS as error:

@@ -264,13 +264,14 @@ def comparison(rows: Sequence, path: str) -> Figure:
 
 
 @matplotlib.rc_context(_STYLE)
-def layers(accuracy: Sequence[float], chosen: int, path: str, *, title: str) -> Figure:
-    """Draws the accuracy of each layer, counted from 0, and marks the chosen one."""
+def layers(accuracy: Sequence[float], chosen: int, path: str, *, title: str, by: str) -> Figure:
+    """Draws the accuracy of each layer, counted from 0, and marks the one chosen by `by`."""
     accuracy = np.asarray(accuracy)
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(accuracy, "o-", color=_BLUE, ms=5)
-    axes.plot(chosen, accuracy[chosen], "o", color=_ORANGE, ms=8, label=f"layer {chosen}, chosen")
+    label = f"layer {chosen}, chosen by {by}"
+    axes.plot(chosen, accuracy[chosen], "o", color=_ORANGE, ms=8, label=label)
     axes.set(title=title, xlabel="layer", ylabel="accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

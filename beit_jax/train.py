@@ -55,6 +55,7 @@ def run(config, workdir: str) -> dict | int:
     views.check(config)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    config = inputs.with_own_splits(config)
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     with contextlib.ExitStack() as stack:
@@ -68,6 +69,7 @@ def _train(config, workdir, mesh, stack):
     splits = inputs.open_splits(config.data, mesh)
     if "train" not in splits:
         raise ValueError("config.data.train is empty; to evaluate only, set config.eval_only.")
+    build.check_classes(config, splits)
     fingerprints = {name: split.source.info.fingerprint for name, split in splits.items()}
     train = splits["train"]
     plan = build.make_plan(config, train.num_examples)
@@ -98,6 +100,7 @@ def _train(config, workdir, mesh, stack):
     evaluator = evaluate.make_evaluator(task, config, mesh)
     if "val" in splits:
         evaluate.check_best_metric(task, config, mesh, splits["val"], state)
+    build.warn_of_few_steps(config, plan)
     stopped = stack.enter_context(catch_signals())
     steps = range(start_step, plan.total_steps)
     stream = inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)

@@ -1,7 +1,5 @@
 """What recipes share: how their arguments are read, and starts."""
 
-import contextlib
-import csv
 import os
 from collections.abc import Sequence
 
@@ -12,7 +10,6 @@ from configs import common
 SIZES = ("tiny", "small", "base", "large")  # presets that may be arguments
 UNLABELLED = ("cifar10", "digits", "imagenet")  # data to pre-train on
 _PREFIXES = ("folder:", "hf:", "tfds:")  # of data of one's own
-_SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 
 def parse_arg(arg: str | None, *allowed: str) -> str:
@@ -72,37 +69,11 @@ def own_data(path: str) -> str:
     return path if path.startswith(_PREFIXES) else f"folder:{path}"
 
 
-def own_splits(data: str) -> tuple[str, str, str] | None:
-    """The splits that data of one's own have for training, validation and the test; None where all
-    is one split.
-
-    Of train and one other, that one is the test and a tenth of train is for validation. Of data
-    that are no folder nobody knows yet.
-    """
-    kind, _, path = data.partition(":")
-    path, splits = os.path.expanduser(path), set()
-    if kind != "folder":
-        return None
-    if path.lower().endswith(".csv") and os.path.isfile(path):
-        with contextlib.suppress(csv.Error):  # which the data set will tell
-            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-                splits = {row.get("split") for row in csv.DictReader(file, skipinitialspace=True)}
-    elif os.path.isdir(path):
-        folders = {x.name for x in os.scandir(path) if x.is_dir() and x.name[0] != "."}
-        splits = folders if folders <= _SPLIT_FOLDERS else set()
-    val = next((name for name in ("val", "valid", "validation") if name in splits), None)
-    if "test" in splits and val:
-        return "train", val, "test"
-    if "test" in splits or val:
-        return "train[:90%]", "train[90%:]", "test" if "test" in splits else val
-    return None
-
-
 def set_splits(config: ConfigDict, *shares: str) -> None:
-    """Gives `config.data` the splits that it has, or else these shares of its pictures: training,
-    validation and test."""
-    splits = own_splits(config.data.name) or shares
-    config.data.train, config.data.val, config.data.test = splits
+    """Leaves training, validation and test to the splits that data of one's own have, or else to
+    these shares of its pictures."""
+    config.data.train = config.data.val = config.data.test = None
+    config.data.shares = shares
 
 
 def unlabelled(data: str, task_name: str) -> ConfigDict:

@@ -105,9 +105,11 @@ def get_config() -> ConfigDict:
     mask.kind = config_dict.placeholder(str)  # blockwise; beit_v1: perhaps fewer; random; simmim
     mask.ratio = config_dict.placeholder(float)  # of the patches
     mask.num_mask_patches = config_dict.placeholder(int)  # overrides ratio
-    mask.min_mask_patches_per_block = 16
+    # None: BEiT's 16 of 14 x 14 patches, in proportion fewer of a smaller grid
+    mask.min_mask_patches_per_block = config_dict.placeholder(int)
     mask.max_mask_patches_per_block = config_dict.placeholder(int)
-    mask.unit = 1  # side of simmim's squares, in patches
+    # side of simmim's squares, in patches; None: 2, or 1 if a side of the grid is odd or below 12
+    mask.unit = config_dict.placeholder(int)
     mask.bank = 65536  # masks drawn before the first step; each step takes some of them
     config.decoder = decoder = ConfigDict()  # of mae
     decoder.hidden_size = 512
@@ -142,9 +144,11 @@ def get_config() -> ConfigDict:
     data.data_dir = ""
     data.image_key = config_dict.placeholder(str)  # column; None: image, or the only one
     data.label_key = config_dict.placeholder(str)  # None: label, or the only one
-    data.train = "train[:90%]"
-    data.val = "train[90%:]"  # "" for no validation
-    data.test = "test"  # "" for no final test
+    # None: as the data are split, and else by `shares`
+    data.train = config_dict.FieldReference("train[:90%]", field_type=str)
+    data.val = config_dict.FieldReference("train[90%:]", field_type=str)  # "" for no validation
+    data.test = config_dict.FieldReference("test", field_type=str)  # "" for no final test
+    data.shares = ()  # the three, of data that are one split
     data.folds = 0  # of stratified cross-validation over train + val; val is then one fold of it
     data.fold = 0  # which, from 0
     data.labelled = True  # False: pictures alone, of a folder at any depth

@@ -4,12 +4,11 @@
     python main.py --config=configs/image_folder.py:PATH,lora --workdir=workdirs/adapted
 
 PATH holds `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`, or is a CSV file with the
-columns image and label, and perhaps split. Classes are the folders' names. Splits of its own are
-kept: train, val and test; of train and one other, that one is the test and a tenth of train is for
-validation. Otherwise pictures are split 80 % / 10 % / 10 %, the same way on every machine. With
-fewer than some thousand pictures a smaller --config.batch_size leaves enough steps. PATH may also
-be hf:NAME or tfds:NAME, a data set of these libraries; then --config.data.train, val and test say
-which splits it has, where 80 % / 10 % / 10 % of its train are not wanted.
+columns image and label, and perhaps split. Classes are the folders' names. PATH may also be hf:NAME
+or tfds:NAME, a data set of these libraries. Splits of its own are kept: train, val and test; of
+train and one other, that one is the test and a tenth of train is for validation. Otherwise train is
+split 80 % / 10 % / 10 %, the same way on every machine. --config.data.train, val and test choose
+others. With fewer than some thousand pictures a smaller --config.batch_size leaves enough steps.
 
 The whole network is trained, after BEiT's own fine-tuning from a checkpoint that was fine-tuned
 before. `,lora`, `,bias` and `,head` train a part of it, at the higher learning rates that parts
@@ -18,7 +17,7 @@ configs/pretrain.py: BEiT's rate for that (4e-3 for 1024 pictures of a batch) an
 more epochs. `,scratch` begins with nothing, at a rate for that, and --config.preset=tiny, small or
 base decides the size. None of these rates was chosen on data here. `,test` trains nothing: it
 measures the classifier of --config.pretrained, such as a finished workdir, on the test of PATH, or
-on all pictures of a folder without one.
+on all pictures of data without one.
 """
 
 from configs import _shared, common
@@ -34,8 +33,7 @@ def get_config(arg=None):
     config.pretrained = "microsoft/beit-base-patch16-224"
     if how == "test":
         config.eval_only = True
-        is_folder = config.data.name.startswith("folder:")
-        _shared.set_splits(config, "train", "", "train" if is_folder else "test")
+        _shared.set_splits(config, "train", "", "train")
         config.data.val = ""
         return config
     _shared.set_splits(config, "train[:80%]", "train[80%:90%]", "train[90%:]")

@@ -25,7 +25,10 @@ def get_config(arg=None):
     config = common.get_config()
     config.task_name = "linear_probe"
     config.data.name = "tfds:imagenet2012" if kind == "imagenet" else data
-    _shared.set_splits(config, *_SPLITS.get(kind, _SHARES))
+    if kind == "folder":
+        _shared.set_splits(config, *_SHARES)
+    else:
+        config.data.train, config.data.val, config.data.test = _SPLITS[kind]
     if kind == "imagenet":
         config.image.crop, config.image.crop_pct = "center", 0.875
         config.image.interpolation = "bicubic"

@@ -59,7 +59,6 @@ def _set_objective(config, objective, kind, large):
         config.model.early_layers = 3 if kind == "digits" else 21 if large else 9
         config.augment.scale = (0.2, 1.0)
     if objective == "simmim":
-        config.mask.unit = 2 if kind in ("imagenet", "folder") else 1  # squares of 32 pixels
         config.augment.scale = (0.67, 1.0)
         config.augment.color_jitter = 0.0
     if objective == "mae":

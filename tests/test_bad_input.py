@@ -1,8 +1,11 @@
 """Every mistake of a user ends main.py soon, with a message of a few lines that helps."""
 
 import os
+import pathlib
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -52,6 +55,20 @@ def test_unknown_config_key_that_resembles_none(refuses):
 def test_config_key_below_a_setting(refuses):
     message = refuses({"data.name.foo": 1})
     assert message == "Unknown config key: 'foo'; data.name is a setting and has no keys\n"
+
+
+def test_help_tells_recipes_and_settings(start):
+    status, output = start("main.py", "--help").wait()
+    assert status == 0 and output.startswith("python main.py --config=configs/NAME.py[:ARG]")
+    assert "configs/common.py" in output and "configs/image_folder.py" in output.splitlines()[-1]
+
+
+def test_outside_of_the_environment():
+    bare = [sys.executable, "-S", "main.py"]  # without the packages that are installed
+    done = subprocess.run(bare, cwd=pathlib.Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith("No module named 'absl': activate the environment")
+    assert b"pip install -r requirements-cpu.txt" in done.stderr and b"Trace" not in done.stderr
 
 
 def test_unknown_flag_tells_how_settings_are_given(fails):
@@ -196,6 +213,8 @@ def test_stray_argument(flags, fails, tmp_path):
             {"best_metric": "acuracy", "data.val": "train[400:450]"},
             ["'acuracy'", "available: loss, accuracy"],
         ),
+        ({"batch_size": 0}, ["config.batch_size is 0; expected a whole number above 0"]),
+        ({"num_epochs": 0.0}, ["config.num_epochs is 0.0; expected a finite number above 0"]),
         ({"data.fold": 1}, ["config.data.fold is 1", "config.data.folds is 0"]),
         ({"accumulate_steps": 0}, ["config.accumulate_steps is 0"]),
         ({"accumulate_steps": 3}, ["config.batch_size is 32", "3 micro-batches", "such as 30"]),
@@ -322,15 +341,15 @@ def test_empty_class_folder(refuses, folder):
 
 def test_no_labels(refuses, folder):
     path, changes = folder
-    message = refuses(changes | {"data.name": f"folder:{path}/red", "batch_size": 8})
-    assert "Classification needs labels" in message
+    message = refuses(changes | {"data.name": f"folder:{path}/red", "batch_size": 4096})
+    assert "Classification needs labels" in message  # and not how few pictures are in a batch
 
 
 def test_one_class(refuses, folder):
     path, changes = folder
     for name in ("green", "blue"):
         shutil.rmtree(path / name)
-    assert "one class only, 'red'" in refuses(changes | {"batch_size": 8})
+    assert "one class only, 'red'" in refuses(changes | {"batch_size": 4096})
 
 
 def test_splits_of_different_classes(refuses, folder, tmp_path):

@@ -327,7 +327,7 @@ def test_damaged_json(exported, name, content):
 
 def test_no_config(exported):
     (exported / "config.json").unlink()
-    with pytest.raises(ValueError, match="need the config.json"):
+    with pytest.raises(ValueError, match=f"{exported}: .* need the config.json"):
         convert.load(exported)
 
 
@@ -498,10 +498,11 @@ def test_command_verifies(exported, tmp_path, capsys, monkeypatch):
 
 def test_command_reports_a_difference(exported, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("beit_jax.convert.verify.check_installed", lambda: None)
-    monkeypatch.setattr("beit_jax.convert.verify.max_difference", lambda *args: 2e-4)
+    monkeypatch.setattr("beit_jax.convert.verify.max_difference", lambda *args: (2e-4, 8.0))
     assert main(["from-hf", str(exported), str(tmp_path / "workdir")]) == 0
     assert main(["to-hf", str(tmp_path / "workdir"), str(tmp_path / "out"), "--verify"]) == 1
-    assert "0.0002 (too large)" in capsys.readouterr().out
+    told = "0.0002, 2.5e-05 of the largest output (too large)"
+    assert told in capsys.readouterr().out
 
 
 def test_command_errors(exported, tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 
 from beit_jax import knn, train
 from beit_jax.data import __main__ as command
-from beit_jax.data import hub, images, sources
+from beit_jax.data import hub, images, inputs, sources
 from beit_jax.data.source import check
 from configs import image_folder, linear_probe, pretrain, quickstart
 
@@ -260,6 +260,21 @@ def test_what_is_not_there(saved, tmp_path, monkeypatch):
 def test_is_described(saved, capsys):
     assert command.main([f"hf:{saved}", "--split", "validation", "--check"]) == 0
     assert "validation: 6 pictures, 8 x 8 x 3" in capsys.readouterr().out
+
+
+def test_splits_are_its_own_as_those_of_a_folder(saved, tmp_path):
+    def found(path, *arguments):
+        config = image_folder.get_config(",".join([f"hf:{path}", *arguments]))
+        data = inputs.with_own_splits(config).data
+        return data.train, data.val, data.test
+
+    assert found(saved) == ("train[:90%]", "train[90%:]", "validation")
+    assert found(saved, "test") == ("train[:90%]", "", "validation")
+    tables = {"train": table(6), "validation": table(6), "test": table(6)}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "all")
+    assert found(tmp_path / "all") == ("train", "validation", "test")
+    table(6).save_to_disk(tmp_path / "one")
+    assert found(tmp_path / "one") == ("train[:80%]", "train[80%:90%]", "train[90%:]")
 
 
 def test_recipes_take_it(saved, tmp_path):

@@ -158,6 +158,15 @@ def test_every_mode_becomes_the_expected_rgb(name):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_an_empty_file_is_told_by_its_header_too(tmp_path):
+    path = tmp_path / "empty.png"
+    path.write_bytes(b"")
+    for empty in (b"", path):
+        with pytest.raises(images.BadImageError, match="the file is empty"):
+            with images.naming(lambda: "empty.png"):
+                images.read_size(empty)
+
+
 def test_picture_folder_is_read_or_every_bad_file_is_named(tmp_path):
     for folder, pictures in (("good", good_pictures()), ("bad", bad_pictures())):
         (tmp_path / folder).mkdir()

@@ -15,7 +15,7 @@ from beit_jax import sharding
 from beit_jax.data import __main__ as command
 from beit_jax.data import images, inputs, sources
 from beit_jax.data.source import balanced_order, check, stratified_fold
-from configs import _shared, common
+from configs import common, image_folder
 
 
 def save(path, color=(1, 2, 3), size=(6, 4)):
@@ -244,6 +244,23 @@ def test_empty_folders_are_errors(tmp_path):
         sources.get_source(f"folder:{tmp_path}")
 
 
+def test_check_lists_empty_folders_beside_broken_files(tmp_path, capsys):
+    class_folders(tmp_path, {"cat": 2}, prefix="train")
+    class_folders(tmp_path, {"cat": 1}, prefix="test")
+    for name in ("train/dog", "test/eel"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "test/cat/broken.png").write_bytes(b"")
+    assert command.main([f"folder:{tmp_path}"]) == 2
+    told = f"no pictures in the class folders train/dog, test/eel of {tmp_path}; looked for .jpg"
+    error = capsys.readouterr().err
+    assert told in error and "remove these folders, or put pictures there" in error
+    assert command.main([f"folder:{tmp_path}", "--check"]) == 1
+    out = capsys.readouterr().out
+    assert told in out and "broken.png: the file is empty" in out and "1 of 4 pictures" in out
+    (tmp_path / "test/cat/broken.png").unlink()
+    assert command.main([f"folder:{tmp_path}", "--check"]) == 1
+
+
 def test_class_names_set_the_numbers(tmp_path):
     class_folders(tmp_path, {"cat": 2, "dog": 2})
     source = sources.get_source(f"folder:{tmp_path}", class_names=["fish", "dog", "cat"])
@@ -300,7 +317,7 @@ def test_csv_of_another_hand(tmp_path):
     name = write_csv(tmp_path / "LIST.CSV", "image, label, split", *rows)
     source = sources.get_source(name, "train")
     assert source.class_names == tuple(map(str, range(12))) and len(source) == 11
-    assert _shared.own_splits(name) == ("train[:90%]", "train[90%:]", "test")
+    assert sources.split_names(name) == ["train", "test"]
 
 
 def test_csv_errors(tmp_path):
@@ -358,6 +375,80 @@ def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
     assert f"folder:{tmp_path} has splits that are not used: val, test." in caplog.messages
 
 
+SHARES = ("train[:80%]", "train[80%:90%]", "train[90%:]")
+
+
+def resolved(path):
+    """What `config.data` of a recipe is for a folder."""
+    return inputs.with_own_splits(image_folder.get_config(str(path))).data
+
+
+def splits_of(path):
+    config = resolved(path)
+    return config.train, config.val, config.test
+
+
+def test_splits_of_a_folder_are_its_own(tmp_path):
+    class_folders(tmp_path, {"cat": 4}, prefix="train")
+    assert splits_of(tmp_path) == SHARES
+    class_folders(tmp_path, {"cat": 2}, prefix="test")
+    assert splits_of(tmp_path) == ("train[:90%]", "train[90%:]", "test")
+    class_folders(tmp_path, {"cat": 2}, prefix="valid")
+    assert splits_of(tmp_path) == ("train", "valid", "test")
+    config = image_folder.get_config(str(tmp_path))
+    config.data.val = ""  # of one's own choice, and the others stay open
+    data = inputs.with_own_splits(config).data
+    assert (data.train, data.val, data.test) == ("train", "", "test")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_that_is_the_test_is_told(tmp_path, caplog, name):
+    class_folders(tmp_path, {"cat": 20, "dog": 20}, prefix="train")
+    class_folders(tmp_path, {"cat": 2, "dog": 2}, prefix=name)
+    config = resolved(tmp_path)
+    assert (config.train, config.val, config.test) == ("train[:90%]", "train[90%:]", name)
+    mesh = sharding.make_mesh()
+    caplog.set_level("INFO")
+    inputs.open_splits(config, mesh)
+    (message,) = caplog.messages
+    assert f"has no split 'test': its '{name}' is the test" in message
+    flags = message.partition("without a test: ")[2].replace("--config.data.", "").split()
+    config.update_from_flattened_dict(dict(flag.split("=") for flag in flags))
+    caplog.clear()
+    splits = inputs.open_splits(config, mesh)
+    assert {key: len(split.source) for key, split in splits.items()} == {"train": 40, "val": 4}
+    assert not caplog.messages
+    class_folders(tmp_path, {"cat": 1, "dog": 1}, prefix="test")
+    inputs.open_splits(resolved(tmp_path), mesh)
+    assert not caplog.messages
+
+
+def test_which_fold_is_told(tmp_path, caplog):
+    class_folders(tmp_path, {"cat": 10, "dog": 10})
+    config = resolved(tmp_path)
+    config.folds, config.fold = 5, 2
+    mesh = sharding.make_mesh()
+    caplog.set_level("INFO")
+    splits = inputs.open_splits(config, mesh)
+    assert caplog.messages == [
+        "Fold 2 of 5 (from 0, by config.data.fold) validates, the others are learnt."
+    ]
+    assert splits["val"].source.split.endswith("fold 2 of 5")
+
+
+def test_classes_without_a_picture_to_measure_are_told(tmp_path, caplog):
+    class_folders(tmp_path, {"cat": 2, "eel": 1})
+    config = resolved(f"{tmp_path},test")
+    mesh = sharding.make_mesh()
+    classes = ["dog", "cat", "eel"]
+    inputs.open_splits(config, mesh, ("val", "test"), classes)
+    (message,) = caplog.messages
+    assert message.startswith("The split 'train' has no picture of dog, of which its accuracy says")
+    caplog.clear()
+    inputs.open_splits(config, mesh, ("val", "test"), classes[1:])
+    assert not caplog.messages
+
+
 def test_shared_pictures_of_folds_are_counted():
     pool, test = (sources.get_source("digits", split) for split in ("train", "train[:100]"))
     outside, inside = stratified_fold(pool, 0, 5)
@@ -369,7 +460,7 @@ def test_shared_pictures_of_folds_are_counted():
 
 def test_class_folders_with_names_of_splits_are_classes(tmp_path):
     class_folders(tmp_path, {"control": 3, "test": 3})
-    assert _shared.own_splits(f"folder:{tmp_path}") is None
+    assert splits_of(tmp_path) == SHARES
 
 
 def test_files_that_are_not_read_are_told(tmp_path, caplog):

@@ -48,6 +48,14 @@ def test_bad_pictures_are_left_out(tmp_path, workdir, picture_folder, capsys):
     assert captured.out == f"2 vectors, 1 not read: {out}\n"
 
 
+def test_warnings_are_plain_lines(tmp_path, workdir, picture_folder, start):
+    (tmp_path / "notes.heic").write_text("")
+    (tmp_path / "red").symlink_to(picture_folder / "red")
+    paths = ["--checkpoint", workdir, "--images", tmp_path, "--out", tmp_path / "v.npz"]
+    status, output = start("beit_jax.embed", *paths).wait()
+    assert status == 0 and f"\nFiles of {tmp_path} that are not read: 1 .heic." in f"\n{output}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

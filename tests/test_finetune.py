@@ -14,6 +14,7 @@ from flax import traverse_util
 from PIL import Image
 
 from beit_jax import checkpoint, convert, fileio, predict, pretrained, report, train
+from beit_jax.data import inputs
 from configs import image_folder, lora
 
 torch = pytest.importorskip("torch")
@@ -170,12 +171,16 @@ def test_measures_pictures_of_some_classes(tmp_path, picture_folder, finetuned, 
 def test_only_tests_where_the_folder_has_a_test(tmp_path, picture_folder):
     for split in ("train", "test"):
         shutil.copytree(picture_folder, tmp_path / split)
-    config = image_folder.get_config(f"{tmp_path},test")
+    config = inputs.with_own_splits(image_folder.get_config(f"{tmp_path},test"))
     assert (config.eval_only, config.data.val, config.data.test) == (True, "", "test")
 
 
 def test_few_steps_are_told(tmp_path, picture_folder, hf_directory, caplog):
     few = {"total_steps": None, "num_epochs": 2.0}
+    with pytest.raises(ValueError, match="num_labels is 7"):  # first what stops the run
+        changes = STILL | few | {"model.num_labels": 7}
+        finetune(tmp_path, picture_folder, hf_directory, changes)
+    assert "steps are few to learn from" not in caplog.text
     finetune(tmp_path, picture_folder, hf_directory, STILL | few)
     assert "steps are few to learn from" in caplog.text
 

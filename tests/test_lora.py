@@ -333,6 +333,8 @@ def test_peft_and_back(tmp_path, start, adapted, version):
     assert finished.status == 0, finished.output
     finished = start("beit_jax.convert", "from-peft", exported, back).wait()
     assert finished.status == 0, finished.output
+    names = [checkpoint.read_model_info(w).class_names for w in (workdir, back)]
+    assert names[0] == names[1] and set(names[0]) == {"red", "green", "blue"}
     expected, found = (lora.flat(checkpoint.load_params(w)) for w in (workdir, back))
     assert found.keys() == expected.keys()
     for name, x in expected.items():

@@ -102,6 +102,30 @@ def test_masked_and_visible_are_all_patches():
 
 
 @pytest.mark.parametrize(
+    ("grid", "count", "smallest", "unit"),
+    [
+        ((14, 14), 75, 16, 2),
+        ((24, 24), 220, 16, 2),
+        ((12, 12), 55, 12, 2),
+        ((7, 7), 19, 4, 1),
+        ((13, 14), 70, 15, 1),
+        ((4, 4), 6, 1, 1),
+        ((2, 2), 2, 1, 1),
+        ((14, 14), 10, 10, 2),  # no block is larger than all of them
+    ],
+)
+def test_defaults_fit_the_grid(grid, count, smallest, unit):
+    assert masking.smallest_block(grid, count) == smallest
+    assert masking.default_unit(grid) == unit
+    found, asked = (
+        masking.make_bank(0, 4, grid, num_mask_patches=count, min_mask_patches_per_block=least)
+        for least in (None, smallest)
+    )
+    np.testing.assert_array_equal(found["index"], asked["index"])
+    assert (found["count"] == count).all()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kind": "blocks"}, "Unknown config.mask.kind 'blocks'; available: blockwise, beit_v1"),

@@ -234,7 +234,7 @@ def test_style_and_backend_stay_as_they_were(tmp_path):
 
 def test_the_marked_layer_is_the_chosen_one(tmp_path):
     """Not the one that is best in the figure, which may be of the test."""
-    figure = plots.layers([0.1, 0.9, 0.5], 2, str(tmp_path / "layers.png"), title="probe")
+    figure = plots.layers([0.1, 0.9, 0.5], 2, str(tmp_path / "layers.png"), title="probe", by="val")
     mark = figure.axes[0].lines[1]
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([2], [0.5])
-    assert mark.get_label() == "layer 2, chosen"
+    assert mark.get_label() == "layer 2, chosen by val"

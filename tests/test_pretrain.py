@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -262,6 +263,11 @@ def test_a_resumed_run_is_bit_identical(objective, tmp_path, runs, state_of, mon
         ("simmim", {"preset": "huge"}, "Unknown preset 'huge'"),
         ("tokens", {"tokenizer": "fake", "model.vocab_size": 12}, "has 11 tokens, .* is 12"),
         ("tokens", {"tokenizer": "fake", "model.image_size": 16}, "makes 4 x 4 tokens .* 8 x 8"),
+        (  # and not masks that do not fit a grid that has to change
+            "tokens",
+            {"tokenizer": "fake", "model.image_size": 16, "mask.min_mask_patches_per_block": 99},
+            "makes 4 x 4 tokens .* 8 x 8",
+        ),
     ],
 )
 def test_bad_input_is_told_before_the_first_step(objective, changes, message, tmp_path, tokenizer):
@@ -368,6 +374,16 @@ def test_masks_are_those_of_the_paper(objective, count, monkeypatch):
     train_task.make_parts(config)
     kind = {"simmim": "simmim", "mae": "random"}.get(objective, "blockwise")
     assert (drawn["kind"], drawn["num_mask_patches"]) == (kind, count)
+
+
+@pytest.mark.parametrize("size", [32, 64, 112, 160])
+@pytest.mark.parametrize("objective", ["simmim", "mae", "data2vec"])
+def test_masks_of_small_grids_need_no_setting(objective, size, tmp_path):
+    config = pretrain.get_config(f"folder:{tmp_path},tiny,{objective}")
+    config.model.image_size, config.mask.bank = size, 8
+    _, model, _, bank = train_task.make_parts(config)
+    share = {"simmim": 0.6, "mae": 0.75, "data2vec": 120 / 196}[objective]
+    assert abs(bank["count"] - share * math.prod(model.config.grid)).max() <= 1
 
 
 def test_squares_of_simmim_are_whole(monkeypatch):
@@ -553,8 +569,8 @@ def test_sizes_are_arguments(recipe):
 
 
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])
-def test_a_test_of_its_own_is_left_whole(recipe, tmp_path):
+def test_a_test_of_its_own_is_left_whole(recipe, tmp_path, picture_folder):
     for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-    data = recipe.get_config(f"folder:{tmp_path}").data
+        shutil.copytree(picture_folder, tmp_path / split)
+    data = inputs.with_own_splits(recipe.get_config(f"folder:{tmp_path}")).data
     assert (data.train, data.val, data.test) == ("train[:90%]", "train[90%:]", "")

@@ -11,7 +11,7 @@ from flax import linen as nn
 from sklearn.neighbors import KNeighborsClassifier
 
 from beit_jax import checkpoint, compare, inference, knn, pretrained, train
-from beit_jax.data import sources
+from beit_jax.data import inputs, sources
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import beit, features
 from configs import image_folder, linear_probe
@@ -104,6 +104,7 @@ def test_probes_learn_and_the_network_does_not(tmp_path, workdir):
     assert val["accuracy"] == max(val[f"accuracy_layer_{i}"] for i in range(3))
     assert test["best_layer"] == val["best_layer"]  # chosen there, measured here
     assert test["accuracy"] == layers[test["best_layer"]]
+    assert test["chosen_by"] == "the validation" and "chosen_by" not in val
     assert min(layers) > 0.5  # random features of digits are good features
     assert test["count"] == 100
     saved = checkpoint.load_params(tmp_path)
@@ -174,7 +175,10 @@ def test_knn_command(tmp_path, start, workdir):
     assert finished.status == 0, finished.output
     content = json.loads(out.read_text())
     assert len(content["accuracy"]) == 3 and min(content["accuracy"]) > 0.6
-    assert f"layer  {content['best_layer']}" in finished.output
+    best = content["best_layer_of_test"]
+    assert content["accuracy"][best] == max(content["accuracy"])
+    told = f"layer  {best}  accuracy {content['accuracy'][best]:.4f}  highest, on these very pict"
+    assert told in finished.output
 
 
 def test_knn_into_no_folder(tmp_path, start, workdir):
@@ -187,11 +191,11 @@ def test_knn_into_no_folder(tmp_path, start, workdir):
 
 
 @pytest.mark.parametrize("has_test", [True, False])
-def test_probes_see_the_pictures_of_fine_tuning(tmp_path, has_test):
+def test_probes_see_the_pictures_of_fine_tuning(tmp_path, picture_folder, has_test):
     for name in ("train", "test")[: 1 + has_test]:
-        (tmp_path / name).mkdir()
-    probe = linear_probe.get_config(f"folder:{tmp_path}").data
-    tuning = image_folder.get_config(str(tmp_path)).data
+        shutil.copytree(picture_folder, tmp_path / name)
+    probe = inputs.with_own_splits(linear_probe.get_config(f"folder:{tmp_path}")).data
+    tuning = inputs.with_own_splits(image_folder.get_config(str(tmp_path))).data
     assert probe.name == tuning.name
     assert (probe.train, probe.val, probe.test) == (tuning.train, tuning.val, tuning.test)
     assert probe.test == ("test" if has_test else "train[90%:]")

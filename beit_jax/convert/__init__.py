@@ -100,6 +100,11 @@ def load(
     tensors, config, processor = files.read(source, revision=revision)
     model_name = _family(config, tensors)
     family = modules.load("convert", model_name)
+    if config is None and model_name == "beit" and family.format_of(tensors) != "unilm":
+        raise ValueError(
+            f"{label}: weights in HuggingFace's names need the config.json that belongs to them: "
+            "put it beside them"
+        )
     architecture = family.architecture_of(tensors, config, **overrides)
     params, unfilled = family.to_params(tensors, architecture, drop=drop, reset=reset, label=label)
     if "image_size" not in overrides and (config or {}).get("model_type") in _RESIZED:

@@ -121,10 +121,14 @@ def _to_hf(args) -> int:
     print(f"{args.dst}: written")
     if not args.verify:
         return 0
-    difference = verify.max_difference(args.dst, params, architecture)
+    difference, largest = verify.max_difference(args.dst, params, architecture)
     is_same = difference <= _TOLERANCE
     verdict = "ok" if is_same else "too large"
-    print(f"largest difference from transformers: {difference:.3g} ({verdict})")
+    share = difference / largest if largest else difference
+    print(
+        f"largest difference from transformers: {difference:.3g}, {share:.2g} of the largest "
+        f"output ({verdict})"
+    )
     return 0 if is_same else 1
 
 
@@ -137,7 +141,7 @@ def _to_peft(args) -> int:
         )
     params = lora.flat(checkpoint.load_params(workdir, step=step))
     with files.new_directory(args.dst) as directory:
-        peft.save(directory, params, info.lora, args.transformers)
+        peft.save(directory, params, info.lora, args.transformers, info.class_names)
     print(f"{args.dst}: adapters of {info.lora['base']} written")
     return 0
 
@@ -152,7 +156,8 @@ def _from_peft(args) -> int:
     if "classifier/kernel" in adapters.params:
         count = adapters.params["classifier/kernel"].shape[1]
         architecture = dict(info.architecture, head="classifier", num_labels=count)
-        names = info.class_names if len(info.class_names or ()) == count else None
+        names = adapters.class_names or info.class_names
+        names = names if len(names or ()) == count else None
         info = info._replace(architecture=architecture, class_names=names)
     params = lora.flat(pretrained.blank_filled(base, info, "unilm"))
     lora.check_shapes(adapters.params, params, source)

@@ -258,7 +258,7 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
 
     Args:
       tensors: name -> array.
-      config: its config.json, which HuggingFace's formats need.
+      config: its config.json, which HuggingFace's formats have.
       **overrides: keyword arguments of the model that replace what was found.
 
     Raises:
@@ -268,10 +268,8 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
         overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
     if format_of(tensors) == "unilm":
         architecture = _architecture_from_shapes(tensors, **overrides)
-    elif config is not None:
-        architecture = architecture_from_hf(config, tensors)
     else:
-        raise ValueError("HuggingFace's checkpoints need the config.json that belongs to them")
+        architecture = architecture_from_hf(config, tensors)
     return {**architecture, **overrides}
 
 

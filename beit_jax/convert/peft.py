@@ -6,14 +6,16 @@ names in memory, which transformers 5 has changed: both kinds are read, and eith
 D hidden, R rank, O width of a layer's output.
 """
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from beit_jax import fileio
@@ -52,6 +54,7 @@ _REST = {  # ours: theirs; trained whole, PEFT's modules_to_save
 _PREFIX = "base_model.model."
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_NAMES = "beit_jax.class_names"
 _UNSUPPORTED = (
     "use_dora",
     "rank_pattern",
@@ -70,11 +73,13 @@ class Adapters(NamedTuple):
       params: by name: "lora/layer_0/attention/query/a" [D, R], ".../b" [R, O], "classifier/kernel".
       settings: rank, alpha and targets, as in `ModelInfo.lora`.
       base: the model that they adapt, as their config names it, or None.
+      class_names: in the order of the logits, where `save` was told them; or None.
     """
 
     params: dict[str, np.ndarray]
     settings: dict[str, Any]
     base: str | None
+    class_names: list[str] | None
 
 
 def save(
@@ -82,6 +87,7 @@ def save(
     params: Mapping[str, np.ndarray],
     settings: Mapping[str, Any],
     version: int = 5,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Writes adapters into a directory for `PeftModel.from_pretrained`.
 
@@ -90,6 +96,7 @@ def save(
       params: by name, as `Adapters.params`.
       settings: as `ModelInfo.lora`.
       version: major version of the transformers that will read them.
+      class_names: for `read`, in a note on the weights that PEFT passes over.
 
     Raises:
       ValueError: something was trained that PEFT has no place for.
@@ -126,7 +133,8 @@ def save(
         "inference_mode": True,
         "task_type": None,
     }
-    save_file(tensors, os.path.join(dst, _WEIGHTS), metadata={"format": "pt"})
+    notes = {"format": "pt"} | ({_NAMES: json.dumps(list(class_names))} if class_names else {})
+    save_file(tensors, os.path.join(dst, _WEIGHTS), metadata=notes)
     fileio.write_json(os.path.join(dst, _CONFIG), config)
     shutil.copymode(os.path.join(dst, _CONFIG), os.path.join(dst, _WEIGHTS))
 
@@ -177,7 +185,9 @@ def read(src: str | os.PathLike) -> Adapters:
         alpha *= rank**0.5  # their scale is alpha / sqrt(rank)
     dropout = config.get("lora_dropout", 0.0)
     settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(targets)}
-    return Adapters(params, settings, config.get("base_model_name_or_path"))
+    with safe_open(_file(src, _WEIGHTS), framework="numpy") as file:
+        names = json.loads((file.metadata() or {}).get(_NAMES, "null"))
+    return Adapters(params, settings, config.get("base_model_name_or_path"), names)
 
 
 def _file(src, name) -> Path:

@@ -26,8 +26,9 @@ def check_installed() -> None:
 
 def max_difference(
     directory: str | Path, params: Mapping[str, Any], architecture: Mapping[str, Any]
-) -> float:
-    """Largest difference of an output, on random pictures, between ours and transformers'.
+) -> tuple[float, float]:
+    """Largest difference of an output, on random pictures, between ours and transformers', and the
+    largest absolute value of theirs.
 
     Args:
       directory: what `save_hf` wrote of these parameters.
@@ -78,4 +79,5 @@ def max_difference(
     else:
         expected = outputs.last_hidden_state[:, 0]
     ours = model.apply({"params": params}, jnp.asarray(image), *is_masked)
-    return float(np.abs(np.asarray(ours) - expected.numpy()).max())
+    expected = expected.numpy()
+    return float(np.abs(np.asarray(ours) - expected).max()), float(np.abs(expected).max())

@@ -11,13 +11,13 @@ import sys
 import tqdm
 
 from beit_jax import command
-from beit_jax.data import sources
+from beit_jax.data import folder, sources
 from beit_jax.data.source import Source, check
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 for pictures that cannot be decoded, or 2 for data that are not
-    there."""
+    """Returns the exit status: 0, 1 for pictures that cannot be decoded and class folders without
+    any, or 2 for data that are not there."""
     parser = argparse.ArgumentParser(
         prog="python -m beit_jax.data",
         description=__doc__,
@@ -36,15 +36,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args) -> int:
     """Does what the arguments say; returns the exit status."""
-    source = sources.get_source(
+    open_source = functools.partial(
+        sources.get_source,
         args.name,
         args.split,
         data_dir=args.data_dir,
         on_bad_image="record" if args.check else "error",
-        labelled=not args.unlabelled,
         image_key=args.image_key,
         label_key=args.label_key,
     )
+    try:
+        source = open_source(labelled=not args.unlabelled)
+    except folder.EmptyFoldersError as error:
+        if not args.check:
+            raise
+        report_bad_images(open_source(labelled=False))
+        print(error)
+        return 1
     describe(source)
     return report_bad_images(source) if args.check else 0
 

@@ -35,6 +35,10 @@ class Files(NamedTuple):
     groups: np.ndarray  # int [N], to be mixed evenly: the labels, also where they are left out
 
 
+class EmptyFoldersError(ValueError):
+    """Class folders without a picture."""
+
+
 class Listing(NamedTuple):
     """The pictures of all splits."""
 
@@ -56,7 +60,8 @@ def list_folder(
 
     Raises:
       FileNotFoundError: no such folder, or no pictures in it.
-      ValueError: the layout is ambiguous, or a class folder is empty or not in `class_names`.
+      EmptyFoldersError: class folders are empty; names all of them.
+      ValueError: the layout is ambiguous, or a class folder is not in `class_names`.
     """
     root = pathlib.Path(root).expanduser()
     if not root.is_dir():
@@ -75,6 +80,7 @@ def list_folder(
         else None
         for name, group in ids.items()
     }
+    _check_empty(root, prefixes, labels)
     others = (file for file in files if not file.lower().endswith(EXTENSIONS))
     endings = collections.Counter(os.path.splitext(file)[1].lower() or "other" for file in others)
     tops = {name: [_top(i.removeprefix(prefixes[name])) for i in ids[name]] for name in ids}
@@ -233,14 +239,22 @@ def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None
             "move these into class folders, or set labelled=False (of beit_jax.data: --unlabelled) "
             "to use all without labels"
         )
-    classes = [id.partition("/")[0] for id in ids]
-    visible = {f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")}
-    if empty := sorted(visible - set(classes)):
-        raise ValueError(
-            f"no pictures in the class folders {', '.join(empty)} of {folder}; "
-            f"looked for {' '.join(EXTENSIONS)}"
+    return [id.partition("/")[0] for id in ids]
+
+
+def _check_empty(root, prefixes, labels) -> None:
+    """Raises EmptyFoldersError where a folder beside those of classes has no pictures."""
+    empty = []
+    for name, classes in labels.items():
+        if classes is not None:
+            folders = (root / prefixes[name]).iterdir()
+            visible = {f.name for f in folders if f.is_dir() and not f.name.startswith(".")}
+            empty += [prefixes[name] + folder for folder in sorted(visible - set(classes))]
+    if empty:
+        raise EmptyFoldersError(
+            f"no pictures in the class folders {', '.join(empty)} of {root}; looked for "
+            f"{' '.join(EXTENSIONS)}: remove these folders, or put pictures there"
         )
-    return classes
 
 
 def _listing(root, ids, labels, groups, class_names, where) -> Listing:

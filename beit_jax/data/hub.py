@@ -58,7 +58,7 @@ def open_source(
 
     The rows of each split are first put into a fixed order with the classes mixed evenly.
     """
-    tables = _tables(name.removeprefix("hf:"), cache_dir and str(cache_dir))
+    tables = _tables(name, cache_dir)
     import datasets  # only now: where it is not installed, that was told
 
     undecoded = datasets.Image(decode=False)
@@ -103,6 +103,11 @@ def open_source(
     )
 
 
+def split_names(name: str, cache_dir: str | os.PathLike | None) -> list[str]:
+    """The splits of a data set, without a look at their rows."""
+    return list(_tables(name, cache_dir))
+
+
 def _read(table, image_key, label_key):
     """The labels of all rows, or None, and the bytes of their pictures, int [N]; -1 is a label or
     picture that is not there, or a picture that is in a file of its own."""
@@ -121,6 +126,7 @@ def _read(table, image_key, label_key):
 @functools.lru_cache(maxsize=4)
 def _tables(name, cache_dir):
     """{split: table} of a data set."""
+    name, cache_dir = name.removeprefix("hf:"), cache_dir and str(cache_dir)
     try:
         import datasets
     except ImportError:

@@ -22,6 +22,7 @@ EXTENSIONS = (
     *(".tif", ".tiff", ".ppm", ".pgm", ".avif"),
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_EMPTY = "the file is empty"
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 _ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # may tell it, in a PNG
 _MOST_PIXELS = 1 << 26  # that a resized picture may have before it is cropped
@@ -80,13 +81,15 @@ def open_image(image: Encoded) -> Image.Image:
         with open(image, "rb") as file:
             image = file.read()
     if not image:
-        raise ValueError("the file is empty")
+        raise ValueError(_EMPTY)
     return Image.open(io.BytesIO(image), formats=_FORMATS)
 
 
 def read_size(image: Encoded) -> Size:
     """Reads height and width from the header of an encoded picture."""
     file = io.BytesIO(image) if isinstance(image, bytes) else image
+    if not (len(image) if isinstance(image, bytes) else os.path.getsize(image)):
+        raise ValueError(_EMPTY)
     with Image.open(file, formats=_FORMATS) as image:
         if image.format == "PNG" and not _ORIENTED & image.info.keys():
             return image.height, image.width  # Pillow would decode it to look for more

@@ -14,6 +14,8 @@ from beit_jax import errors, sharding
 from beit_jax.data import folder, images, pipeline, sources
 from beit_jax.data.source import THREADS, Source, stratified_fold
 
+_SPLITS = ("train", "val", "test")
+_VALIDATIONS = ("val", "valid", "validation")
 _WORD = re.compile(r"[^\W\d][\w-]*")  # such as the names in train[:90%]+test
 
 
@@ -33,9 +35,32 @@ class Split(NamedTuple):
     ids: np.ndarray | None
 
 
-def open_splits(
-    config, mesh: Mesh, names=("train", "val", "test"), class_names=None
-) -> dict[str, Split]:
+def with_own_splits(config):
+    """The config with the splits that it leaves open: those that the data have, or else its shares.
+
+    Of a training split and one other, that one is the test, by which nothing may be chosen, and a
+    tenth of the training split validates.
+
+    Raises:
+      FileNotFoundError, ValueError: there are no such data.
+    """
+    is_open = [name for name in _SPLITS if config.data[name] is None]
+    if not is_open:
+        return config
+    names = sources.split_names(config.data.name, **_options(config.data))
+    val = next((name for name in _VALIDATIONS if name in names), None)
+    if "test" in names and val:
+        chosen = "train", val, "test"
+    elif "test" in names or val:
+        chosen = "train[:90%]", "train[90%:]", "test" if "test" in names else val
+    else:
+        chosen = config.data.shares
+    config = config.copy_and_resolve_references()
+    config.data.update({k: v for k, v in zip(_SPLITS, chosen, strict=True) if k in is_open})
+    return config
+
+
+def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str, Split]:
     """Opens the splits that the config names, `config` being its part `data`; `class_names` as of
     `sources.get_source`.
 
@@ -53,17 +78,24 @@ def open_splits(
     return {name: _resident(source, config, mesh) for name, source in found.items()}
 
 
+def _options(config):
+    """Those that all data sets and splits take; see `sources.get_source`."""
+    return {
+        "data_dir": config.data_dir or None,
+        "on_bad_image": config.on_bad_image,
+        "image_key": config.image_key,
+        "label_key": config.label_key,
+    }
+
+
 def _open(config, names, class_names):
     def source(split):
         return sources.get_source(
             config.name,
             split,
-            data_dir=config.data_dir or None,
-            on_bad_image=config.on_bad_image,
             labelled=config.labelled,
             class_names=class_names,
-            image_key=config.image_key,
-            label_key=config.label_key,
+            **_options(config),
         )
 
     found = {}
@@ -90,17 +122,48 @@ def _check_labels(name, source):
 
 
 def _tell(found, config):
-    """Tells which files are not read and which splits are not used; warns of pictures that are
-    learnt and evaluated, and, where labels are known at once, of classes that are not both."""
+    """Tells which files are not read, how splits are used, and of pictures that are learnt and
+    evaluated, and, where labels are known at once, of classes that are not both."""
     first = next(iter(found.values()))
     folder.tell_ignored(first.name, first.ignored)
-    named = {word for name in ("train", "val", "test") for word in _WORD.findall(config[name])}
+    _tell_splits(first, found, config)
+    if "train" in found:
+        _tell_shared(found, config)
+    _tell_classes(found)
+
+
+def _tell_splits(first, found, config):
+    words = {name: _WORD.findall(config[name]) for name in _SPLITS}
+    named = set().union(*words.values())
     unused = [name for name in first.splits if name not in named and "all" not in named]
     if unused and config.labelled:
         logging.info("%s has splits that are not used: %s.", first.name, ", ".join(unused))
-    train = found.get("train")
-    if train is None:
-        return
+    if config.folds:
+        logging.info(
+            "Fold %d of %d (from 0, by config.data.fold) validates, the others are learnt.",
+            config.fold,
+            config.folds,
+        )
+    elif (
+        {"train", "test"} <= found.keys()
+        and config.test in _VALIDATIONS
+        and "test" not in first.splits
+        and words["val"] == ["train"]
+    ):
+        logging.info(
+            "%s has no split 'test': its %r is the test, by which nothing is chosen, and %r is the "
+            "validation. To validate on %r, without a test: --config.data.train=train "
+            "--config.data.val=%s --config.data.test=",
+            first.name,
+            config.test,
+            config.val,
+            config.test,
+            config.test,
+        )
+
+
+def _tell_shared(found, config):
+    train = found["train"]
     for name in ("val", "test"):
         if name in found and (shared := found[name].shared_with(train)):
             logging.warning(
@@ -110,9 +173,15 @@ def _tell(found, config):
                 shared,
                 train.split,
             )
+
+
+def _tell_classes(found):
+    """Without a training split all classes are taken for learnt."""
+    first = next(iter(found.values()))
+    train = found.get("train", first)
     if train.class_names is None or not train.knows_labels:
         return
-    seen = set(train.labels())
+    seen = set(train.labels() if "train" in found else range(len(train.class_names)))
     for source in found.values():
         if source.class_names != train.class_names:
             continue  # an error, told by who takes the splits

@@ -13,6 +13,7 @@ import numpy as np
 
 KINDS = ("blockwise", "beit_v1", "random", "simmim")
 _ATTEMPTS = 10
+_SMALLEST_BLOCK, _PATCHES = 16, 14 * 14  # as published
 _LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # of blocks, height / width
 
 Grid = tuple[int, int]
@@ -37,7 +38,7 @@ def make_bank(
     *,
     kind: str = "blockwise",
     num_mask_patches: int,
-    min_mask_patches_per_block: int = 16,
+    min_mask_patches_per_block: int | None = None,
     max_mask_patches_per_block: int | None = None,
     mask_unit: int = 1,
 ) -> dict[str, np.ndarray]:
@@ -50,7 +51,8 @@ def make_bank(
       kind: "blockwise", blocks and an exact count, as BEiT v2; "beit_v1", whose count may be
         short; "random" patches; "simmim", random squares (arXiv:2111.09886).
       num_mask_patches: M.
-      min_mask_patches_per_block, max_mask_patches_per_block: of blockwise kinds.
+      min_mask_patches_per_block, max_mask_patches_per_block: of blockwise kinds; None is
+        `smallest_block`, and M.
       mask_unit: side of simmim's squares, in patches.
 
     Returns:
@@ -59,6 +61,8 @@ def make_bank(
     Raises:
       ValueError: an argument is unknown, or does not fit the grid.
     """
+    if min_mask_patches_per_block is None:
+        min_mask_patches_per_block = smallest_block(grid, num_mask_patches)
     _check(kind, size, grid, num_mask_patches, min_mask_patches_per_block, mask_unit)
     if kind in ("random", "simmim"):
         unit = mask_unit if kind == "simmim" else 1
@@ -75,6 +79,18 @@ def make_bank(
     index = np.where(is_real, order, order[:, :1])
     small = np.min_scalar_type(masks.shape[1] - 1)
     return {"index": index.astype(small), "count": count.astype(np.int32)}
+
+
+def smallest_block(grid: Grid, num_mask_patches: int) -> int:
+    """BEiT's 16 patches of a grid of 14 x 14 or more, and of a smaller one as large a share."""
+    share = round(_SMALLEST_BLOCK * min(grid[0] * grid[1] / _PATCHES, 1))
+    return max(1, min(share, num_mask_patches))
+
+
+def default_unit(grid: Grid) -> int:
+    """The side of SimMIM's squares, in patches: two, as published, or one where the grid has less
+    than 12 x 12 patches or an odd side."""
+    return 2 if min(grid) >= 12 and not any(side % 2 for side in grid) else 1
 
 
 def beit_v1(

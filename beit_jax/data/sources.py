@@ -83,3 +83,11 @@ def get_source(
         "any of HuggingFace hf:NAME, and any folder or CSV list of pictures folder:PATH "
         "(--config=configs/image_folder.py:PATH)"
     )
+
+
+def split_names(name: str, *, data_dir: str | os.PathLike | None = None, **options) -> list[str]:
+    """The splits that a data set has; arguments and errors as of `get_source`."""
+    kind, _, rest = name.partition(":")
+    if kind == "hf" and rest:
+        return hub.split_names(name, data_dir)
+    return list(get_source(name, "all", data_dir=data_dir, labelled=False, **options).splits)

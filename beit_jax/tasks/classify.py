@@ -25,6 +25,20 @@ def unused(config) -> dict:
     return {"objective": "tokens", "tokenizer": "", "teacher": ""}
 
 
+def check_classes(config, class_names) -> None:
+    """Raises ValueError where there is nothing to tell apart."""
+    if class_names is None:
+        raise ValueError(
+            f"Classification needs labels, which {config.data.name} does not have, or "
+            "config.data.labelled leaves out: put the pictures in one folder for each class, or "
+            "list them with their labels in a CSV file."
+        )
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{config.data.name} has one class only, {class_names[0]!r}; expected two or more."
+        )
+
+
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
     """The task of a config.
 
@@ -38,16 +52,6 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
       ValueError: the number of classes, the architecture or the weights do not fit.
     """
     class_names, resized = data.class_names, data.resized
-    if class_names is None:
-        raise ValueError(
-            f"Classification needs labels, which {config.data.name} does not have, or "
-            "config.data.labelled leaves out: put the pictures in one folder for each class, or "
-            "list them with their labels in a CSV file."
-        )
-    if len(class_names) < 2:
-        raise ValueError(
-            f"{config.data.name} has one class only, {class_names[0]!r}; expected two or more."
-        )
     if info is None:
         info = _model_info(config, class_names, start.info if start else None)
     elif list(info.class_names) != list(class_names):

@@ -6,6 +6,8 @@ patch tokens of each layer, raw, and a linear classifier on them that starts nea
 B batch, L layers, K classes.
 """
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +28,19 @@ def unused(config) -> dict:
     return OF_LABELS | own | {f"model.{key}": None for key in sorted(fields)}
 
 
+def check_classes(config, class_names) -> None:
+    """Raises ValueError where there are no labels."""
+    if class_names is None:
+        raise ValueError(f"Linear probes need labels, which {config.data.name} does not have.")
+
+
 def make_task(config, data: Data, *, start, info=None) -> Task:
     """Probes of `config.pretrained`; arguments as of `tasks/classify.py`.
 
     Raises:
-      ValueError: there is nothing to probe, or the data have no labels.
+      ValueError: there is nothing to probe.
     """
     class_names, resized = data.class_names, data.resized
-    if class_names is None:
-        raise ValueError(f"Linear probes need labels, which {config.data.name} does not have.")
     if not config.pretrained:
         raise ValueError("Nothing to probe: set config.pretrained to a checkpoint or a workdir.")
     start = start or pretrained.load(config.pretrained, config.pretrained_revision)
@@ -151,11 +157,13 @@ def _of_layer(metrics, layer) -> dict[str, float]:
 def choose(validation: dict, test: dict) -> dict:
     """The test of the layer that is best in the validation."""
     best = validation["best_layer"]
-    return {**test, **_of_layer(test, best), "best_layer": best}
+    return {**test, **_of_layer(test, best), "best_layer": best, "chosen_by": "the validation"}
 
 
 def draw(workdir, metrics, outputs, split, params, model_state) -> None:
     """The accuracy over the layers, with the one that `choose` took."""
     accuracy = [value for key, value in metrics.items() if key.startswith("accuracy_layer_")]
+    by = metrics.get("chosen_by", "these pictures")
     title = f"Linear probe of each layer, {split.source.split}"
-    plots.layers(accuracy, metrics["best_layer"], f"{workdir}/layers.png", title=title)
+    path = os.path.join(workdir, "layers.png")
+    plots.layers(accuracy, metrics["best_layer"], path, title=title, by=by)

@@ -30,6 +30,10 @@ def unused(config) -> dict:
     return settings
 
 
+def check_classes(config, class_names) -> None:
+    """Nothing: labels have no influence."""
+
+
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
     """The task of a config; arguments as of `tasks/classify.py`, labels have no influence.
 
@@ -112,24 +116,26 @@ def make_parts(config, start=None, info=None):
     if info is None:
         info = _model_info(config, objective, start.info if start else None)
     model = architecture.make_model(info, **architecture.runtime(config))
-    c, patches = config.mask, model.config.grid[0] * model.config.grid[1]
+    made = objective.make(config, model)  # checks more than masks
+    c, grid = config.mask, model.config.grid
     kind = objective.MASK_KIND if c.kind is None else c.kind
+    unit = masking.default_unit(grid) if c.unit is None else c.unit
     count = c.num_mask_patches
     if count is None:
-        share = patches * (objective.MASK_RATIO if c.ratio is None else c.ratio)
-        unit = max(c.unit, 1) ** 2
-        count = unit * math.ceil(share / unit) if kind == "simmim" else round(share)
+        share = math.prod(grid) * (objective.MASK_RATIO if c.ratio is None else c.ratio)
+        square = max(unit, 1) ** 2
+        count = square * math.ceil(share / square) if kind == "simmim" else round(share)
     bank = masking.make_bank(
         config.seed,
         c.bank,
-        model.config.grid,
+        grid,
         kind=kind,
         num_mask_patches=count,
         min_mask_patches_per_block=c.min_mask_patches_per_block,
         max_mask_patches_per_block=c.max_mask_patches_per_block,
-        mask_unit=c.unit,
+        mask_unit=unit,
     )
-    return info, model, objective.make(config, model), bank
+    return info, model, made, bank
 
 
 def make_renderings(info, objective: Objective, size) -> images.Renderings:

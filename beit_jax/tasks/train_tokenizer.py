@@ -29,6 +29,10 @@ def unused(config) -> dict:
     return OF_LABELS | own | {f"image.{key}": None for key in ("mean", "std", "interpolation")}
 
 
+def check_classes(config, class_names) -> None:
+    """Nothing: labels have no influence."""
+
+
 def make_task(config, data: Data, *, start, info=None) -> Task:
     """The task of a config; arguments as of `tasks/classify.py`, labels have no influence.
 
