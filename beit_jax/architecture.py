@@ -8,8 +8,11 @@ from beit_jax import modules
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.models import layers
 
-# of config.model; the same weights run with any
-RUNTIME = ("dtype", "attention", "remat", "fold", "drop_path_mode")
+# the same weights run with any: settings of config.model, and what is made for inference alone
+RUNTIME = (
+    *("dtype", "attention", "remat", "fold", "drop_path_mode"),
+    *("packed", "outputs_first"),
+)
 
 
 def model_name(config, start: ModelInfo | None) -> str:

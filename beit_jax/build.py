@@ -144,8 +144,10 @@ def check(config) -> None:
 
 
 def frozen_fingerprint(task) -> str:
-    """A checksum of the weights that a task uses but does not train: a tokenizer, a teacher."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(task.frozen))
+    """A checksum of the weights that a task uses but does not train: a tokenizer, a teacher. It is
+    of what was loaded, the same on every device."""
+    loaded = task.frozen if task.loaded is None else task.loaded
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(loaded))
     weights = {
         jax.tree_util.keystr(path): x
         for path, x in leaves

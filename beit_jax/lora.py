@@ -111,6 +111,7 @@ def wrap(task: Task, config, base: str) -> Task:
         init=init,
         start=start,
         frozen={"task": task.frozen, "base": base_params},
+        loaded=task.loaded and {"task": task.loaded, "base": base_params},
         loss=loss,
         evaluate=evaluate,
         draw=draw,

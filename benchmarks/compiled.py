@@ -75,6 +75,7 @@ ROWS = [  # size, kind, batch of a GPU, options: of config.model, and the number
     ("BEiT-L/16 @384", "training", 64, {"attention": "xla"}),
     ("BEiT-L/16 @384", "training", 2, {}),
     ("BEiT-L/16 @384", "lora", 2, {}),
+    ("BEiT-L/16 @384", "inference", 64, {}),
     ("BEiT-L/16 @512", "training", 32, {}),
     ("ViT-8M/4 @32", "training", 1024, {}),
     ("ViT-8M/4 @32", "training", 1024, {"attention": "xla"}),

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from beit_jax import checkpoint, modules, predict, pretrained, report, train
+from beit_jax import architecture, checkpoint, modules, predict, pretrained, report, train
 from beit_jax.convert import __main__ as convert_command
 from beit_jax.models import packed
 from beit_jax.tasks import classify
@@ -258,6 +258,13 @@ def test_kernels_converted_ahead_give_the_same_bits(name):
     np.testing.assert_array_equal(apply({"params": ready}, image), expected)
 
 
+@pytest.mark.parametrize("package, name", [("models", "beit"), ("tokenizers", "dvae")])
+def test_what_is_for_inference_is_no_architecture(package, name):
+    family = modules.load(package, name)
+    found = architecture.complete(family, family.PRESETS["digits"])
+    assert not {"packed", "outputs_first", "dtype"} & set(found) and "image_size" in found
+
+
 @pytest.mark.parametrize("name", ["beit", "vit"])
 def test_layer_scales_are_multiplied_into_kernels(name):
     model, params, image = _for_inference(name, dtype="float32", layer_scale_init_value=0.3)
@@ -275,8 +282,8 @@ def test_layer_scales_are_multiplied_into_kernels(name):
 def _for_inference(name, **changes):
     """A network with parameters that are none of them 0, and pictures."""
     family = modules.load("models", name)
-    architecture = {**family.PRESETS["digits"], "num_labels": 10, "dtype": "bfloat16", **changes}
-    model = family.Model(**architecture)
+    fields = {**family.PRESETS["digits"], "num_labels": 10, "dtype": "bfloat16", **changes}
+    model = family.Model(**fields)
     side = model.config.image_size
     image = jax.random.normal(jax.random.key(0), (2, *side, model.config.num_channels))
     params = model.init(jax.random.key(1), image)["params"]

@@ -26,6 +26,7 @@ from beit_jax.models import (
     swin,
     vit,
 )
+from beit_jax.tokenizers import vq
 
 HEADS = 2
 SIZES = dict(
@@ -449,30 +450,55 @@ def test_networks_in_bfloat16(gpu, family, training, fold):
 
 
 @pytest.mark.parametrize("batch", [2, 8])  # with padding and without
-@pytest.mark.parametrize("family, changes", [x for x in NETWORKS if len(x[1]) < 2])
+@pytest.mark.parametrize("family, changes", NETWORKS)
 def test_packed_for_inference(monkeypatch, family, changes, batch):
     fused, _, params, image = make(family, batch=batch, **changes)
     network, ready = packed.for_inference(fused, params)
+    expected = fused.apply({"params": params}, image)
+    shared = changes.get("use_shared_relative_position_bias", False)
+    own = family is beit and changes.get("use_relative_position_bias", True)
+    if shared and own:  # whose sum is of no table
+        assert not network.config.packed
+        assert_close(network.apply({"params": ready}, image), expected, 1e-4)
+        return
     assert network.config.packed and packed.for_inference(network, ready)[0] == network
     names = {path[-2:] for path in traverse_util.flatten_dict(ready) if "attention" in path}
-    own = [("attention", "position_bias")] if network.config.FAMILY == "BEiT" else []
-    if "use_relative_position_bias" in changes:
-        own = []
+    own = [("attention", "position_bias")] if own else []
     dense = [(name, kind) for name in ("qkv", "output") for kind in ("kernel", "bias")]
     assert names == {*dense, *own}
-    made = []
-    monkeypatch.setattr(flash, "relative_position_bias", lambda *_: made.append(1))
-    actual = network.apply({"params": ready}, image)
-    assert not made  # of a table, whose bias is there already
-    monkeypatch.undo()
-    assert_close(actual, fused.apply({"params": params}, image), 1e-4)
+    # of a table, whose bias is there already
+    monkeypatch.setattr(flash, "relative_position_bias", lambda *_: pytest.fail())
+    assert_close(network.apply({"params": ready}, image), expected, 1e-4)
 
 
-def test_nothing_learns_that_is_for_inference(gpu):
+def test_a_packed_network_is_for_inference_alone(gpu):
     fused, _, params, image = make(beit)
     network, ready = packed.for_inference(fused, params)
     with pytest.raises(ValueError, match="prepared has no gradient"):
         gradients(network, ready, image)
+    with pytest.raises(ValueError, match="neither trains"):
+        gradients(network, ready, image, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    with pytest.raises(ValueError, match="nor has attention maps"):
+        features.attention_maps(network, ready, image)
+    wrong = {**params["layer_0"]["attention"], "relative_position_bias_table": np.zeros((7, HEADS))}
+    params["layer_0"] = {**params["layer_0"], "attention": wrong}
+    with pytest.raises(ValueError, match=r"of grid \(4, 4\) has 52 rows, got 7"):
+        packed.for_inference(fused, params)
+
+
+@pytest.mark.parametrize("decoders", [0, 1])
+def test_a_packed_tokenizer(decoders):
+    sizes = dict(SIZES, vocab_size=6, code_dim=3, num_decoder_layers=decoders)
+    sizes.pop("num_labels")
+    model = vq.Model(**sizes, attention="pallas", layer_scale_init_value=0.1)
+    image = jax.nn.sigmoid(random(2, 16, 16, 3))
+    variables = model.init(jax.random.key(0), image)
+    variables["codebook"] = {"embedding": layers.unit(random(6, 3))}
+    network, ready = vq.for_inference(model, variables)
+    assert network.config.packed
+    for method, given in (("encode", image), ("decode", jnp.arange(32).reshape(2, 16) % 6)):
+        expected = model.apply(variables, given, method=method)
+        assert_close(network.apply(ready, given, method=method), expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "xla"])

@@ -330,6 +330,14 @@ def test_global_norm_is_that_of_all_numbers(drop):
     assert norm == pytest.approx(float(optax.tree.norm(tree)), rel=1e-6)
 
 
+@pytest.mark.parametrize("number", [1.0, np.inf, np.nan])
+def test_global_norm_of_many_arrays(number):
+    tree = [np.full(2 + i % 3, 0.5) for i in range(150)] + [np.ones((2, 3))] * 150
+    tree[140] = np.float64([number])
+    expected = optax.tree.norm(jax.tree.map(jnp.asarray, tree))
+    np.testing.assert_allclose(jax.jit(optim.global_norm)(tree), expected, rtol=1e-6)
+
+
 def test_clipped_norm_is_the_given_one_and_small_gradients_pass():
     grads = random_params()
     tx = optim.clip_by_global_norm(0.5)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import build, checkpoint, convert, modules, pretrained, reconstruct, sharding
+from beit_jax import build, checkpoint, convert, lora, modules, pretrained, reconstruct, sharding
 from beit_jax import train as loop
 from beit_jax.data import inputs, masking, pipeline, views
 from beit_jax.data.images import Rendering
 from beit_jax.tasks import pretrain as train_task
+from beit_jax.tasks.task import Data
 from configs import pretrain, train_tokenizer
 
 SMALL = {
@@ -326,6 +327,24 @@ def test_another_tokenizer_is_refused(tokenizer, tmp_path):
         saver.save(1, content)
     with pytest.raises(ValueError, match="frozen weights have changed"):
         loop.run(config_of("tokens", changes), str(tmp_path / "run"))
+
+
+def test_a_tokenizer_is_known_on_other_machines(tokenizer):
+    """Also where it has kernels of another type."""
+
+    def found(dtype, rank=0):
+        config = config_of("tokens", {"tokenizer": tokenizer, "model.dtype": dtype})
+        task = train_task.make_task(config, Data(None, resized=True), start=None)
+        if rank:
+            start = jax.jit(task.init)(jax.random.key(0))[0]
+            config.lora.rank = rank
+            task = lora.wrap(task._replace(start=lambda _: jax.device_get(start)), config, "base")
+        types = {x.dtype.name for x in jax.tree.leaves(task.frozen)}
+        return build.frozen_fingerprint(task), "bfloat16" in types
+
+    assert found("float32")[0] == found("bfloat16")[0]
+    assert found("float32")[1] < found("bfloat16")[1]
+    assert found("float32", rank=2)[0] == found("bfloat16", rank=2)[0] != found("float32")[0]
 
 
 def test_a_tokenizer_sees_what_it_learnt_by(tmp_path, tokenizer):

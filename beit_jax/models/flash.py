@@ -418,8 +418,9 @@ def attend(
       query: [B, T, H, K], K a power of 2 of at least 16.
       key: likewise.
       value: likewise.
-      bias: [H, T, T], or None; or a `Table`, which is all that is then kept for the backward pass,
-        of the first tokens: others are padding, which no token sees; or one that is `Prepared`.
+      bias: [H, T, T], or None; or a `Table`, which is all that is then kept for the backward pass;
+        or one that is `Prepared`. One of fewer tokens is of the first: others are padding, which
+        no token sees.
     """
     return _attend((query, key, value), None, None, bias)
 
@@ -475,8 +476,7 @@ def _attend_backward(residuals, d_out):
     if offset is not None:
         d_offset = wide.sum((0, 1)).astype(offset.dtype)
     if bias is not None:
-        d_bias = _sum_of_pictures(d_logits)[..., : out.shape[1]]
-        d_bias = _bias_gradient(bias, d_bias)
+        d_bias = _bias_gradient(bias, _sum_of_pictures(d_logits))
     if isinstance(qkv, tuple):
         d_qkv = tuple(d_qkv[:, :, part] for part in range(3))
     return d_qkv, d_shift, d_offset, d_bias
@@ -484,10 +484,12 @@ def _attend_backward(residuals, d_out):
 
 def _bias_gradient(bias, turned):
     """As a bias is given, from that of keys and queries."""
-    if not isinstance(bias, Table):
+    is_table = isinstance(bias, Table)
+    size = 1 + math.prod(bias.grid) if is_table else bias.shape[1]
+    turned = turned[:, :size, :size]
+    if not is_table:
         return turned.transpose(0, 2, 1).astype(bias.dtype)
-    size = 1 + math.prod(bias.grid)
-    rows = table_gradient(turned[:, :size, :size], bias.grid, turned=True)
+    rows = table_gradient(turned, bias.grid, turned=True)
     return Table(rows.astype(bias.rows.dtype), bias.grid)
 
 

@@ -332,6 +332,8 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         heads, dtype = config.num_attention_heads, jnp.dtype(config.dtype)
         if config.packed:
+            if not deterministic or self.is_mutable_collection("attention_maps"):
+                raise ValueError("A packed network neither trains nor has attention maps.")
             qkv = Dense(3 * width, normal(config), dtype=dtype, name="qkv")(x)
             if self.has_bias_table:
                 shape = (heads, *flash.prepared_shape(config.num_tokens))

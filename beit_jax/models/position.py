@@ -57,11 +57,23 @@ def relative_position_bias(table: jax.Array, grid: Grid, turned: bool = False) -
 
     The gradient is `table_gradient`, not a scatter-add, which is slower and, on a GPU, not
     deterministic.
+
+    Raises:
+      ValueError: the table is not of the grid.
     """
+    _check_rows(table, grid)
     index = relative_position_index(grid)
     index = index.T if turned else index
     bias = jnp.asarray(table).at[index.reshape(-1)].get(mode="promise_in_bounds").T
     return bias.reshape(table.shape[1], *index.shape)
+
+
+def _check_rows(table, grid):
+    expected = num_relative_positions(grid)
+    if len(table) != expected:
+        raise ValueError(
+            f"A relative position bias table of grid {grid} has {expected} rows, got {len(table)}."
+        )
 
 
 def _bias_forward(table, grid, turned):
@@ -127,11 +139,7 @@ def resize_relative_position_bias_table(
     """
     _check_method(method)
     table = np.asarray(table)
-    if table.shape[0] != num_relative_positions(old_grid):
-        raise ValueError(
-            f"A relative position bias table of grid {old_grid} has "
-            f"{num_relative_positions(old_grid)} rows, got {table.shape[0]}."
-        )
+    _check_rows(table, old_grid)
     if tuple(old_grid) == tuple(new_grid):
         return table
     old_shape, new_shape = (tuple(2 * n - 1 for n in grid) for grid in (old_grid, new_grid))

@@ -26,7 +26,7 @@ class Objective(NamedTuple):
 
     Attributes:
       init: rng -> (params, model_state), the encoder's parameters at the top.
-      frozen: a pytree of arrays.
+      frozen: a dict of pytrees of arrays.
       loss: (params, model_state, frozen, views, masks, rng) -> (sums, model_state), with "loss" and
         "weight" among the sums; rng None is evaluation. `masks.weight` leaves patches out.
       summarize: sums -> dict of scalars.
@@ -35,6 +35,7 @@ class Objective(NamedTuple):
       target: how `Views.target` is rendered, or None.
       tokenize: (frozen, pictures as `Views.target`) -> tokens int [B, N]; or None.
       detokenize: (frozen, tokens) -> pictures as of `reconstruct`; or None.
+      loaded: parts of `frozen` as they were loaded, where it has them in another form.
     """
 
     init: Callable
@@ -45,6 +46,7 @@ class Objective(NamedTuple):
     target: Rendering | None = None
     tokenize: Callable | None = None
     detokenize: Callable | None = None
+    loaded: Any = None
 
 
 def apply_options(rng) -> dict:

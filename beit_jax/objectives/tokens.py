@@ -55,13 +55,14 @@ def make(config, model) -> Objective:
             f"network of {c.num_channels}."
         )
     patches = c.grid[0] * c.grid[1]
+    network = tokenizer.model
 
     def tokenize(frozen, target, index=None):
         """Tokens int [B, N] of pictures, or [B, M], at an index alone; cached ones are tokens
         already."""
         if jnp.issubdtype(target.dtype, jnp.integer):
             return target if index is None else jnp.take_along_axis(target, index, axis=1)
-        token = tokenizer.model.apply(frozen["tokenizer"], target, index, method="tokenize")
+        token = network.apply(frozen["tokenizer"], target, index, method="tokenize")
         return jax.lax.stop_gradient(token)
 
     def predict(params, views, masks, rng):
@@ -95,7 +96,7 @@ def make(config, model) -> Objective:
         return detokenize(frozen, token.at[rows, masks.index].set(predicted.astype(token.dtype)))
 
     def detokenize(frozen, token):
-        return tokenizer.model.apply(frozen["tokenizer"], token, method="decode")
+        return network.apply(frozen["tokenizer"], token, method="decode")
 
     return Objective(
         init=lambda rng: (init_params(model, rng), {}),
@@ -108,6 +109,7 @@ def make(config, model) -> Objective:
         ),
         tokenize=tokenize,
         detokenize=detokenize,
+        loaded={"tokenizer": tokenizer.loaded},
     )
 
 

@@ -102,6 +102,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         num_layers=model.config.num_hidden_layers,
         renderings=renderings,
         info=info,
+        loaded=objective.loaded and {**frozen, **objective.loaded},
     )
 
 

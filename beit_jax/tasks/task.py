@@ -60,6 +60,7 @@ class Task(NamedTuple):
       choose: (metrics of the validation, of the test) -> of the test, where something was chosen by
         the validation; or None.
       num_frozen: parameters of the network that are in `frozen`.
+      loaded: `frozen` with weights as they were loaded, where it has them in another form; or None.
     """
 
     init: Callable
@@ -75,3 +76,4 @@ class Task(NamedTuple):
     info: ModelInfo
     choose: Callable | None = None
     num_frozen: int = 0
+    loaded: Any = None

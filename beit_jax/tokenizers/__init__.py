@@ -25,11 +25,13 @@ class Tokenizer(NamedTuple):
       model: the network; `model.config` has image_size, grid, vocab_size and num_channels.
       variables: of the network, as `model.apply` takes them.
       interpolation: the filter of the pictures that it learnt from.
+      loaded: the variables as they were saved.
     """
 
     model: nn.Module
     variables: dict[str, Any]
-    interpolation: str = "lanczos"
+    interpolation: str
+    loaded: dict[str, Any]
 
 
 def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenizer:
@@ -62,7 +64,7 @@ def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenize
         architecture["image_size"] = tuple(n * patch for n in grid)
     module = modules.load("tokenizers", name)
     model = module.Model(**architecture, dtype=resolve_dtype(dtype))
-    return Tokenizer(*module.for_inference(model, variables), interpolation)
+    return Tokenizer(*module.for_inference(model, variables), interpolation, variables)
 
 
 def vocab_size(source: str) -> int:

@@ -215,7 +215,7 @@ def for_inference(model: DVAE, variables: dict) -> tuple[DVAE, dict]:
     """A network and its variables for inference alone: kernels are in the type of the computation,
     and for a GPU in its order of axes, which would otherwise be made of them in every call."""
     config = model.config
-    if config.dtype == "float32":
+    if config.dtype == "float32" or config.outputs_first:
         return model, variables
 
     def convert(path, x):

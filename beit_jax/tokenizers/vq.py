@@ -64,6 +64,11 @@ class VQConfig(vit.ViTConfig):
         )
         layers.expect(self, self.code_dim > 0, f"code_dim must be above 0, got {self.code_dim}")
 
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches."""
+        return 0
+
 
 class Transformer(nn.Module):
     """Tokens [B, N, D] with positions through `num_layers` layers and a norm."""
@@ -152,10 +157,10 @@ def Model(**architecture: Any) -> VQ:
 
 def for_inference(model: VQ, variables: dict) -> tuple[VQ, dict]:
     """A network and its variables for inference alone, see `packed.for_inference`."""
-    params = dict(variables["params"])
-    for name in ("encoder", "decoder"):
-        made, params[name] = packed.for_inference(model, params[name])
-    return made, {**variables, "params": params}
+    params = variables["params"]
+    parts = {name: params[name] for name in ("encoder", "decoder")}
+    model, parts = packed.for_inference(model, parts)
+    return model, {**variables, "params": {**params, **jax.device_get(parts)}}
 
 
 def make(config, model: VQ, teacher_dim: int) -> Trainer:
