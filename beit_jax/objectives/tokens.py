@@ -109,7 +109,7 @@ def make(config, model) -> Objective:
         ),
         tokenize=tokenize,
         detokenize=detokenize,
-        loaded={"tokenizer": tokenizer.loaded},
+        loaded=tokenizer.loaded and {"tokenizer": tokenizer.loaded},
     )
 
 

@@ -25,13 +25,13 @@ class Tokenizer(NamedTuple):
       model: the network; `model.config` has image_size, grid, vocab_size and num_channels.
       variables: of the network, as `model.apply` takes them.
       interpolation: the filter of the pictures that it learnt from.
-      loaded: the variables as they were saved.
+      loaded: the variables as they were saved, where `variables` are others.
     """
 
     model: nn.Module
     variables: dict[str, Any]
-    interpolation: str
-    loaded: dict[str, Any]
+    interpolation: str = "lanczos"
+    loaded: dict[str, Any] | None = None
 
 
 def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenizer:
