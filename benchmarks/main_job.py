@@ -112,7 +112,7 @@ def run(data_dir: str, directory: pathlib.Path, recipe: dict) -> dict:
         "val_accuracy": [line["val/accuracy"] for line in lines if "val/accuracy" in line],
         "test": {k: v for k, v in results["test"].items() if isinstance(v, int | float)},
         "test_accuracy_again": again["test"]["accuracy"],
-        "difference": float(re.search(r"transformers: (\S+)", told)[1]),
+        "difference": float(re.search(r"transformers: ([^\s,]+)", told)[1]),
         "agreement": float(np.mean([a == b for a, b in zip(ours, theirs, strict=True)])),
     }
 
