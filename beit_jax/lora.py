@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax.models.dense import Folded, matmul
+from beit_jax.models import packed
+from beit_jax.models.dense import Folded, LowRank, add_low_rank
 from beit_jax.models.layers import DTYPES
 from beit_jax.tasks.task import Task
 
@@ -84,7 +85,7 @@ def wrap(task: Task, config, base: str) -> Task:
         """function(all parameters, task's frozen) with the adapters at work."""
         trained = flat(trained)
         adapters = {name: trained.pop(name) for name in list(trained) if name.startswith("lora/")}
-        everything = nested(frozen["base"] | trained)
+        everything = nested(packed.apart(frozen["base"]) | trained)
         rate = config.lora.dropout if rng is not None else 0.0
         with nn.intercept_methods(functools.partial(_add, adapters, scale, rate, rng)):
             return function(everything, frozen["task"])
@@ -110,8 +111,11 @@ def wrap(task: Task, config, base: str) -> Task:
     return task._replace(
         init=init,
         start=start,
-        frozen={"task": task.frozen, "base": base_params},
-        loaded=task.loaded and {"task": task.loaded, "base": base_params},
+        frozen={"task": task.frozen, "base": packed.joined(base_params)},
+        loaded={
+            "task": task.frozen if task.loaded is None else task.loaded,
+            "base": base_params,
+        },
         loss=loss,
         evaluate=evaluate,
         draw=draw,
@@ -127,16 +131,17 @@ def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, con
     path = "/".join(context.module.path)
     if context.method_name not in ("__call__", "weights") or f"lora/{path}/a" not in adapters:
         return out
-    is_folded = isinstance(args[0], Folded) or any(scale is not None for scale in args[1:])
-    if is_folded or context.method_name == "weights":  # whose layer says nothing
+    x, *scales = args
+    if isinstance(x, Folded) or any(scale is not None for scale in scales):
         raise ValueError(f"Adapters of {path} need config.model.fold=False.")
-    x, a, b = args[0], adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"]
     if rate:
         key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
         x = jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-    x = x.astype(out.dtype)
-    return out + (matmul(matmul(x, a).astype(out.dtype), b) * scale).astype(out.dtype)
+    adapter = LowRank(x, adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"], scale)
+    if context.method_name == "weights":  # whose layer says nothing itself
+        return *out[:-1], adapter
+    return add_low_rank(out, [adapter])
 
 
 def check(config) -> None:

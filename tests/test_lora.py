@@ -14,7 +14,7 @@ import safetensors.numpy
 from beit_jax import build, checkpoint, lora, optim, predict, pretrained, state, train
 from beit_jax.convert import __main__ as command
 from beit_jax.convert import peft as convert_peft
-from beit_jax.models import beit, flash
+from beit_jax.models import beit, flash, packed
 from beit_jax.tasks import classify
 from beit_jax.tasks.task import Data
 from configs import common, image_folder
@@ -91,11 +91,22 @@ def test_new_adapters_change_nothing(hf_directory, batch):
     assert np.abs(a).max() <= 16**-0.5 and np.std(a) > 0.5 * (16 * 3) ** -0.5
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradient_is_that_of_merged_kernels(hf_directory, batch, remat):
+@pytest.mark.parametrize(
+    "remat, attention, names",
+    [
+        ("none", "xla", ("query", "key", "output", "fc2")),
+        ("full", "xla", ("query", "value", "output", "fc2")),
+        ("none", "pallas", ("query", "value", "output", "fc2")),
+        ("full", "pallas", ("query", "key", "value", "fc1")),
+    ],
+)
+def test_gradient_is_that_of_merged_kernels(
+    hf_directory, batch, remat, attention, names, monkeypatch
+):
     """dA = scale x^T dy B^T = scale dW B^T, and dB = scale A^T dW, for W = W0 + scale A B."""
-    names = ("query", "key", "output", "fc2")
-    changes = {"lora.rank": 3, "lora.alpha": 6.0, "lora.targets": names, "model.remat": remat}
+    monkeypatch.setattr(flash, "SMALLEST_TILE", 8)
+    changes = {"lora.rank": 3, "lora.alpha": 6.0, "lora.targets": names}
+    changes |= {"model.remat": remat, "model.attention": attention}
     plain, config, start = task_of(hf_directory, changes)
     task = lora.wrap(plain, config, "base")
     trained = random_like(task.init(jax.random.key(0))[0])
@@ -127,6 +138,54 @@ def test_gradient_is_that_of_merged_kernels(hf_directory, batch, remat):
             )
             checked += 1
     assert checked == 8  # two layers, four of each
+
+
+def test_adapters_are_the_same_beside_one_product(hf_directory, batch, monkeypatch):
+    """With our own attention query, key and value are one product, as are their adapters; each
+    drops numbers of its own."""
+    monkeypatch.setattr(flash, "SMALLEST_TILE", 8)
+    batch = jax.tree.map(
+        lambda x: np.concatenate([x, x[:2]]), batch
+    )  # whose tokens need no padding
+    found = {}
+    for attention in ("xla", "pallas"):
+        changes = {"lora.rank": 3, "lora.dropout": 0.3, "model.attention": attention}
+        plain, config, _ = task_of(hf_directory, changes)
+        task = lora.wrap(plain, config, "base")
+        trained = random_like(task.init(jax.random.key(0))[0])
+
+        def loss(params, task=task):
+            return task.loss(params, {}, task.frozen, batch, jax.random.key(1))[0]
+
+        found[attention] = jax.jit(jax.value_and_grad(loss))(trained)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found.values()
+    )
+
+
+def test_frozen_kernels_of_one_product_are_one_array_on_a_gpu(hf_directory, batch, monkeypatch):
+    """The numbers are the same, and so is the identity of what was loaded."""
+    plain, config, _ = task_of(hf_directory, {"lora.rank": 4})
+    apart = lora.wrap(plain, config, "base")
+    with monkeypatch.context() as gpu:
+        gpu.setattr(packed.jax, "default_backend", lambda: "gpu")
+        params = {name: np.asarray(x) for name, x in apart.frozen["base"].items()}
+        joined = packed.joined(params)
+        trained_query = {k: x for k, x in params.items() if k != "layer_0/attention/query/kernel"}
+        assert "layer_0/attention/key/kernel" in packed.joined(trained_query)
+        assert packed.joined({}) == {}
+    kernel = joined["layer_1/attention/qkv/kernel"]
+    assert kernel.shape == (16, 48) and "layer_1/attention/key/kernel" not in joined
+    np.testing.assert_array_equal(kernel[:, 16:32], params["layer_1/attention/key/kernel"])
+    jax.tree.map(np.testing.assert_array_equal, packed.apart(joined), params)
+
+    params = random_like(apart.init(jax.random.key(0))[0])
+    task = apart._replace(frozen={**apart.frozen, "base": joined})
+    found, expected = (
+        jax.jit(x.evaluate)(params, {}, x.frozen, batch)[0]["loss"] for x in (task, apart)
+    )
+    assert found == expected
+    assert build.frozen_fingerprint(task) == build.frozen_fingerprint(apart)
 
 
 @pytest.mark.parametrize(

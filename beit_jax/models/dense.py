@@ -3,6 +3,7 @@ summed."""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -140,6 +141,36 @@ def unfold(x):
     return x if isinstance(x, Folded) else Folded(x, None, None)
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to the output of a layer: `x` [..., in], times `down` [in, rank], times
+    `up` [rank, out], times `scale`."""
+
+    x: jax.Array
+    down: jax.Array
+    up: jax.Array
+    scale: float
+
+
+def add_low_rank(y: jax.Array, parts: Sequence[LowRank | None]) -> jax.Array:
+    """y [..., N out], the outputs of N layers side by side, with what the adapters of these layers
+    add, all of one scale; None is a layer that has none. They are two products however many there
+    are, where all are given the same array."""
+    there = [part for part in parts if part is not None]
+    if not there:
+        return y
+    if all(part.x is there[0].x for part in there):
+        x, down = there[0].x, jnp.concatenate([part.down for part in there], 1)
+        inner = matmul(x.astype(y.dtype), down)
+    else:
+        inner = [matmul(part.x.astype(y.dtype), part.down) for part in there]
+        inner = jnp.concatenate(inner, -1)
+    width = y.shape[-1] // len(parts)
+    places = [(i * width, (len(parts) - 1 - i) * width) for i, part in enumerate(parts) if part]
+    up = [jnp.pad(part.up, ((0, 0), place)) for part, place in zip(there, places, strict=True)]
+    added = matmul(inner.astype(y.dtype), jnp.concatenate(up)) * there[0].scale
+    return y + added.astype(y.dtype)
+
+
 class Dense(nn.Module):
     """Affine layer over float32 parameters, computed in `dtype`."""
 
@@ -149,9 +180,10 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def weights(self, x):
-        """What tokens [..., in], or `Folded` ones, are to be multiplied by, [in, out], and what is
-        to be added to the result, [out] or None; for whoever does that in place of this layer."""
-        return self._weights(x, None)
+        """For whoever computes in place of this layer what it makes of tokens [..., in], or
+        `Folded` ones: what they are to be multiplied by, [in, out], what is to be added to the
+        result, [out] or None, and an adapter's `LowRank` or None, see `beit_jax/lora.py`."""
+        return *self._weights(x, None), None
 
     @nn.compact
     def _weights(self, x, scale):

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 
 from beit_jax.models import activations, attention, flash, norms
-from beit_jax.models.dense import Dense, Folded, matmul, spread, unfold
+from beit_jax.models.dense import Dense, Folded, add_low_rank, matmul, spread, unfold
 from beit_jax.models.position import Grid, Table, num_relative_positions, relative_position_bias
 
 DTYPES = ("float32", "bfloat16")
@@ -366,10 +366,11 @@ class Attention(nn.Module):
         # what all keys have in common the softmax cancels
         for_keys = x._replace(shift=None) if isinstance(x, Folded) else x
         # what all values have in common is in the result too, as the weights sum to 1
-        if config.fold and kernel is attention.pallas and not sows:  # one product, one backward
+        if kernel is attention.pallas and not sows:  # one product, one backward
             weights = query.weights(x), key.weights(for_keys), value.weights(x)
-            matrices, (added, _, shift) = zip(*weights, strict=True)
+            matrices, (added, _, shift), adapters = zip(*weights, strict=True)
             qkv = matmul(unfold(x).x.astype(dtype), jnp.concatenate(matrices, 1)).astype(dtype)
+            qkv = add_low_rank(qkv, adapters)
             offset = None
             if not isinstance(x, Folded):  # nor is to be what the next layer is given
                 offset, shift = shift, None

@@ -1,4 +1,4 @@
-"""Networks for inference alone, whose parameters are made ready before."""
+"""Parameters that are made ready before: of networks for inference alone, or frozen ones."""
 
 import dataclasses
 import functools
@@ -7,11 +7,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import flash
 from beit_jax.models.layers import TransformerConfig
 from beit_jax.models.position import Table
+
+JOINED = "query", "key", "value"
 
 
 def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
@@ -77,7 +80,7 @@ def _packed(params, config):
 @functools.partial(jax.jit, static_argnums=1)  # compiled once for all layers
 def _packed_attention(params, config):
     none = jnp.zeros(config.hidden_size)
-    parts = [params[name] for name in ("query", "key", "value")]
+    parts = [params[name] for name in JOINED]
     kernel = jnp.concatenate([x["kernel"] for x in parts], 1)
     bias = jnp.concatenate([x.get("bias", none) for x in parts])
     packed = {"qkv": {"kernel": kernel, "bias": bias}, "output": params["output"]}
@@ -87,3 +90,28 @@ def _packed_attention(params, config):
         rows, _ = flash.prepared_shape(config.num_tokens)
         packed["position_bias"] = flash.prepare(table, jnp.dtype(config.dtype), rows)
     return packed
+
+
+def joined(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Frozen parameters by name, "layer_0/attention/query/kernel" for one. On a GPU kernels of
+    query, key and value are one array [in, 3 out], ".../qkv/kernel", in the order of the product in
+    `Attention`, which otherwise puts them side by side in every step."""
+    if jax.default_backend() != "gpu":
+        return params
+    params = dict(params)
+    for prefix in [x.removesuffix("query/kernel") for x in params if x.endswith("query/kernel")]:
+        names = [f"{prefix}{name}/kernel" for name in JOINED]
+        if all(name in params for name in names):  # and none of them is trained
+            parts = [params.pop(name) for name in names]
+            params[f"{prefix}qkv/kernel"] = np.concatenate(parts, 1)
+    return params
+
+
+def apart(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The parameters that `joined` was given. Where a step puts its parts side by side again, XLA
+    takes the whole."""
+    params = dict(params)
+    for prefix in [x.removesuffix("qkv/kernel") for x in params if x.endswith("qkv/kernel")]:
+        parts = jnp.split(params.pop(f"{prefix}qkv/kernel"), 3, 1)
+        params |= {f"{prefix}{name}/kernel": x for name, x in zip(JOINED, parts, strict=True)}
+    return params
