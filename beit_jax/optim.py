@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 TOGETHER = 64  # arrays, which a kernel of a GPU can be given
+SMALL = 2**16  # numbers, which a GPU updates in less time than it takes to start a kernel
 _NO_DECAY = {
     "bias",
     "scale",
@@ -175,6 +176,24 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule),
     )
     return _freeze(tx, freeze, params), schedule
+
+
+def apply_updates(params, updates):
+    """Parameters with their updates added.
+
+    XLA makes a GPU kernel for each array, hundreds for a few numbers each, but joins those of one
+    shape that read the same array. Small ones are given such an array here; it is there once the
+    large ones are updated, whose gradients may read a small one, such as the scale that was
+    multiplied into a kernel: of what is updated before it is read XLA makes a copy.
+    """
+    if jax.default_backend() == "cpu":
+        return optax.apply_updates(params, updates)
+    leaves = enumerate(jax.tree.leaves(optax.apply_updates(params, updates)))
+    large = {i: x for i, x in leaves if x.size > SMALL}
+    large, one = jax.lax.optimization_barrier((large, jnp.ones(2)))
+    small = optax.apply_updates(params, jax.tree.map(lambda update: update * one[0], updates))
+    new = [large.get(i, x) for i, x in enumerate(jax.tree.leaves(small))]
+    return jax.tree.unflatten(jax.tree.structure(params), new)
 
 
 def decay_mask(params, *, no_decay: Sequence[str] = (), decay_position_bias: bool = True):

@@ -330,6 +330,19 @@ def test_global_norm_is_that_of_all_numbers(drop):
     assert norm == pytest.approx(float(optax.tree.norm(tree)), rel=1e-6)
 
 
+def test_small_arrays_are_updated_last_and_together(monkeypatch):
+    """On a GPU, where that is another program, with the same numbers."""
+    rng = np.random.default_rng(0)
+    shapes = {"scale": (300,), "kernel": (300, 300), "adapter": (300, 4), "temperature": ()}
+    params, updates = ({k: rng.normal(size=s).astype("f") for k, s in shapes.items()} for _ in "ab")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    program = jax.make_jaxpr(optim.apply_updates)(params, updates)
+    (barrier,) = (x for x in program.eqns if x.primitive.name == "optimization_barrier")
+    assert [x.aval.shape for x in barrier.invars] == [(300, 300), (2,)]
+    found = jax.jit(optim.apply_updates)(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, found, optax.apply_updates(params, updates))
+
+
 @pytest.mark.parametrize("number", [1.0, np.inf, np.nan])
 def test_global_norm_of_many_arrays(number):
     tree = [np.full(2 + i % 3, 0.5) for i in range(150)] + [np.ones((2, 3))] * 150

@@ -100,9 +100,10 @@ def table_gradient(gradient: jax.Array, grid: Grid, turned: bool = False) -> jax
     else:
         rows = rows[:, ::-1, ::-1]
     ends.append(jnp.pad(gradient[:, 0, :1], ((0, 0), (0, height * width - 1))))
-    # a barrier, or XLA keeps the gradient for what the optimizer wants of it
+    # barriers, or XLA keeps the gradient for what the optimizer wants of it, and joins these anew
+    # each time that it is wanted
     ends = jax.lax.optimization_barrier(jnp.stack(ends).sum(-1))
-    return jnp.concatenate([rows.reshape(heads, -1).T, ends])
+    return jax.lax.optimization_barrier(jnp.concatenate([rows.reshape(heads, -1), ends.T], 1).T)
 
 
 def _sum_of_offsets(x):
