@@ -29,7 +29,8 @@ def embed(
     Args:
       start: the model.
       paths: the files.
-      layer: counted from 0; None is the last. `features.pool` says what is read of it.
+      layer: counted from 0, or back from -1; None is the last. `features.pool` says what is read
+        of it.
       batch_size: of pictures, at most.
       dtype: of the computation, as `config.model.dtype`.
 
@@ -63,7 +64,9 @@ def main(argv=None) -> int:
     """The command; returns the exit status."""
     parser = command.make_parser("embed", __doc__, "vectors.npz")
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
-    parser.add_argument("--layer", type=int, help="counted from 0 (default: the last)")
+    parser.add_argument(
+        "--layer", type=int, help="counted from 0, or back from -1 (default: the last)"
+    )
     command.add_batches(parser)
     return command.run(parser, argv, act, ".npz", unit="vectors")
 

@@ -24,7 +24,11 @@ def test_vectors_are_the_features_of_knn(tmp_path, workdir, picture_folder):
     source = sources.get_source(f"folder:{picture_folder}", "all")
     layers, _ = knn.extract(inference.make(knn.describe, start, batch_size=16), source)
     place = {str(picture_folder / source.id(i)): i for i in range(len(source))}
-    for arguments, expected in (((), layers[-1]), (("--layer", "0"), layers[0])):
+    for arguments, expected in (
+        ((), layers[-1]),
+        (("--layer", "0"), layers[0]),
+        (("--layer", "-2"), layers[0]),
+    ):
         assert command(workdir, picture_folder, tmp_path / "v.npz", *arguments) == 0
         found = np.load(tmp_path / "v.npz")
         assert found["vector"].dtype == np.float32 and len(set(found["path"])) == 60
@@ -59,8 +63,8 @@ def test_warnings_are_plain_lines(tmp_path, workdir, picture_folder, start):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--layer", "9"), "The layer is 9; the network has layers 0 to 1."),
-        (("--layer", "-1"), "The layer is -1; the network has layers 0 to 1."),
+        (("--layer", "9"), "The layer is 9; the network has layers 0 to 1, or -2 to -1."),
+        (("--layer", "-3"), "The layer is -3; the network has layers 0 to 1, or -2 to -1."),
     ],
 )
 def test_unknown_layers(tmp_path, workdir, picture_folder, capsys, arguments, message):

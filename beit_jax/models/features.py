@@ -46,15 +46,18 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
 
 
 def check_layer(layer: int | None, model) -> int:
-    """The number of a layer, from 0; None is the last.
+    """The number of a layer, from 0; -1, or None, is the last, -2 the one before it.
 
     Raises:
       ValueError: there is no such layer.
     """
-    last = model.config.num_hidden_layers - 1
-    if layer is not None and not 0 <= layer <= last:
-        raise ValueError(f"The layer is {layer}; the network has layers 0 to {last}.")
-    return last if layer is None else layer
+    count = model.config.num_hidden_layers
+    layer = -1 if layer is None else layer
+    if not -count <= layer < count:
+        raise ValueError(
+            f"The layer is {layer}; the network has layers 0 to {count - 1}, or -{count} to -1."
+        )
+    return layer % count
 
 
 def attention_maps(model, params, image) -> list[jax.Array]:
