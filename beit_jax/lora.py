@@ -1,11 +1,12 @@
-"""LoRA (arXiv:2106.09685) on any network, without a change to it or its task.
+"""LoRA (arXiv:2106.09685) on any network of dense layers, without a change to its task.
 
 The output of each targeted dense layer gets `alpha / rank * dropout(x) A B` added to it, by flax's
-`intercept_methods`. What is not trained is `Task.frozen`: it has neither gradient nor optimizer
-state and is in no checkpoint, which holds the adapters, the trained rest (the classifier) and the
-identity of the base.
+`intercept_methods`; a layer that is part of a larger product says so by `Dense.weights`. What is
+not trained is `Task.frozen`: it has neither gradient nor optimizer state and is in no checkpoint,
+which holds the adapters, the trained rest (the classifier) and the identity of the base.
 
-A trained tree is {"lora": {path of a layer: {"a": [in, rank], "b": [rank, out]}}, **the rest}.
+A trained tree is {"lora": adapters, **the rest}: nested like the network, {"a": [in, rank],
+"b": [rank, out]} in the place of each targeted layer.
 """
 
 import functools
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from beit_jax import architecture
 from beit_jax.models import packed
 from beit_jax.models.dense import Folded, LowRank, add_low_rank
 from beit_jax.models.layers import DTYPES
@@ -63,7 +65,9 @@ def wrap(task: Task, config, base: str) -> Task:
     }
     check_base(task.info.lora, identity)
     dtype = jnp.dtype(config.lora.base_dtype)
-    base_params = {name: x.astype(dtype) for name, x in frozen.items()}
+    base_params = {name: x.astype(dtype, copy=False) for name, x in frozen.items()}
+    network = architecture.make_model(task.info, **architecture.runtime(config))
+    joins = packed.has_one_product(network.config, nested(params))
 
     def init(rng):
         fresh, model_state = task.init(rng)
@@ -85,7 +89,7 @@ def wrap(task: Task, config, base: str) -> Task:
         """function(all parameters, task's frozen) with the adapters at work."""
         trained = flat(trained)
         adapters = {name: trained.pop(name) for name in list(trained) if name.startswith("lora/")}
-        everything = nested(packed.apart(frozen["base"]) | trained)
+        everything = nested(packed.split_qkv(frozen["base"]) | trained)
         rate = config.lora.dropout if rng is not None else 0.0
         with nn.intercept_methods(functools.partial(_add, adapters, scale, rate, rng)):
             return function(everything, frozen["task"])
@@ -111,7 +115,10 @@ def wrap(task: Task, config, base: str) -> Task:
     return task._replace(
         init=init,
         start=start,
-        frozen={"task": task.frozen, "base": packed.joined(base_params)},
+        frozen={
+            "task": task.frozen,
+            "base": packed.join_qkv(base_params) if joins else base_params,
+        },
         loaded={
             "task": task.frozen if task.loaded is None else task.loaded,
             "base": base_params,
@@ -131,14 +138,15 @@ def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, con
     path = "/".join(context.module.path)
     if context.method_name not in ("__call__", "weights") or f"lora/{path}/a" not in adapters:
         return out
-    x, *scales = args
-    if isinstance(x, Folded) or any(scale is not None for scale in scales):
+    x, *others = args
+    others.append(kwargs.get("scale"))
+    if isinstance(x, Folded) or isinstance(out, Folded) or any(y is not None for y in others):
         raise ValueError(f"Adapters of {path} need config.model.fold=False.")
     if rate:
         key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
         x = jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-    adapter = LowRank(x, adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"], scale)
+    adapter = LowRank(x, adapters[f"lora/{path}/a"], adapters[f"lora/{path}/b"] * scale)
     if context.method_name == "weights":  # whose layer says nothing itself
         return *out[:-1], adapter
     return add_low_rank(out, [adapter])
@@ -203,6 +211,11 @@ def targets(params: Flat, names) -> list[str]:
         if name.endswith("/kernel") and x.ndim == 2 and "/" in name.removesuffix("/kernel")
     ]
     available = sorted({layer.rpartition("/")[2] for layer in layers})
+    if not available:
+        raise ValueError(
+            "LoRA adapts dense layers, of which this network has none but its classifier: train "
+            "all of it, with config.lora.rank=0."
+        )
     if missing := sorted(set(names) - set(available)):
         raise ValueError(
             f"config.lora.targets: there is no layer {', '.join(missing)}; available: "

@@ -58,8 +58,8 @@ def make_schedule(
     """Returns a function from the step, counted from 0, to the learning rate.
 
     The warm-up is unilm's `linspace(warmup_init, learning_rate, warmup_steps)`: it starts at
-    `warmup_init` and its last step has the full learning rate. Then follows, for the rest of the
-    run,
+    `warmup_init` and its last step has the full learning rate; one of a single step has
+    `warmup_init`. Then follows, for the rest of the run,
 
       "constant"     the learning rate;
       "linear"       a line to `end_value`;
@@ -178,22 +178,27 @@ def make_optimizer(
     return _freeze(tx, freeze, params), schedule
 
 
-def apply_updates(params, updates):
-    """Parameters with their updates added.
+def apply_updates(params, updates, trainable):
+    """Parameters with their updates added where `trainable`, a tree of bools, is true.
 
-    XLA makes a GPU kernel for each array, hundreds for a few numbers each, but joins those of one
-    shape that read the same array. Small ones are given such an array here; it is there once the
-    large ones are updated, whose gradients may read a small one, such as the scale that was
-    multiplied into a kernel: of what is updated before it is read XLA makes a copy.
+    XLA makes a GPU kernel for each array, hundreds for a few numbers each, but one for arrays of
+    the same shape whose update reads one that is no scalar: small ones are given that here. It is
+    there once the large ones are updated, as gradients of these may read a small one, such as a
+    scale that a kernel was multiplied by; an array that is overwritten before it was read for the
+    last time is copied first.
     """
-    if jax.default_backend() == "cpu":
-        return optax.apply_updates(params, updates)
-    leaves = enumerate(jax.tree.leaves(optax.apply_updates(params, updates)))
-    large = {i: x for i, x in leaves if x.size > SMALL}
-    large, one = jax.lax.optimization_barrier((large, jnp.ones(2)))
-    small = optax.apply_updates(params, jax.tree.map(lambda update: update * one[0], updates))
-    new = [large.get(i, x) for i, x in enumerate(jax.tree.leaves(small))]
-    return jax.tree.unflatten(jax.tree.structure(params), new)
+
+    def add(p, update, learns):
+        return p + update if learns else p
+
+    new = jax.tree.map(add, params, updates, trainable)
+    if jax.default_backend() == "gpu":
+        large = [x for x in jax.tree.leaves(new) if x.size > SMALL]
+        _, one = jax.lax.optimization_barrier((large, jnp.ones(2)))
+        scaled = jax.tree.map(lambda update: update * one[0], updates)
+        small = jax.tree.map(add, params, scaled, trainable)
+        new = jax.tree.map(lambda x, y: x if x.size > SMALL else y, new, small)
+    return new
 
 
 def decay_mask(params, *, no_decay: Sequence[str] = (), decay_position_bias: bool = True):

@@ -98,7 +98,7 @@ def make_train_step(
         norm = optim.global_norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optim.apply_updates(state.params, updates)
+        params = optim.apply_updates(state.params, updates, trainable)
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optim.ema_update(ema_params, params, ema_decay, state.step)

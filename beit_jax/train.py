@@ -76,6 +76,7 @@ def _train(config, workdir, mesh, stack):
     saver = stack.enter_context(build.make_checkpointer(config, workdir, plan.keep_every))
     task = build.make_task(config, splits, workdir, mesh, saver.latest_step())
     fingerprints["frozen weights"] = build.frozen_fingerprint(task)
+    task = task._replace(loaded=None)  # a copy on the host
     workdirs.check_data(workdir, fingerprints)
     tx, schedule = build.make_optimizer(config, task, plan)
     state = build.make_state(config, task, tx, saver, mesh)

@@ -184,6 +184,10 @@ def test_stray_argument(flags, fails, tmp_path):
             ["config.augment.mixup is 0.8", "'pretrain'", "leave it at 0"],
         ),
         ({"task_name": "linear_probe"}, ["config.model.hidden_size is 16", "leave it at None"]),
+        (
+            {"task_name": "linear_probe", "lora.rank": 2},
+            ["config.lora.rank is 2", "'linear_probe'", "leave it at 0"],
+        ),
         ({"tokenizer": "some"}, ["config.tokenizer is 'some'", "'classify'", "leave it at ''"]),
         (
             {"task_name": "pretrain", "objective": "simmim", "tokenizer": "some"},

@@ -163,29 +163,32 @@ def test_adapters_are_the_same_beside_one_product(hf_directory, batch, monkeypat
     )
 
 
-def test_frozen_kernels_of_one_product_are_one_array_on_a_gpu(hf_directory, batch, monkeypatch):
-    """The numbers are the same, and so is the identity of what was loaded."""
-    plain, config, _ = task_of(hf_directory, {"lora.rank": 4})
-    apart = lora.wrap(plain, config, "base")
-    with monkeypatch.context() as gpu:
-        gpu.setattr(packed.jax, "default_backend", lambda: "gpu")
-        params = {name: np.asarray(x) for name, x in apart.frozen["base"].items()}
-        joined = packed.joined(params)
-        trained_query = {k: x for k, x in params.items() if k != "layer_0/attention/query/kernel"}
-        assert "layer_0/attention/key/kernel" in packed.joined(trained_query)
-        assert packed.joined({}) == {}
-    kernel = joined["layer_1/attention/qkv/kernel"]
-    assert kernel.shape == (16, 48) and "layer_1/attention/key/kernel" not in joined
-    np.testing.assert_array_equal(kernel[:, 16:32], params["layer_1/attention/key/kernel"])
-    jax.tree.map(np.testing.assert_array_equal, packed.apart(joined), params)
+def test_frozen_kernels_of_one_product_are_one_array(hf_directory, batch, monkeypatch):
+    """The numbers are the same, and so is the identity of what was loaded; where one of the three
+    is trained, they stay apart."""
+    monkeypatch.setattr(flash, "SMALLEST_TILE", 8)
+    trained = "layer_1/attention/value/kernel"
+    changes = {"lora.rank": 3, "lora.trainable": ("classifier/.*", trained)}
+    found = {}
+    for attention in ("xla", "pallas"):
+        plain, config, _ = task_of(hf_directory, changes | {"model.attention": attention})
+        found[attention] = lora.wrap(plain, config, "base")
+    joined, apart = found["pallas"], found["xla"].frozen["base"]
+    base = joined.frozen["base"]
+    together = sorted(set(base) - set(apart))
+    assert together == ["layer_0/attention/query+key+value/kernel"]
+    assert base[together[0]].shape == (16, 48)
+    assert {"layer_1/attention/query/kernel", "layer_1/attention/key/kernel"} <= set(base)
+    jax.tree.map(np.testing.assert_array_equal, packed.split_qkv(base), apart)
+    assert build.frozen_fingerprint(joined) == build.frozen_fingerprint(found["xla"])
 
-    params = random_like(apart.init(jax.random.key(0))[0])
-    task = apart._replace(frozen={**apart.frozen, "base": joined})
+    params = random_like(joined.init(jax.random.key(0))[0])
+    task, key = joined._replace(frozen={**joined.frozen, "base": apart}), jax.random.key(1)
     found, expected = (
-        jax.jit(x.evaluate)(params, {}, x.frozen, batch)[0]["loss"] for x in (task, apart)
+        jax.jit(jax.value_and_grad(lambda p, x=x: x.loss(p, {}, x.frozen, batch, key)[0]))(params)
+        for x in (joined, task)
     )
-    assert found == expected
-    assert build.frozen_fingerprint(task) == build.frozen_fingerprint(apart)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +362,12 @@ def test_bad_settings(hf_directory, changes, message):
     plain, config, _ = task_of(hf_directory, {"lora.rank": 4} | changes)
     with pytest.raises(ValueError, match=message):
         lora.wrap(plain, config, "base")
+
+
+def test_a_network_without_dense_layers():
+    params = {"layer_0/kernel": np.zeros((3, 3, 4, 4)), "classifier/kernel": np.zeros((4, 2))}
+    with pytest.raises(ValueError, match="this network has none but its classifier"):
+        lora.targets(params, ("query", "value"))
 
 
 def test_nothing_pretrained():

@@ -330,17 +330,28 @@ def test_global_norm_is_that_of_all_numbers(drop):
     assert norm == pytest.approx(float(optax.tree.norm(tree)), rel=1e-6)
 
 
-def test_small_arrays_are_updated_last_and_together(monkeypatch):
-    """On a GPU, where that is another program, with the same numbers."""
+@pytest.mark.parametrize("backend, barriers", [("cpu", 0), ("gpu", 1)])
+def test_small_arrays_are_updated_last_and_together(monkeypatch, backend, barriers):
+    """On a GPU, where that is another program, with the same numbers; frozen ones stay."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(0)
     shapes = {"scale": (300,), "kernel": (300, 300), "adapter": (300, 4), "temperature": ()}
+    shapes |= {"frozen_scale": (300,), "frozen_kernel": (300, 300)}
     params, updates = ({k: rng.normal(size=s).astype("f") for k, s in shapes.items()} for _ in "ab")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    program = jax.make_jaxpr(optim.apply_updates)(params, updates)
-    (barrier,) = (x for x in program.eqns if x.primitive.name == "optimization_barrier")
-    assert [x.aval.shape for x in barrier.invars] == [(300, 300), (2,)]
-    found = jax.jit(optim.apply_updates)(params, updates)
-    jax.tree.map(np.testing.assert_array_equal, found, optax.apply_updates(params, updates))
+    learns = {name: not name.startswith("frozen") for name in shapes}
+    expected = optax.apply_updates(params, updates)
+    expected = {name: expected[name] if learns[name] else params[name] for name in shapes}
+
+    def apply(params, updates):
+        return optim.apply_updates(params, updates, learns)
+
+    program = jax.make_jaxpr(apply)(params, updates)
+    found = [x for x in program.eqns if x.primitive.name == "optimization_barrier"]
+    assert len(found) == barriers
+    given, made = program.jaxpr.invars, program.jaxpr.outvars
+    for name, old, new in zip(sorted(shapes), given, made, strict=False):
+        assert (old is new) == (not learns[name])
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(apply)(params, updates), expected)
 
 
 @pytest.mark.parametrize("number", [1.0, np.inf, np.nan])

@@ -143,32 +143,31 @@ def unfold(x):
 
 class LowRank(NamedTuple):
     """What an adapter adds to the output of a layer: `x` [..., in], times `down` [in, rank], times
-    `up` [rank, out], times `scale`."""
+    `up` [rank, out]."""
 
     x: jax.Array
     down: jax.Array
     up: jax.Array
-    scale: float
 
 
 def add_low_rank(y: jax.Array, parts: Sequence[LowRank | None]) -> jax.Array:
     """y [..., N out], the outputs of N layers side by side, with what the adapters of these layers
-    add, all of one scale; None is a layer that has none. They are two products however many there
-    are, where all are given the same array."""
-    there = [part for part in parts if part is not None]
+    add; None is a layer that has none.
+
+    They are two products however many there are, which a GPU does sooner than several small ones;
+    where they are not given the same array, because each drops numbers of its own, one more each.
+    """
+    there = [(i, part) for i, part in enumerate(parts) if part is not None]
     if not there:
         return y
-    if all(part.x is there[0].x for part in there):
-        x, down = there[0].x, jnp.concatenate([part.down for part in there], 1)
-        inner = matmul(x.astype(y.dtype), down)
+    width, x = y.shape[-1] // len(parts), there[0][1].x
+    if all(part.x is x for _, part in there):
+        inner = matmul(x.astype(y.dtype), jnp.concatenate([part.down for _, part in there], 1))
     else:
-        inner = [matmul(part.x.astype(y.dtype), part.down) for part in there]
+        inner = [matmul(part.x.astype(y.dtype), part.down) for _, part in there]
         inner = jnp.concatenate(inner, -1)
-    width = y.shape[-1] // len(parts)
-    places = [(i * width, (len(parts) - 1 - i) * width) for i, part in enumerate(parts) if part]
-    up = [jnp.pad(part.up, ((0, 0), place)) for part, place in zip(there, places, strict=True)]
-    added = matmul(inner.astype(y.dtype), jnp.concatenate(up)) * there[0].scale
-    return y + added.astype(y.dtype)
+    up = [jnp.pad(z.up, ((0, 0), (i * width, (len(parts) - 1 - i) * width))) for i, z in there]
+    return y + matmul(inner.astype(y.dtype), jnp.concatenate(up)).astype(y.dtype)
 
 
 class Dense(nn.Module):

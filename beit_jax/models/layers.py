@@ -180,7 +180,7 @@ class TransformerConfig:
         "plain" and "xla" norms and GELU are XLA's too.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
       fold: whether kernels and biases take in, while training, the scales and shifts that surround
-        them, see `Folded`.
+        them, see `Folded`, and the kernel of GELU the bias before it.
       drop_path_mode: "sample", or "window" that saves work, see `DropPath`.
       packed: attention has the parameters that `models/packed.py` makes.
     """

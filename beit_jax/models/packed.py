@@ -1,4 +1,5 @@
-"""Parameters that are made ready before: of networks for inference alone, or frozen ones."""
+"""Parameters that are made ready once, not in every call: of networks for inference alone, and
+frozen ones."""
 
 import dataclasses
 import functools
@@ -14,7 +15,8 @@ from beit_jax.models import flash
 from beit_jax.models.layers import TransformerConfig
 from beit_jax.models.position import Table
 
-JOINED = "query", "key", "value"
+QKV = "query", "key", "value"
+_JOINED = "+".join(QKV) + "/kernel"  # a name that no layer has
 
 
 def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
@@ -33,9 +35,21 @@ def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
 
     if getattr(config, "layer_scale_init_value", 0):
         config, params = dataclasses.replace(config, layer_scale_init_value=0.0), _unscaled(params)
-    if isinstance(config, TransformerConfig) and not config.packed and _can_pack(config, params):
+    if not getattr(config, "packed", True) and has_one_product(config, params):
         config, params = dataclasses.replace(config, packed=True), _packed(params, config)
     return model.clone(config=config), jax.tree.map_with_path(convert, params)
+
+
+def has_one_product(config, params) -> bool:
+    """Whether query, key and value are one product in every `Attention` of a network."""
+    if not isinstance(config, TransformerConfig):
+        return False
+    has_table = ["relative_position_bias_table" in x for x in _attentions(params)]
+    is_shared = "relative_position_bias_table" in params
+    if not has_table or (is_shared and any(has_table)):
+        return False
+    biased = is_shared or any(has_table)
+    return config.resolved_attention(config.num_tokens, biased) == "pallas"
 
 
 def _unscaled(params):
@@ -57,15 +71,6 @@ def _attentions(params):
         yield from _attentions(x) if isinstance(x, Mapping) else ()
 
 
-def _can_pack(config, params):
-    has_table = ["relative_position_bias_table" in x for x in _attentions(params)]
-    is_shared = "relative_position_bias_table" in params
-    if not has_table or (is_shared and any(has_table)):
-        return False
-    biased = is_shared or any(has_table)
-    return config.resolved_attention(config.num_tokens, biased) == "pallas"
-
-
 def _packed(params, config):
     """As networks of a packed configuration want them; what a product adds is in its type."""
     if "query" in params:
@@ -80,7 +85,7 @@ def _packed(params, config):
 @functools.partial(jax.jit, static_argnums=1)  # compiled once for all layers
 def _packed_attention(params, config):
     none = jnp.zeros(config.hidden_size)
-    parts = [params[name] for name in JOINED]
+    parts = [params[name] for name in QKV]
     kernel = jnp.concatenate([x["kernel"] for x in parts], 1)
     bias = jnp.concatenate([x.get("bias", none) for x in parts])
     packed = {"qkv": {"kernel": kernel, "bias": bias}, "output": params["output"]}
@@ -92,26 +97,24 @@ def _packed_attention(params, config):
     return packed
 
 
-def joined(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Frozen parameters by name, "layer_0/attention/query/kernel" for one. On a GPU kernels of
-    query, key and value are one array [in, 3 out], ".../qkv/kernel", in the order of the product in
-    `Attention`, which otherwise puts them side by side in every step."""
-    if jax.default_backend() != "gpu":
-        return params
+def join_qkv(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Frozen parameters by name, "layer_0/attention/query/kernel" for one, for the training around
+    them of a network that `has_one_product`: kernels of query, key and value, where all three are
+    frozen, are one array [in, 3 out], and need not be put side by side in every step."""
     params = dict(params)
     for prefix in [x.removesuffix("query/kernel") for x in params if x.endswith("query/kernel")]:
-        names = [f"{prefix}{name}/kernel" for name in JOINED]
-        if all(name in params for name in names):  # and none of them is trained
-            parts = [params.pop(name) for name in names]
-            params[f"{prefix}qkv/kernel"] = np.concatenate(parts, 1)
+        names = [f"{prefix}{name}/kernel" for name in QKV]
+        if all(name in params for name in names):
+            kernels = [params.pop(name) for name in names]
+            params[prefix + _JOINED] = np.concatenate(kernels, 1)
     return params
 
 
-def apart(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The parameters that `joined` was given. Where a step puts its parts side by side again, XLA
+def split_qkv(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The parameters that `join_qkv` was given. Where a step puts these parts side by side, XLA
     takes the whole."""
     params = dict(params)
-    for prefix in [x.removesuffix("qkv/kernel") for x in params if x.endswith("qkv/kernel")]:
-        parts = jnp.split(params.pop(f"{prefix}qkv/kernel"), 3, 1)
-        params |= {f"{prefix}{name}/kernel": x for name, x in zip(JOINED, parts, strict=True)}
+    for prefix in [x.removesuffix(_JOINED) for x in params if x.endswith(_JOINED)]:
+        kernels = jnp.split(params.pop(prefix + _JOINED), 3, 1)
+        params |= {f"{prefix}{name}/kernel": x for name, x in zip(QKV, kernels, strict=True)}
     return params

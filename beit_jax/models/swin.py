@@ -95,7 +95,7 @@ class SwinConfig:
       dtype: computation type; parameters are float32, logits too.
       attention: "plain", "xla", see `models/attention.py`, or "auto", which is "xla" here.
       remat: "none", "full" or "dots": what the backward pass computes again to save memory.
-      fold: as the other families have it; nothing here is changed by it.
+      fold: as the other families have it; here the GELU kernel takes in the bias before it.
       drop_path_mode: "sample", or "window" that saves work, see `layers.DropPath`.
     """
 

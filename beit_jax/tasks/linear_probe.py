@@ -24,7 +24,8 @@ from beit_jax.tasks.task import OF_LABELS, Data, Task
 def unused(config) -> dict:
     """Settings that change nothing here, see `tasks/__init__.py`."""
     fields = set(config.model) - {*architecture.RUNTIME, "image_size"}
-    own = {"objective": "tokens", "tokenizer": "", "teacher": "", "optim.layer_decay": 1.0}
+    own = {"objective": "tokens", "tokenizer": "", "teacher": ""}
+    own |= {"optim.layer_decay": 1.0, "lora.rank": 0}
     return OF_LABELS | own | {f"model.{key}": None for key in sorted(fields)}
 
 

@@ -78,7 +78,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         seen, masks = fixed(frozen, batch)
         masks = masks._replace(weight=masks.weight * batch["weight"][:, None])
         sums, _ = objective.loss(params, model_state, frozen, seen, masks, None)
-        return sums, {"weight": batch["weight"]}
+        return sums, {}
 
     def draw(workdir, results, outputs, split, params, model_state):
         if objective.reconstruct is None:

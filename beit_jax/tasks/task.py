@@ -60,7 +60,8 @@ class Task(NamedTuple):
       choose: (metrics of the validation, of the test) -> of the test, where something was chosen by
         the validation; or None.
       num_frozen: parameters of the network that are in `frozen`.
-      loaded: `frozen` with weights as they were loaded, where it has them in another form; or None.
+      loaded: `frozen` with weights as they were loaded, where it may have them in another form; or
+        None.
     """
 
     init: Callable
