@@ -257,7 +257,12 @@ def frozen_names(config, task) -> list[str]:
 
 
 def _shapes(task, config):
-    return jax.eval_shape(task.init, jax.random.key(config.seed))
+    return _shapes_of(task.init, config.seed)
+
+
+@functools.lru_cache(maxsize=1)  # a second for a large network, and wanted several times
+def _shapes_of(init, seed):
+    return jax.eval_shape(init, jax.random.key(seed))
 
 
 def make_checkpointer(config, workdir, keep_every: float = 0) -> checkpoint.Checkpointer:

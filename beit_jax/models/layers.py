@@ -328,29 +328,42 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, bias, *, deterministic, scale=None):
         """Tokens [B, T, D], or `Folded` ones, to [B, T, D]; `scale` [D] multiplies the result."""
-        config = self.config
-        batch, tokens, width = x.shape
-        heads, dtype = config.num_attention_heads, jnp.dtype(config.dtype)
-        if config.packed:
-            if not deterministic or self.is_mutable_collection("attention_maps"):
-                raise ValueError("A packed network neither trains nor has attention maps.")
-            qkv = Dense(3 * width, normal(config), dtype=dtype, name="qkv")(x)
-            if self.has_bias_table:
-                shape = (heads, *flash.prepared_shape(config.num_tokens))
-                bias = flash.Prepared(self.param("position_bias", nn.initializers.zeros, shape))
-            qkv = qkv.reshape(batch, tokens, 3, heads, -1)
-            x = attention.pallas_packed(qkv, None, None, bias).reshape(batch, tokens, width)
-            return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
-        drops = bool(config.attention_probs_dropout_prob) and not deterministic
-        fold = isinstance(x, Folded) and not drops
+        attend = self._attend_packed if self.config.packed else self._attend
+        attended, shift = attend(x, bias, deterministic)
+        attended = attended.reshape(x.shape)
+        attended = attended if shift is None else Folded(attended, None, shift)
+        dtype = jnp.dtype(self.config.dtype)
+        return Dense(x.shape[-1], self.output_init, dtype=dtype, name="output")(attended, scale)
 
-        biased = bias is not None or self.has_bias_table
-        implementation = config.resolved_attention(tokens, biased)
+    def _attend_packed(self, x, bias, deterministic):
+        """What every token attends to, [B, T, H, K], to which nothing is to be added."""
+        config = self.config
+        if not deterministic or self.is_mutable_collection("attention_maps"):
+            raise ValueError("A packed network neither trains nor has attention maps.")
+        (batch, tokens, width), heads = x.shape, config.num_attention_heads
+        qkv = Dense(3 * width, normal(config), dtype=jnp.dtype(config.dtype), name="qkv")(x)
+        if self.has_bias_table:
+            shape = (heads, *flash.prepared_shape(config.num_tokens))
+            bias = flash.Prepared(self.param("position_bias", nn.initializers.zeros, shape))
+        qkv = qkv.reshape(batch, tokens, 3, heads, -1)
+        return attention.pallas_packed(qkv, None, None, bias), None
+
+    def _attend(self, x, bias, deterministic):
+        """What every token attends to, [B, T, H, K], and what is to be added to it, [D] or None."""
+        config, tokens = self.config, x.shape[1]
+        implementation = config.resolved_attention(tokens, bias is not None or self.has_bias_table)
         kernel = attention.IMPLEMENTATIONS[implementation]
+        drops = bool(config.attention_probs_dropout_prob) and not deterministic
         if drops:
             dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=False)
             kernel = functools.partial(attention.plain, dropout=dropout)
         table = bias_table(self, config) if self.has_bias_table else None
+        sows = self.is_mutable_collection("attention_maps")
+        if kernel is attention.pallas and not sows:
+            kernel = attention.pallas_packed
+            given, shift = self._one_product(x)
+        else:
+            given, shift = self._three_products(x, fold=isinstance(x, Folded) and not drops)
 
         def whole_bias(bias, table):
             if table is not None:
@@ -358,46 +371,52 @@ class Attention(nn.Module):
                 bias = own_bias if bias is None else bias + own_bias
             return None if bias is None else attention.mask_padding(bias, tokens)
 
-        query, key, value = (
-            Dense(width, normal(config), name in self.biased, dtype, name=name)
-            for name in ("query", "key", "value")
-        )
-        sows = self.is_mutable_collection("attention_maps")
-        # what all keys have in common the softmax cancels
-        for_keys = x._replace(shift=None) if isinstance(x, Folded) else x
-        # what all values have in common is in the result too, as the weights sum to 1
-        if kernel is attention.pallas and not sows:  # one product, one backward
-            weights = query.weights(x), key.weights(for_keys), value.weights(x)
-            matrices, (added, _, shift), adapters = zip(*weights, strict=True)
-            qkv = matmul(unfold(x).x.astype(dtype), jnp.concatenate(matrices, 1)).astype(dtype)
-            qkv = add_low_rank(qkv, adapters)
-            offset = None
-            if not isinstance(x, Folded):  # nor is to be what the next layer is given
-                offset, shift = shift, None
-            added = (None if z is None else z.reshape(heads, -1) for z in (added, offset))
-            given = qkv.reshape(batch, tokens, 3, heads, -1), *added
-            kernel = attention.pallas_packed
-        else:
-            query, key = query(x), key(for_keys)
-            value, _, shift = unfold(value(x, fold=fold))
-            given = [z.reshape(batch, tokens, heads, -1) for z in (query, key, value)]
-        if sows and not self.is_initializing():
-            maps = attention.probabilities(*given[:2], whole_bias(bias, table))
-            self.sow("attention_maps", "probabilities", maps)
-
         def attend(given, bias, table):
             return kernel(*given, whole_bias(bias, table))
 
+        if sows and not self.is_initializing():
+            maps = attention.probabilities(*given[:2], whole_bias(bias, table))
+            self.sow("attention_maps", "probabilities", maps)
         keeps = self.has_bias_table and not drops  # every layer's bias, left to JAX
         if keeps and implementation == "pallas" and bias is None:
-            x = kernel(*given, Table(table, config.grid))
-        elif keeps and implementation in attention.FUSED:
-            x = jax.checkpoint(attend, policy=attention.saves_kernel)(given, bias, table)
-        else:
-            x = attend(given, bias, table)
-        x = x.reshape(batch, tokens, width)
-        x = x if shift is None else Folded(x, None, shift)
-        return Dense(width, self.output_init, dtype=dtype, name="output")(x, scale)
+            return kernel(*given, Table(table, config.grid)), shift
+        if keeps and implementation in attention.FUSED:
+            attend = jax.checkpoint(attend, policy=attention.saves_kernel)
+        return attend(given, bias, table), shift
+
+    def _projections(self, x):
+        config = self.config
+        return (
+            Dense(
+                x.shape[-1], normal(config), name in self.biased, jnp.dtype(config.dtype), name=name
+            )
+            for name in ("query", "key", "value")
+        )
+
+    def _three_products(self, x, fold):
+        """Query, key and value [B, T, H, K]; and with `fold` what the weights, which sum to 1, let
+        be added to their sums of values instead, [D], or None."""
+        query, key, value = self._projections(x)
+        # what all keys have in common the softmax cancels
+        for_keys = x._replace(shift=None) if isinstance(x, Folded) else x
+        value, _, shift = unfold(value(x, fold=fold))
+        shape = *x.shape[:2], self.config.num_attention_heads, -1
+        return [z.reshape(shape) for z in (query(x), key(for_keys), value)], shift
+
+    def _one_product(self, x):
+        """What `attention.pallas_packed` takes before the bias: all three [B, T, 3, H, K], and what
+        is to be added to queries and to the result, [H, K] or None; and what is still to be added
+        to the result afterwards, [D], or None."""
+        heads, tokens = self.config.num_attention_heads, unfold(x).x
+        weights = (layer.weights(x) for layer in self._projections(x))
+        kernels, (to_queries, _, to_values), adapters = zip(*weights, strict=True)
+        tokens = tokens.astype(self.config.dtype)
+        qkv = matmul(tokens, jnp.concatenate(kernels, 1)).astype(tokens.dtype)
+        qkv = add_low_rank(qkv, adapters).reshape(*x.shape[:2], 3, heads, -1)
+        folds = isinstance(x, Folded)  # and else the result is to be whole
+        added = to_queries, None if folds else to_values
+        added = (None if z is None else z.reshape(heads, -1) for z in added)
+        return [qkv, *added], to_values if folds else None
 
 
 class Mlp(nn.Module):
