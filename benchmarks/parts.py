@@ -62,12 +62,12 @@ def make(start, batch: dict, **changes):
     tx, schedule = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0
     )
-    ema = changes.get("ema_decay", 0.0)
+    ema, trainable = changes.get("ema_decay", 0.0), jax.tree.map(lambda x: True, params)
     step = state.make_train_step(
         task,
         tx,
         schedule=schedule,
-        trainable=jax.tree.map(lambda x: True, params),
+        trainable=trainable,
         seed=SEED,
         accumulate_steps=changes.get("accumulate_steps", 1),
         ema_decay=ema,
@@ -88,7 +88,7 @@ def make(start, batch: dict, **changes):
 
     def update(gradient, opt_state, params):
         updates, opt_state = tx.update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return optim.apply_updates(params, updates, trainable), opt_state
 
     seen = jax.jit(augment)(rng, image)
     return {
