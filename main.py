@@ -43,7 +43,7 @@ def parse_flags(argv):
             message = "Expected python main.py --config=configs/NAME.py --workdir=DIR; " + message
         sys.exit(message)
     except OSError as error:
-        sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {recipes()}")
+        sys.exit(f"{str(error).splitlines()[-1].strip()}; {where_recipes_are()}")
     except (AttributeError, KeyError, TypeError) as error:
         # of the last name of a key, of one before it, or of one that stands below a setting
         unknown = error.__context__ if isinstance(error, AttributeError) else error
@@ -54,6 +54,12 @@ def parse_flags(argv):
         if isinstance(unknown, KeyError):
             message += ": " + str(unknown.args[0]).replace("\n", ". ")
         sys.exit(message if "Did you mean" in message else message + siblings(argv))
+
+
+def where_recipes_are() -> str:
+    """Which there are, or where to look."""
+    found = recipes()
+    return f"available: {found}" if found else "main.py is run from the top of the repository"
 
 
 def recipes() -> str:

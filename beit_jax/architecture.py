@@ -35,13 +35,26 @@ def preset(family: ModuleType, name: str) -> dict[str, Any]:
     """The keyword arguments of a preset; raises ValueError where there is none of that name."""
     if name not in family.PRESETS:
         available = ", ".join(family.PRESETS)
-        raise ValueError(f"Unknown preset {name!r}; available: {available}.")
+        raise ValueError(f"Unknown config.preset {name!r}; available: {available}.")
     return dict(family.PRESETS[name])
 
 
-def overrides(config) -> dict[str, Any]:
-    """What the config says of the architecture."""
-    return {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
+def overrides(config, family: ModuleType) -> dict[str, Any]:
+    """What the config says of the architecture; a 0 of what the family does not have says nothing.
+
+    Raises:
+      ValueError: the family has no such setting.
+    """
+    found = {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
+    known = dataclasses.asdict(family.Model().config)
+    if unknown := [key for key, value in found.items() if key not in known and value]:
+        name = family.__name__.rpartition(".")[2]
+        settings = ", ".join(f"config.model.{key} is {found[key]!r}" for key in unknown)
+        raise ValueError(
+            f"{settings}, and a {name} has no such setting: leave it out, or where the recipe sets "
+            f"it, give --config.model.{unknown[0]}=0."
+        )
+    return {key: value for key, value in found.items() if key in known}
 
 
 def complete(family: ModuleType, architecture: dict[str, Any]) -> dict[str, Any]:

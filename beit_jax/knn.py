@@ -76,7 +76,11 @@ def run(args) -> int:
     start = pretrained.load(args.checkpoint)
     columns = {"image_key": args.image_key, "label_key": args.label_key}
     options = {"data_dir": args.data_dir, "on_bad_image": args.on_bad_image, **columns}
-    splits = [sources.get_source(args.data, split, **options) for split in (args.train, args.test)]
+    try:
+        splits = [sources.get_source(args.data, x, **options) for x in (args.train, args.test)]
+    except ValueError as error:
+        error.add_note("--train and --test name what knn takes.")
+        raise
     for source in splits:
         if source.class_names is None:
             raise ValueError(f"{source.split} of {args.data} has no labels to vote for.")

@@ -48,9 +48,9 @@ def wrap(task: Task, config, base: str) -> Task:
     params = pretrained_params(task)
     rest = trained_names(params, config.lora.trainable)
     frozen = {name: x for name, x in params.items() if name not in rest}
+    layers = targets(params, config.lora.targets)
     if not frozen:
         raise ValueError("LoRA adapts a pretrained network: set config.pretrained.")
-    layers = targets(params, config.lora.targets)
     scale = config.lora.alpha / config.lora.rank
     identity = {
         "rank": config.lora.rank,

@@ -275,6 +275,7 @@ def layers(accuracy: Sequence[float], chosen: int, path: str, *, title: str, by:
     axes.set(title=title, xlabel="layer", ylabel="accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1])
     axes.legend()
     axes.grid()
     return _save(figure, path)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax import checkpoint, convert, lora, modules
+from beit_jax import checkpoint, convert, errors, lora, modules
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 
@@ -94,7 +94,11 @@ def class_names(model: Pretrained) -> list[str]:
 
 def real_class_names(info: ModelInfo) -> list[str] | None:
     """The classes of a model; None where names such as LABEL_0 say nothing."""
-    names = info.class_names or []
+    return real_names(info.class_names)
+
+
+def real_names(names: Sequence[str] | None) -> Sequence[str] | None:
+    """Names of classes; None where they are such as LABEL_0."""
     is_real = names and not all(re.fullmatch(r"LABEL_\d+", name) for name in names)
     return names if is_real else None
 
@@ -106,7 +110,7 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
       FileNotFoundError, ValueError, CheckpointError: it cannot be read, or the base is not there or
         is another one.
     """
-    info = checkpoint.read_model_info(workdir)
+    info = checkpoint.read_model_info(workdir)._replace(pretrained=workdir)
     if info.task in ("linear_probe", "train_tokenizer"):
         raise ValueError(
             f"{workdir} is of the task {info.task!r}; expected a network that was fine-tuned or "
@@ -204,6 +208,12 @@ def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
     """
     old = real_class_names(start.info)
     heads = [name for name in start.params if name.endswith("classifier")]
+    if heads and old is None and start.info.class_names and real_names(class_names):
+        logging.info(
+            "The classes of %s have no names: they are taken for %s, in this order.",
+            start.info.pretrained or "the checkpoint",
+            errors.few(class_names, 4),
+        )
     if not heads or old is None or list(old) == list(class_names):
         return start
     params = {name: value for name, value in start.params.items() if name not in heads}

@@ -27,6 +27,7 @@ import beit_jax
 from beit_jax import fileio
 
 _DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating", "save": "saving"}
+_AT_FIRST = {"compile": "Compiling the step ...", "evaluate": "Compiling an evaluation ..."}
 _FACTS = (
     "environment",
     "num_skipped",
@@ -257,6 +258,8 @@ class Report:
         if part not in _DOING:
             raise ValueError(f"Unknown part {part!r}; available: {', '.join(_DOING)}.")
         before = self._clock.read()[part]
+        if not before and part in _AT_FIRST:
+            self.info(_AT_FIRST[part])
         with self._clock.timer(part):
             yield
         if part == "compile":

@@ -168,9 +168,10 @@ def _train(config, workdir, mesh, stack):
         # those of this start; without a step the earlier ones stay
         facts["seconds"], facts["environment"] = None, report.environment()
     params, model_state = state.eval_params, state.model_state
-    if saver.best_step() not in (None, step):
+    if (best_step := saver.best_step()) not in (None, step):
         step, params, model_state = evaluate.load_best(saver, mesh)
-        log.info(f"Evaluates step {step}, the best by val/{config.best_metric}.")
+    which = "the last" if best_step is None else f"the best by val/{config.best_metric}"
+    log.info(f"Evaluates step {step}, {which}.")
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = config.batch_size / log.images_per_second

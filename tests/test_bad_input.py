@@ -155,7 +155,7 @@ def test_stray_argument(flags, fails, tmp_path):
             {"model_name": "resnet"},
             ["'resnet' in models", "available: beit, cnn, swin, swinv2, vit"],
         ),
-        ({"preset": "huge"}, ["Unknown preset 'huge'", "base", "large"]),
+        ({"preset": "huge"}, ["Unknown config.preset 'huge'", "base", "large"]),
         ({"data.name": "cifar11"}, ["cifar11", "digits", "cifar10", "tfds:NAME", "folder:PATH"]),
         ({"data.train": "training"}, ["training", "train", "test"]),
         ({"data.train": ""}, ["config.data.train is empty"]),

@@ -186,7 +186,9 @@ def test_key_of_another_family(tmp_path):
     changes = {"model_name": "cnn", "preset": "cifar", "model.hidden_size": 8}
     config = vit_cifar10.get_config()
     config.update_from_flattened_dict(RUN | changes)
-    with pytest.raises(ValueError, match="CNN: unknown architecture keys hidden_size, use_post"):
+    with pytest.raises(
+        ValueError, match="config.model.hidden_size is .*, and a cnn has no such setting"
+    ):
         train.run(config, str(tmp_path))
 
 

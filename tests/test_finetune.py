@@ -208,6 +208,20 @@ def test_other_classes_get_a_new_head(tmp_path, picture_folder, hf_directory, ca
     assert "new parameters: classifier/bias, classifier/kernel" in caplog.text
     assert "is left out: it is of other classes, such as red." in caplog.text
     assert params_of(tmp_path / "run")["classifier/kernel"].shape == (16, 2)
+    finetune(tmp_path / "next", picture_folder, tmp_path / "run", STILL)
+    assert f"The classifier of {tmp_path / 'run'} is left out" in caplog.text
+
+
+def test_classes_without_names_are_told(hf_directory, caplog):
+    caplog.set_level("INFO")
+    start = pretrained.load(str(hf_directory))
+    unnamed = start._replace(info=start.info._replace(class_names=[f"LABEL_{i}" for i in range(3)]))
+    names = ["blue", "green", "red"]
+    assert pretrained.with_head_for(unnamed, names) is unnamed
+    assert f"The classes of {hf_directory} have no names: they are taken for blue" in caplog.text
+    caplog.clear()
+    pretrained.with_head_for(unnamed, unnamed.info.class_names)
+    assert not caplog.text
 
 
 def test_new_head_is_no_evaluation(tmp_path, picture_folder, hf_directory):

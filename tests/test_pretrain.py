@@ -261,7 +261,7 @@ def test_a_resumed_run_is_bit_identical(objective, tmp_path, runs, state_of, mon
         ("simmim", {"model.early_layers": 1}, "early_layers is for config.objective 'tokens'"),
         ("data2vec", {"data2vec.layers": 3}, "layers is 3, the network has 2"),
         ("data2vec", {"data2vec.decay": 1.5}, "0 <= decay <= end_decay"),
-        ("simmim", {"preset": "huge"}, "Unknown preset 'huge'"),
+        ("simmim", {"preset": "huge"}, "Unknown config.preset 'huge'"),
         ("tokens", {"tokenizer": "fake", "model.vocab_size": 12}, "has 11 tokens, .* is 12"),
         ("tokens", {"tokenizer": "fake", "model.image_size": 16}, "makes 4 x 4 tokens .* 8 x 8"),
         (  # and not masks that do not fit a grid that has to change

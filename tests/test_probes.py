@@ -14,6 +14,7 @@ from beit_jax import checkpoint, compare, inference, knn, pretrained, train
 from beit_jax.data import inputs, sources
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import beit, features
+from beit_jax.tasks import linear_probe as task
 from configs import image_folder, linear_probe
 
 SMALL = dict(
@@ -94,6 +95,12 @@ def test_pool():
     with_class = np.concatenate([x[:, 0], x[:, 1:].mean(1)], -1)
     np.testing.assert_allclose(features.pool(x, 1), with_class, rtol=1e-5)
     np.testing.assert_allclose(features.pool(x, 0), x.mean(1), rtol=1e-5)
+
+
+def test_of_equal_layers_the_one_of_the_lowest_loss_is_best():
+    sums = {"correct": [3, 4, 4, 2], "loss": [1.0, 3.0, 2.0, 0.5], "count": 4}
+    found = task.summarize(sums)
+    assert found["best_layer"] == 2 and found["loss"] == 0.5 and found["accuracy"] == 1
 
 
 def test_probes_learn_and_the_network_does_not(tmp_path, workdir):

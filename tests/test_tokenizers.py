@@ -423,7 +423,7 @@ def test_a_convolutional_tokenizer_takes_the_grid_that_is_wanted(tmp_path):
     ("changes", "message"),
     [
         ({"tokenizer_name": "vqvae"}, "Unknown name 'vqvae' in tokenizers; available: dvae, vq"),
-        ({"preset": "huge"}, "Unknown preset 'huge'; available: .*digits"),
+        ({"preset": "huge"}, "Unknown config.preset 'huge'; available: .*digits"),
         ({"accumulate_steps": 2}, "set config.accumulate_steps=1, got 2"),
         ({"codebook.decay": 1.0}, "needs 0 < decay < 1"),
         ({"augment.crop": "cut"}, "Unknown config.augment.crop 'cut'"),

@@ -214,7 +214,7 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
         differ = any(fields.get(key, value) != value for key, value in sizes.items())
         if config.preset != "base" and differ:
             logging.info("The checkpoint decides the size, not config.preset %r.", config.preset)
-    overrides = architecture.overrides(config)
+    overrides = architecture.overrides(config, family)
     num_labels = overrides.setdefault("num_labels", len(class_names))
     if num_labels != len(class_names):
         raise ValueError(

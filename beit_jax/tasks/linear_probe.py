@@ -135,9 +135,10 @@ def frozen_network(config, start, class_names) -> tuple[ModelInfo, dict]:
 
 
 def summarize(sums) -> dict:
-    """Accuracy and loss of the layer that is best on these pictures, and of each from 0 on."""
+    """Accuracy and loss of the layer that is best on these pictures, of equal ones the one of the
+    lowest loss; and of each from 0 on."""
     accuracy, loss = (np.asarray(sums[key]) / float(sums["count"]) for key in ("correct", "loss"))
-    best = int(accuracy.argmax())
+    best = int(np.lexsort((-loss, accuracy))[-1])
     layers = {f"accuracy_layer_{i}": float(value) for i, value in enumerate(accuracy)}
     layers |= {f"loss_layer_{i}": float(value) for i, value in enumerate(loss)}
     return {

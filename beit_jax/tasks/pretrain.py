@@ -257,7 +257,7 @@ def _model_info(config, objective, start: ModelInfo | None) -> ModelInfo:
         fields |= {**_POSITIONS, "initializer_bound": 1.0}
     else:
         fields = dict(start.architecture)
-    overrides = objective.fields(config) | architecture.overrides(config)
+    overrides = objective.fields(config) | architecture.overrides(config, family)
     for key, value in objective.ARCHITECTURE.items():
         if overrides.get(key, value) != value:
             raise ValueError(

@@ -183,7 +183,7 @@ def load_teacher(source: str, **runtime) -> Teacher:
 
 def _model_info(config, family, teacher: Teacher | None) -> ModelInfo:
     """The architecture of the preset, with what the config and the teacher say."""
-    fields = architecture.preset(family, config.preset) | architecture.overrides(config)
+    fields = architecture.preset(family, config.preset) | architecture.overrides(config, family)
     if teacher and config.tokenizer_name == "vq":
         fields["teacher_dim"] = teacher.width
     interpolation = config.tokenizer_interpolation or "lanczos"
