@@ -56,6 +56,7 @@ setup: $(VENV)/.done
 
 $(VENV)/.done: requirements.txt requirements-cpu.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; use make PYTHON=python3.12')"
+	@echo "Installing into $(VENV), which takes a minute or so"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	sed 's/cuda12/$(CUDA)/' $(REQUIREMENTS) > .requirements.txt

@@ -97,7 +97,8 @@ def run(
 
     def call():
         found = pictures.find(args.images)
-        paths = found[: args.max_images]
+        count = min(args.max_images or len(found), len(found))
+        paths = [found[i * len(found) // count] for i in range(count)]  # of all folders
         bad = act(args, paths)
         for error in bad:
             print(f"not read: {error.name}: {error.reason}", file=sys.stderr)

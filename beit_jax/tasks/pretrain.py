@@ -228,10 +228,10 @@ def make_reconstruction(info, objective: Objective, size, resized: bool):
 
 
 def draw_reconstructions(pictures, path: str) -> None:
-    """Draws a row for each picture, of what `make_reconstruction` tells of it."""
+    """Draws what `make_reconstruction` tells of each picture, one or two of them in a row."""
     rows = list(zip(*pictures.values(), strict=True))
     sheet = [_rgb(image) for row in rows for image in row]
-    across = len(pictures) * max(1, 6 // len(pictures))
+    across = len(pictures) * max(1, 8 // len(pictures))
     options = {"title": "Masked patches as predicted", "columns": across}
     plots.contact_sheet(sheet, list(pictures) * len(rows), path, **options)
 
