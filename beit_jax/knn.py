@@ -16,7 +16,7 @@ import numpy as np
 
 from beit_jax import command, fileio, inference, pretrained
 from beit_jax.data import sources
-from beit_jax.data.source import Source
+from beit_jax.data.source import Source, SplitError
 from beit_jax.models import features
 
 
@@ -78,7 +78,7 @@ def run(args) -> int:
     options = {"data_dir": args.data_dir, "on_bad_image": args.on_bad_image, **columns}
     try:
         splits = [sources.get_source(args.data, x, **options) for x in (args.train, args.test)]
-    except ValueError as error:
+    except SplitError as error:
         error.add_note("--train and --test name what knn takes.")
         raise
     for source in splits:

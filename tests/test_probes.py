@@ -188,6 +188,14 @@ def test_knn_command(tmp_path, start, workdir):
     assert told in finished.output
 
 
+@pytest.mark.parametrize("name", ["digits", "nothing"])
+def test_knn_names_its_flags_where_a_split_is_wrong(workdir, capsys, name):
+    arguments = ["--checkpoint", str(workdir), "--data", name, "--test", "dev"]
+    assert knn.main(arguments) == 2
+    is_told = "--train and --test name what knn takes" in capsys.readouterr().err
+    assert is_told == (name == "digits")
+
+
 def test_knn_into_no_folder(tmp_path, start, workdir):
     out = tmp_path / "none" / "knn.json"
     finished = start(

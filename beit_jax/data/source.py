@@ -24,6 +24,10 @@ _SKIP = (
 )
 
 
+class SplitError(ValueError):
+    """A data set has no such split, or nothing in it."""
+
+
 class SourceInfo(NamedTuple):
     """What is known of a source before its pictures are decoded."""
 
@@ -308,6 +312,9 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, r
       split: such as "train[:90%]+test".
       sizes: the number of examples of each split there is.
       name: the data set, for messages.
+
+    Raises:
+      SplitError: there is no such split, or it selects nothing.
     """
     infos = {
         key: tfds.core.SplitInfo(name=key, shard_lengths=[size], num_bytes=0)
@@ -319,13 +326,13 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, r
     except ValueError as error:
         problem = str(error).partition("\n")[0].rstrip(".")
         hint = "" if len(sizes) > 1 else f"; parts of it are '{have.split()[0]}[:90%]' and so on"
-        raise ValueError(f"split={split!r} of {name}: {problem}. It has {have}{hint}") from None
+        raise SplitError(f"split={split!r} of {name}: {problem}. It has {have}{hint}") from None
     rows = [
         (part.splitname, range(*slice(part.from_, part.to).indices(sizes[part.splitname])))
         for part in parts
     ]
     if not any(len(r) for _, r in rows):
-        raise ValueError(
+        raise SplitError(
             f"split={split!r} of {name} selects no examples: it has {have}. Choose another part, "
             "or leave this split out by an empty one, such as --config.data.val="
         )
