@@ -43,7 +43,7 @@ def parse_flags(argv):
             message = "Expected python main.py --config=configs/NAME.py --workdir=DIR; " + message
         sys.exit(message)
     except OSError as error:
-        sys.exit(f"{str(error).splitlines()[-1].strip()}; {where_recipes_are()}")
+        sys.exit(f"{str(error).splitlines()[-1].strip()}; available: {recipes()}")
     except (AttributeError, KeyError, TypeError) as error:
         # of the last name of a key, of one before it, or of one that stands below a setting
         unknown = error.__context__ if isinstance(error, AttributeError) else error
@@ -56,16 +56,11 @@ def parse_flags(argv):
         sys.exit(message if "Did you mean" in message else message + siblings(argv))
 
 
-def where_recipes_are() -> str:
-    """Which there are, or where to look."""
-    found = recipes()
-    return f"available: {found}" if found else "main.py is run from the top of the repository"
-
-
 def recipes() -> str:
-    """The files of configs/ that are recipes."""
+    """The files of configs/ that are recipes, or where they would be."""
     files = sorted(map(str, pathlib.Path("configs").glob("[!_]*.py")))
-    return ", ".join(file for file in files if file != "configs/common.py")
+    found = ", ".join(file for file in files if file != "configs/common.py")
+    return found or "none here, main.py is run from the top of the repository"
 
 
 def raised_in(error) -> str:

@@ -46,7 +46,7 @@ def overrides(config, family: ModuleType) -> dict[str, Any]:
       ValueError: the family has no such setting.
     """
     found = {k: v for k, v in config.model.items() if v is not None and k not in RUNTIME}
-    known = dataclasses.asdict(family.Model().config)
+    known = _fields(family)
     if unknown := [key for key, value in found.items() if key not in known and value]:
         name = family.__name__.rpartition(".")[2]
         settings = ", ".join(f"config.model.{key} is {found[key]!r}" for key in unknown)
@@ -55,6 +55,10 @@ def overrides(config, family: ModuleType) -> dict[str, Any]:
             f"it, give --config.model.{unknown[0]}=0."
         )
     return {key: value for key, value in found.items() if key in known}
+
+
+def _fields(family):
+    return {field.name for field in dataclasses.fields(family.Model().config)}
 
 
 def complete(family: ModuleType, architecture: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +87,6 @@ def make_model(info: ModelInfo, *, dtype="auto", package="models", **runtime):
     as attention of convolutions, changes nothing.
     """
     family = modules.load(package, info.model_name)
-    known = {field.name for field in dataclasses.fields(family.Model().config)}
+    known = _fields(family)
     runtime = {key: value for key, value in runtime.items() if key in known}
     return family.Model(**info.architecture, dtype=layers.resolve_dtype(dtype), **runtime)

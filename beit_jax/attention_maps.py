@@ -93,9 +93,7 @@ def main(argv=None) -> int:
     parser = command.make_parser("attention_maps", __doc__, "the sheet, a .png")
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     command.add_limit(parser)
-    parser.add_argument(
-        "--layer", type=int, help="counted from 0, or back from -1 (default: the last)"
-    )
+    command.add_layer(parser)
     parser.add_argument("--heads", action="store_true", help="each head of that layer")
     return command.run(parser, argv, act, ".png")
 

@@ -38,6 +38,12 @@ def add_limit(parser) -> None:
     parser.add_argument("--max-images", type=positive, default=16, help="drawn (default: 16)")
 
 
+def add_layer(parser) -> None:
+    """Adds --layer, for `features.check_layer`."""
+    text = "counted from 0, or back from -1 (default: the last)"
+    parser.add_argument("--layer", type=int, help=text)
+
+
 def add_columns(parser) -> None:
     """Adds --image-key and --label-key."""
     for name in ("image", "label"):

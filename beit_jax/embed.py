@@ -64,9 +64,7 @@ def main(argv=None) -> int:
     """The command; returns the exit status."""
     parser = command.make_parser("embed", __doc__, "vectors.npz")
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
-    parser.add_argument(
-        "--layer", type=int, help="counted from 0, or back from -1 (default: the last)"
-    )
+    command.add_layer(parser)
     command.add_batches(parser)
     return command.run(parser, argv, act, ".npz", unit="vectors")
 

@@ -144,9 +144,8 @@ def test_adapters_are_the_same_beside_one_product(hf_directory, batch, monkeypat
     """With our own attention query, key and value are one product, as are their adapters; each
     drops numbers of its own."""
     monkeypatch.setattr(flash, "SMALLEST_TILE", 8)
-    batch = jax.tree.map(
-        lambda x: np.concatenate([x, x[:2]]), batch
-    )  # whose tokens need no padding
+    # whose tokens need no padding
+    batch = jax.tree.map(lambda x: np.concatenate([x, x[:2]]), batch)
     found = {}
     for attention in ("xla", "pallas"):
         changes = {"lora.rank": 3, "lora.dropout": 0.3, "model.attention": attention}

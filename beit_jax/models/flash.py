@@ -269,13 +269,13 @@ class _Kernel(NamedTuple):
             "offset": ((None, size), lambda i, h, b: (h, 0)),
             "bias": ((None, reach, reach), lambda i, h, b: (h, 0, 0)),
         }
-        for part, name in enumerate(_PARTS):
+        for part, name in enumerate(PARTS):
             places[name, 4] = places["tokens"]
             block = (None, reach, None, None, size)
             places[name, 5] = block, lambda i, h, b, part=part: (b, 0, part, h, 0)
 
         def spec(name, x=None):
-            return pl.BlockSpec(*places[(name, x.ndim) if name in _PARTS else name])
+            return pl.BlockSpec(*places[(name, x.ndim) if name in PARTS else name])
 
         takes = zip(self.takes, arrays, strict=True)
         return pl.pallas_call(
@@ -292,13 +292,13 @@ class _Kernel(NamedTuple):
 
 
 _CUT = "queries", "keys"
-_PARTS = "query", "key", "value"
+PARTS = "query", "key", "value"
 _SHARED = "shift", "bias", "offset"  # by all pictures
 
 
 _FORWARD = _Kernel(
     _forward_kernel,
-    (*_PARTS, *_SHARED),
+    (*PARTS, *_SHARED),
     ("tokens", "row"),
     few=(64, 32),
     tiles=(64, 64),
@@ -312,7 +312,7 @@ _SHIFTING = _FORWARD._replace(
 )
 _BACKWARD = _Kernel(
     _backward_kernel,
-    (*_PARTS, "bias", "tokens", "row", "row"),
+    (*PARTS, "bias", "tokens", "row", "row"),
     ("packed", "pairs"),
     few=(32, 64),
     tiles=(64, 64),

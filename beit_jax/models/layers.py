@@ -322,7 +322,7 @@ class Attention(nn.Module):
 
     config: TransformerConfig
     output_init: nn.initializers.Initializer
-    biased: tuple[str, ...] = ("query", "key", "value")
+    biased: tuple[str, ...] = flash.PARTS
     has_bias_table: bool = False
 
     @nn.compact
@@ -390,7 +390,7 @@ class Attention(nn.Module):
             Dense(
                 x.shape[-1], normal(config), name in self.biased, jnp.dtype(config.dtype), name=name
             )
-            for name in ("query", "key", "value")
+            for name in flash.PARTS
         )
 
     def _three_products(self, x, fold):

@@ -12,11 +12,11 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import flash
+from beit_jax.models.flash import PARTS
 from beit_jax.models.layers import TransformerConfig
 from beit_jax.models.position import Table
 
-QKV = "query", "key", "value"
-_JOINED = "+".join(QKV) + "/kernel"  # a name that no layer has
+_JOINED = "+".join(PARTS) + "/kernel"  # a name that no layer has
 
 
 def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
@@ -85,7 +85,7 @@ def _packed(params, config):
 @functools.partial(jax.jit, static_argnums=1)  # compiled once for all layers
 def _packed_attention(params, config):
     none = jnp.zeros(config.hidden_size)
-    parts = [params[name] for name in QKV]
+    parts = [params[name] for name in PARTS]
     kernel = jnp.concatenate([x["kernel"] for x in parts], 1)
     bias = jnp.concatenate([x.get("bias", none) for x in parts])
     packed = {"qkv": {"kernel": kernel, "bias": bias}, "output": params["output"]}
@@ -103,7 +103,7 @@ def join_qkv(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     frozen, are one array [in, 3 out], and need not be put side by side in every step."""
     params = dict(params)
     for prefix in [x.removesuffix("query/kernel") for x in params if x.endswith("query/kernel")]:
-        names = [f"{prefix}{name}/kernel" for name in QKV]
+        names = [f"{prefix}{name}/kernel" for name in PARTS]
         if all(name in params for name in names):
             kernels = [params.pop(name) for name in names]
             params[prefix + _JOINED] = np.concatenate(kernels, 1)
@@ -116,5 +116,5 @@ def split_qkv(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     params = dict(params)
     for prefix in [x.removesuffix(_JOINED) for x in params if x.endswith(_JOINED)]:
         kernels = jnp.split(params.pop(prefix + _JOINED), 3, 1)
-        params |= {f"{prefix}{name}/kernel": x for name, x in zip(QKV, kernels, strict=True)}
+        params |= {f"{prefix}{name}/kernel": x for name, x in zip(PARTS, kernels, strict=True)}
     return params
