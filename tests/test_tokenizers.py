@@ -43,6 +43,18 @@ def test_nearest_is_the_largest_cosine():
     np.testing.assert_array_equal(token, distance.argmin(-1))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_token_is_the_first_of_the_largest_logits(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    logits = np.random.default_rng(0).integers(0, 9, (3, 40, 50)).astype(np.float32)
+    logits[0, 0] = -np.inf
+    token = jax.jit(layers.argmax)(jnp.asarray(logits, jnp.bfloat16))
+    assert token.dtype == jnp.int32
+    np.testing.assert_array_equal(token, logits.argmax(-1))
+    of_nothing = jax.jit(layers.argmax)(jnp.full(5, jnp.nan))
+    assert 0 <= of_nothing < 5  # an index all the same
+
+
 def test_kmeans_finds_clusters():
     centres = unit_vectors(5, width=8)
     z = np.repeat(centres, 20, axis=0) + np.random.default_rng(1).normal(0, 0.01, (100, 8))

@@ -77,7 +77,7 @@ def _attend_backward(residuals, gradient):
     gradient = gradient.astype(jnp.float32)
     delta = (gradient * out).sum(-1, keepdims=True) * norm
     scaled = (gradient * norm).astype(dtype)
-    d_value = product("bhqt,bhqk->bhtk", weights, scaled)
+    d_value = product("bhtq,bhqk->bhtk", _transposed(weights), scaled)
     d_logits = weights.astype(jnp.float32) * (product("bhqk,bhtk->bhqt", scaled, value) - delta)
     d_bias = None
     if like_bias is not None:
@@ -85,8 +85,15 @@ def _attend_backward(residuals, gradient):
         d_bias = product("b,bhqt->hqt", ones, d_logits).astype(like_bias.dtype)
     d_logits = d_logits.astype(dtype)
     d_query = product("bhqt,bhtk->bhqk", d_logits, key) * scale
-    d_key = product("bhqt,bhqk->bhtk", d_logits, query) * scale
+    d_key = product("bhtq,bhqk->bhtk", _transposed(d_logits), query) * scale
     return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype), d_bias
+
+
+def _transposed(x):
+    """[..., a, b] to [..., b, a]; on a CPU by a copy, as XLA multiplies three times slower where it
+    is to transpose many small matrices on the way."""
+    x = x.mT
+    return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

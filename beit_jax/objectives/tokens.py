@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from beit_jax import losses, tokenizers
 from beit_jax.data import images, masking
+from beit_jax.models.layers import argmax
 from beit_jax.objectives.objective import Objective, apply_options, init_params
 
 ARCHITECTURE = {"head": "mim", "use_mask_token": True}
@@ -84,14 +85,14 @@ def make(config, model) -> Objective:
         counts = jnp.zeros(c.vocab_size).at[token].add(masks.weight)
         return {
             "loss": (value * masks.weight).sum(),
-            "correct": ((logits.argmax(-1) == token) * masks.weight).sum(),
+            "correct": ((argmax(logits) == token) * masks.weight).sum(),
             "counts": counts,
             "weight": masks.weight.sum(),
         }, model_state
 
     def reconstruct(params, frozen, views, masks):
         token = tokenize(frozen, views.target)
-        predicted = predict(params, views, masks, None)[0].argmax(-1)
+        predicted = argmax(predict(params, views, masks, None)[0])
         rows = jnp.arange(token.shape[0])[:, None]
         return detokenize(frozen, token.at[rows, masks.index].set(predicted.astype(token.dtype)))
 

@@ -9,7 +9,7 @@ would not give the same bits twice on a GPU.
 import jax
 import jax.numpy as jnp
 
-from beit_jax.models.layers import unit
+from beit_jax.models.layers import argmax, unit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -21,8 +21,7 @@ def init(vocab_size: int, width: int) -> dict[str, jax.Array]:
 
 def nearest(embedding: jax.Array, z: jax.Array) -> jax.Array:
     """The code nearest to each vector [..., D], that of the largest cosine: int32 [...]."""
-    similarity = jnp.matmul(z, embedding.T, precision=_HIGHEST)
-    return similarity.argmax(-1).astype(jnp.int32)
+    return argmax(jnp.matmul(z, embedding.T, precision=_HIGHEST))
 
 
 def start(book, z: jax.Array, rng, iterations: int) -> dict[str, jax.Array]:

@@ -193,8 +193,7 @@ class DVAE(nn.Module):
     def tokenize(self, image, index=None):
         """Pictures [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row; or [B, M], of patches
         at an index [B, M] alone."""
-        logits = self.encode(image, index)
-        return logits.argmax(-1).reshape(len(image), -1).astype(jnp.int32)
+        return layers.argmax(self.encode(image, index)).reshape(len(image), -1)
 
     def decode(self, token):
         """Tokens [B, N] to pictures float32 [B, H, W, C] in [0, 1]."""
@@ -281,7 +280,7 @@ def make(config, model: DVAE, teacher_dim: int) -> Trainer:
         del features
         step, variables = model_state["step"], {"params": params}
         logits = model.apply(variables, image, method="encode")
-        token = logits.argmax(-1)
+        token = layers.argmax(logits)
         log_share = jax.nn.log_softmax(logits)
         divergence = (jnp.exp(log_share) * (log_share + math.log(network.vocab_size))).sum(-1)
         if rng is None:
