@@ -6,6 +6,7 @@ defaults, are those of configs/common.py. README.md shows both in use.
 
 import logging
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -96,6 +97,8 @@ def main(argv):
 
     try:
         results = train.run(CONFIG.value, WORKDIR.value)
+    except KeyboardInterrupt:  # not in the loop, which ends by itself
+        sys.exit(128 + signal.SIGINT)
     except errors.KINDS as error:
         sys.exit(f"{type(error).__name__}: {errors.message(error)}")
     if isinstance(results, int):

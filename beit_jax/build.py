@@ -210,8 +210,13 @@ def warn_of_few_steps(config, plan: Plan) -> None:
         )
 
 
-def make_optimizer(config, task, plan):
-    """The optimizer of the config and its learning-rate schedule."""
+def shapes(config, task):
+    """Shapes of the parameters and of the model state; a second for a large network."""
+    return jax.eval_shape(task.init, jax.random.key(config.seed))
+
+
+def make_optimizer(config, task, plan, params):
+    """The optimizer of the config for `params`, or their shapes, and its learning-rate schedule."""
     c, weight_decay = config.optim, config.optim.weight_decay
     if c.weight_decay_end is not None:
         weight_decay = optim.make_schedule(
@@ -229,10 +234,10 @@ def make_optimizer(config, task, plan):
         warmup_init=c.warmup_init,
         steps_per_epoch=plan.steps_per_epoch,
     )
-    return optim.make_optimizer(
+    tx = optim.make_optimizer(
         c.name,
         learning_rate=schedule,
-        params=_shapes(task, config)[0],
+        params=params,
         b1=c.b1,
         b2=c.b2,
         eps=c.eps,
@@ -245,24 +250,16 @@ def make_optimizer(config, task, plan):
         layer_id=task.layer_id,
         num_layers=task.num_layers,
         clip_norm=c.clip_norm,
-        freeze=frozen_names(config, task),
+        freeze=frozen_names(config, task, params),
     )
+    return tx, schedule
 
 
-def frozen_names(config, task) -> list[str]:
-    """Patterns of the parameters that do not learn, by `config.trainable` and `optim.freeze`."""
-    params, _ = _shapes(task, config)
+def frozen_names(config, task, params) -> list[str]:
+    """Patterns of the parameters, given as such or as shapes, that do not learn, by
+    `config.trainable` and `optim.freeze`."""
     names = optim.untrained(config.trainable, params, task.layer_id, task.num_layers)
     return [*config.optim.freeze, *map(re.escape, names)]
-
-
-def _shapes(task, config):
-    return _shapes_of(task.init, config.seed)
-
-
-@functools.lru_cache(maxsize=1)  # a second for a large network, and wanted several times
-def _shapes_of(init, seed):
-    return jax.eval_shape(init, jax.random.key(seed))
 
 
 def make_checkpointer(config, workdir, keep_every: float = 0) -> checkpoint.Checkpointer:
@@ -277,8 +274,9 @@ def make_checkpointer(config, workdir, keep_every: float = 0) -> checkpoint.Chec
     )
 
 
-def make_state(config, task, tx, saver, mesh):
-    """The newest state in the workdir, or else the first: initialised, then pretrained."""
+def make_state(config, task, tx, saver, mesh, shapes):
+    """The newest state in the workdir, or else the first: initialised, then pretrained. `shapes`
+    are those of the task."""
     everywhere = sharding.replicated(mesh)
     rng = jax.random.key(config.seed)
 
@@ -287,7 +285,7 @@ def make_state(config, task, tx, saver, mesh):
 
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        jax.eval_shape(create, *_shapes(task, config)),
+        jax.eval_shape(create, *shapes),
     )
     state = saver.restore(target)
     if state is None:
@@ -303,7 +301,7 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
         task,
         tx,
         schedule=schedule,
-        trainable=optim.trainable_mask(state.params, frozen_names(config, task)),
+        trainable=optim.trainable_mask(state.params, frozen_names(config, task, state.params)),
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
@@ -320,7 +318,7 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
 
 def num_trainable(config, task, params) -> int:
     """Numbers that the optimizer changes."""
-    mask = optim.trainable_mask(params, frozen_names(config, task))
+    mask = optim.trainable_mask(params, frozen_names(config, task, params))
     sizes = jax.tree.map(lambda x, learns: x.size * learns, params, mask)
     return sum(jax.tree.leaves(sizes))
 

@@ -8,6 +8,7 @@ array, and its own CRC32: orbax itself has no checksums. What cannot be read is 
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ _ARRAY_ITEMS = (*_OWN_ITEMS, "rest")
 _FORMAT = 1
 _FIX = "Restore it, or take another workdir"
 _TRASH = "_trash"
-_NOT_OF_DAMAGE = (MemoryError, PermissionError)  # another try may succeed
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 _Path = tuple[str, ...]
 
 
@@ -146,7 +147,8 @@ class Checkpointer:
     Args:
       workdir: of the run.
       keep_last: newest checkpoints to keep.
-      keep_best: best ones by `best_metric` to keep besides; NaN is never best.
+      keep_best: best ones by `best_metric` to keep besides; NaN is never best. 0: none is the best,
+        also of those that are kept.
       best_metric: key of the `metrics` given to `save`.
       best_mode: "max" or "min".
       keep_every: checkpoints at multiples of this many steps, rounded, are kept for good; 0: none.
@@ -166,6 +168,7 @@ class Checkpointer:
     ):
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
         self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self._keep_best = keep_best
         self._max_failures, self._failures, self._error = max_failures, 0, None
         self._is_saving = False
         self._scores: dict[int, float | None] = {}
@@ -184,7 +187,8 @@ class Checkpointer:
             todelete_subdir=_TRASH,  # a rename: no kill leaves half a checkpoint
         )
         self._manager = _make_manager(self.directory, options)
-        self._scores |= _read_scores(self._manager)
+        if self._keep_best:
+            self._scores |= _read_scores(self._manager)
 
     def _sweep(self):
         """Removes old checkpoints, and what a killed or failed save has left."""
@@ -231,7 +235,7 @@ class Checkpointer:
 
     def _score(self, metrics):
         metric = float((metrics or {}).get(self._metric, np.nan))
-        return self._sign * metric if np.isfinite(metric) else None
+        return self._sign * metric if self._keep_best and np.isfinite(metric) else None
 
     def wait(self) -> None:
         """Waits for the save that is under way.
@@ -286,9 +290,9 @@ class Checkpointer:
         for candidate in steps:
             try:
                 arrays = _read(self._manager, candidate)
-            except _NOT_OF_DAMAGE:
-                raise
             except Exception as error:  # orbax raises many kinds for damaged files
+                if _may_pass(error):
+                    raise
                 logging.warning("Checkpoint %s cannot be read: %s", candidate, _reason(error))
                 damaged[candidate] = error
                 continue
@@ -388,9 +392,9 @@ def _load(workdir, step, choose):
             try:
                 items = {name.split("/")[0] for name in _read_meta(manager, candidate)["arrays"]}
                 return _read(manager, candidate, items=choose(items))
-            except _NOT_OF_DAMAGE:
-                raise
             except Exception as error:  # as in `Checkpointer.restore`
+                if _may_pass(error):
+                    raise
                 problem = f"{directory}/{candidate} is damaged: {_reason(error)}"
                 if candidate == candidates[-1]:
                     raise CheckpointError(problem) from error
@@ -411,6 +415,12 @@ def _check_step(step, steps, directory):
         available = ", ".join(map(str, sorted(steps)))
         raise FileNotFoundError(f"{directory} has no step {step}; available: {available}.")
     return step
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a file that could not be read may be sound: another try may succeed."""
+    no_room = isinstance(error, MemoryError | PermissionError)
+    return no_room or (isinstance(error, OSError) and error.errno in _PASSING)
 
 
 def _reason(error: Exception) -> str:
@@ -444,9 +454,9 @@ def _read_scores(manager) -> dict[int, float | None]:
     for step in manager.all_steps():
         try:
             scores[step] = _read_meta(manager, step)["score"]
-        except _NOT_OF_DAMAGE:
-            raise
         except Exception as error:  # as in `Checkpointer.restore`
+            if _may_pass(error):
+                raise
             logging.warning("Checkpoint %s cannot be read: %s", step, _reason(error))
     return scores
 

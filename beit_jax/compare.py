@@ -251,7 +251,11 @@ def run(name: str, flags: list[str], workdir: str) -> None:
     flags = sorted(flags, key=lambda flag: not flag.startswith("--config="))  # it has to be first
     arguments = ["main.py", f"--workdir={workdir}", *flags]
     print(f"{name}: {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, *arguments], check=False).returncode
+    process = subprocess.Popen([sys.executable, *arguments])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which the run was sent, too, and saves its step
+        status = process.wait()
     if status:
         raise RuntimeError(f"The run {name} ended with status {status}; its message is above.")
 

@@ -1,4 +1,4 @@
-"""Messages for the user: which errors are some, and which are bugs whose traceback is wanted."""
+"""Which errors are told to the user by their message, and which are bugs, told by a traceback."""
 
 import pathlib
 import traceback
@@ -20,8 +20,9 @@ def message(error: BaseException) -> str:
     if _OUT_OF_MEMORY in text:
         text = (
             f"{text.splitlines()[0]}\nThe device has too little memory: take a smaller batch (in "
-            "training perhaps with config.accumulate_steps, which keeps the gradient the same), or "
-            "config.model.remat=dots or full."
+            "training perhaps with config.accumulate_steps, which keeps a step's number of "
+            "pictures), config.model.remat=dots or full, or, where they are large, do not keep "
+            "pictures on the device: config.data.resident_bytes=0."
         )
     elif not isinstance(error, OSError) and not _is_raised_here(error):
         raise error

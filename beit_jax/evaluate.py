@@ -81,7 +81,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         )
     config = config.copy_and_resolve_references()
     if last is None:
-        config.pretrained_reset = ()  # nothing may stay untrained
+        config.pretrained_reset = ("embeddings/mask_token",)  # else nothing may be left out
     task = build.make_task(config, splits, workdir, mesh, last, start)
     step = None
     if last is None:
@@ -108,7 +108,9 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
             )
         params = sharding.put(params, sharding.replicated(mesh))
     else:
+        workdirs.check_frozen(workdir, build.frozen_fingerprint(task))
         step, params, model_state = load_best(saver, mesh)
+    task = task._replace(loaded=None)
     log = stack.enter_context(
         report.Report(
             workdir,

@@ -3,7 +3,8 @@
 Classifies each test picture by a vote of the most similar training pictures, whose weights are
 exp(cosine similarity / 0.07), as in Wu et al. (arXiv:1805.01978) and DINO. Prints the accuracy of
 each layer, and writes it to --out as JSON. To choose a layer, --test names a validation split: the
-highest of the accuracies of a test is too good.
+highest of the accuracies of a test is too good. Of data without a test the validation is taken, or
+the last tenth.
 """
 
 import argparse
@@ -77,6 +78,7 @@ def run(args) -> int:
     columns = {"image_key": args.image_key, "label_key": args.label_key}
     options = {"data_dir": args.data_dir, "on_bad_image": args.on_bad_image, **columns}
     try:
+        _choose_splits(args, options)
         splits = [sources.get_source(args.data, x, **options) for x in (args.train, args.test)]
     except SplitError as error:
         error.add_note("--train and --test name what knn takes.")
@@ -98,7 +100,8 @@ def run(args) -> int:
     pairs = zip(train, test, strict=True)
     found = [accuracy(a, train_labels, b, test_labels, k=args.k) for a, b in pairs]
     best = int(np.argmax(found))
-    print(f"{len(test_labels):,} pictures by their {args.k} nearest of {len(train_labels):,}")
+    test, train = f"{len(test_labels):,} of {args.test}", f"{len(train_labels):,} of {args.train}"
+    print(f"{test} by their {args.k} nearest of {train}")
     for i, value in enumerate(found):
         told = "  highest, on these very pictures" if i == best else ""
         print(f"layer {i:2}  accuracy {value:.4f}{told}")
@@ -107,6 +110,17 @@ def run(args) -> int:
         results = {"k": args.k, **count, "best_layer_of_test": best, "accuracy": found}
         fileio.write_json(args.out, results)
     return 0
+
+
+def _choose_splits(args, options):
+    """Those that are left open: the test, or else the validation, or of data that are one split the
+    last tenth, as in training."""
+    if not args.test:
+        names = sources.split_names(args.data, **options)
+        args.test = next((name for name in ("test", *sources.VALIDATIONS) if name in names), None)
+    if not (args.train or args.test):
+        args.train, args.test = "train[:90%]", "train[90%:]"
+    args.train, args.test = args.train or "train", args.test or "test"
 
 
 def _check_k(args, count):
@@ -125,8 +139,8 @@ def main(argv=None) -> int:
     parser.add_argument("--data", required=True, help=", ".join(sources.NAMES))
     parser.add_argument("--data-dir", help="of tfds, the cache of hf, or where folder:PATH starts")
     command.add_columns(parser)
-    parser.add_argument("--train", default="train", help="split of the neighbours (default: train)")
-    parser.add_argument("--test", default="test", help="split that is classified (default: test)")
+    parser.add_argument("--train", help="split of the neighbours (default: train)")
+    parser.add_argument("--test", help="split that is classified (default: as above)")
     parser.add_argument("--on-bad-image", choices=["error", "skip"], default="error")
     parser.add_argument(
         "--k", type=command.positive, default=20, help="number of neighbours (default: 20)"

@@ -16,7 +16,7 @@ def softmax_cross_entropy(logits, labels) -> jax.Array:
       labels: [...] integer classes, or [..., K] probabilities (mixup, distillation).
 
     Returns:
-      [...] losses; of probabilities that do not sum to 1, times their sum.
+      [...] losses. Probabilities need not sum to 1: the loss is linear in them.
 
     Raises:
       ValueError: the shapes of labels and logits do not fit.

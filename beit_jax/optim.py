@@ -121,8 +121,8 @@ def make_optimizer(
     num_layers: int | None = None,
     clip_norm: float | None = None,
     freeze: Sequence[str] = (),
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer and its learning rate schedule.
+) -> optax.GradientTransformation:
+    """The optimizer by name.
 
       "adam"   torch.optim.Adam; weight decay is an L2 penalty, added to the gradient
       "adamw"  torch.optim.AdamW; weight decay is decoupled
@@ -168,24 +168,23 @@ def make_optimizer(
     }
     if name not in rules:
         raise ValueError(f"unknown optimizer {name!r}; available: {', '.join(rules)}")
-    schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     tx = optax.chain(
         clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         *rules[name],
         _scale_by_layer_decay(layer_decay, layer_id, num_layers, params),
-        optax.scale_by_learning_rate(schedule),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    return _freeze(tx, freeze, params), schedule
+    return _freeze(tx, freeze, params)
 
 
 def apply_updates(params, updates, trainable):
     """Parameters with their updates added where `trainable`, a tree of bools, is true.
 
-    XLA makes a GPU kernel for each array, hundreds for a few numbers each, but one for arrays of
-    the same shape whose update reads one that is no scalar: small ones are given that here. It is
-    there once the large ones are updated, as gradients of these may read a small one, such as a
-    scale that a kernel was multiplied by; an array that is overwritten before it was read for the
-    last time is copied first.
+    On a GPU XLA makes a kernel for each array, hundreds of them for a few numbers each. It joins
+    the updates of arrays of one shape where they have an operand in common that is no scalar, so
+    small arrays are given one: a vector of ones. That vector waits for the updates of the large
+    arrays, because the gradients of these may still read a small one, such as a scale that a kernel
+    was multiplied by, and XLA would copy what is overwritten before its last use.
     """
 
     def add(p, update, learns):

@@ -142,15 +142,15 @@ def _curve(axes, kind, title, metrics):
     if kind == "test":
         axes.plot(steps, values, "D", color=color, ms=6, label=label, zorder=3, clip_on=False)
         return
+    interval = [_series(metrics, _key(kind, f"{title} {end}"))[1] for end in ("low", "high")]
     if len(steps) > 100 and title != "learning rate":
         axes.plot(steps, values, color=color, alpha=0.25, lw=0.8)
-        values = _running_mean(values, len(steps) // 25)
+        width = len(steps) // 25
+        values, *interval = (_running_mean(x, width) for x in (values, *interval))
     marker = {"marker": "o", "ms": 3.5} if len(steps) <= 40 else {}
     axes.plot(steps, values, color=color, label=label, **marker)
-    _, low = _series(metrics, _key(kind, f"{title} low"))
-    _, high = _series(metrics, _key(kind, f"{title} high"))
-    if len(low) == len(high) == len(steps):
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+    if all(len(end) == len(steps) for end in interval):
+        axes.fill_between(steps, *interval, color=color, alpha=0.15, lw=0)
 
 
 @matplotlib.rc_context(_STYLE)

@@ -28,7 +28,7 @@ def reconstruct(
 
     Args:
       workdir: of a pre-training run.
-      paths: the files; their masks are of the run's kind, the same in every call.
+      paths: the files; their masks are of the run's kind, the same in every call with as many.
       step: as of `checkpoint.load_params`.
 
     Raises:

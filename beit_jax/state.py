@@ -37,7 +37,8 @@ class TrainState:
 
 
 def create(params, model_state, tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """The state before the first step; the optimizer and the average see the final parameters."""
+    """The state before the first step, of parameters that pretrained ones are already part of: the
+    optimizer and the averaged parameters start from them."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -75,11 +75,12 @@ def _train(config, workdir, mesh, stack):
     plan = build.make_plan(config, train.num_examples)
     saver = stack.enter_context(build.make_checkpointer(config, workdir, plan.keep_every))
     task = build.make_task(config, splits, workdir, mesh, saver.latest_step())
-    fingerprints["frozen weights"] = build.frozen_fingerprint(task)
+    fingerprints[workdirs.FROZEN] = build.frozen_fingerprint(task)
     task = task._replace(loaded=None)  # a copy on the host
     workdirs.check_data(workdir, fingerprints)
-    tx, schedule = build.make_optimizer(config, task, plan)
-    state = build.make_state(config, task, tx, saver, mesh)
+    shapes = build.shapes(config, task)
+    tx, schedule = build.make_optimizer(config, task, plan, shapes[0])
+    state = build.make_state(config, task, tx, saver, mesh, shapes)
     checkpoint.write_model_info(workdir, task.info)
     step = start_step = int(state.step)
     log = stack.enter_context(
@@ -102,7 +103,6 @@ def _train(config, workdir, mesh, stack):
     if "val" in splits:
         evaluate.check_best_metric(task, config, mesh, splits["val"], state)
     build.warn_of_few_steps(config, plan)
-    stopped = stack.enter_context(catch_signals())
     steps = range(start_step, plan.total_steps)
     stream = inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)
     stream = stack.enter_context(contextlib.closing(inputs.one_ahead(stream)))
@@ -126,44 +126,45 @@ def _train(config, workdir, mesh, stack):
             )
             log.train(done, scalars, write=any(write))
 
-    while step < plan.total_steps and not stopped:
-        with log.timer("input"):
-            batch = next(stream)
-        if train_step is None:
-            with log.timer("compile"):
-                train_step = build.compile_step(
-                    config, task, tx, schedule, mesh, state, train.resident, batch
-                )
-            facts["step_memory_bytes"] = build.memory_of(train_step)
-            facts["step_fused_kernels"] = build.fused_kernels_of(train_step)
-        if step in trace:
-            read(keep=0)
-            trace[step]()
-        state, scalars = train_step(state, task.frozen, train.resident, batch)
-        step += 1
-        queue.append((step, scalars))
-        read(keep=LAG)
-        scores = None
-        if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
-            read(keep=0)
-            with log.timer("evaluate"):
-                metrics, _ = evaluator(splits["val"], state.eval_params, state.model_state)
-            scores = evaluate.scalars_of(metrics)
-            log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
-        best = scores is not None and config.keep_best > 0 and saver.is_best(scores)
-        periods = plan.save_every, plan.keep_every
-        if stopped or best or any(is_time(step, every, plan.total_steps) for every in periods):
-            read(keep=0)
-            with log.timer("save"):
-                saver.save(step, state, metrics=scores)
-    if stopped:
-        read(keep=0)
-        saver.save(step, state)
-        saver.wait()
-        log.info(f"Saved step {step}; the same command goes on from there.")
-        return stopped[0]
-    with log.timer("save"):
-        saver.wait()
+    with catch_signals() as stopped:
+        while step < plan.total_steps and not stopped:
+            with log.timer("input"):
+                batch = next(stream)
+            if train_step is None:
+                with log.timer("compile"):
+                    train_step = build.compile_step(
+                        config, task, tx, schedule, mesh, state, train.resident, batch
+                    )
+                facts["step_memory_bytes"] = build.memory_of(train_step)
+                facts["step_fused_kernels"] = build.fused_kernels_of(train_step)
+            if step in trace:
+                read(keep=0)
+                trace[step]()
+            state, scalars = train_step(state, task.frozen, train.resident, batch)
+            step += 1
+            queue.append((step, scalars))
+            read(keep=LAG)
+            scores = None
+            if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
+                read(keep=0)
+                with log.timer("evaluate"):
+                    metrics, _ = evaluator(splits["val"], state.eval_params, state.model_state)
+                scores = evaluate.scalars_of(metrics)
+                log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
+            best = scores is not None and config.keep_best > 0 and saver.is_best(scores)
+            periods = plan.save_every, plan.keep_every
+            if stopped or best or any(is_time(step, every, plan.total_steps) for every in periods):
+                read(keep=0)
+                with log.timer("save"):
+                    saver.save(step, state, metrics=scores)
+        with log.timer("save"):
+            if stopped:
+                read(keep=0)
+                saver.save(step, state)
+            saver.wait()
+        if stopped:
+            log.info(f"Saved step {step}; the same command goes on from there.")
+            return stopped[0]
     if step > start_step:
         # those of this start; without a step the earlier ones stay
         facts["seconds"], facts["environment"] = None, report.environment()

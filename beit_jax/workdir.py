@@ -13,6 +13,7 @@ import filelock
 from beit_jax import fileio
 
 _FIX = "Use another workdir"
+FROZEN = "frozen weights"  # the name of their fingerprint
 
 
 def check_place(workdir: str | os.PathLike, data: str, data_dir: str = "") -> None:
@@ -83,6 +84,17 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
                 "Restore them, or use another workdir."
             )
     fileio.write_json(path, dict(fingerprints))
+
+
+def check_frozen(workdir: str | os.PathLike, fingerprint: str) -> None:
+    """Raises ValueError where the weights that a run used and did not train, such as a tokenizer or
+    the network below its probes, are others now than those of the run in the workdir."""
+    path = os.path.join(workdir, "data.json")
+    if os.path.exists(path) and _changed(path, {FROZEN: fingerprint}):
+        raise ValueError(
+            f"The weights that the run in {workdir} used and did not train have changed since: a "
+            "tokenizer, a teacher or the network that is probed was trained on. Restore them."
+        )
 
 
 def changed_data(workdir: str | os.PathLike, splits: Mapping[str, Any]) -> list[str]:

@@ -175,7 +175,7 @@ def _draw(shapes):
 def _train(task, batch):
     params = task.start(_draw(jax.eval_shape(task.init, jax.random.key(SEED))[0]))
     schedule = optim.make_schedule("constant", learning_rate=1e-4, total_steps=1000)
-    tx, schedule = optim.make_optimizer(
+    tx = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0
     )
     step = state.make_train_step(

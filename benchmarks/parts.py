@@ -59,7 +59,7 @@ def make(start, batch: dict, **changes):
     task = classify.make_task(config, data, start=start, info=info)
     params = start.params
     schedule = optim.make_schedule("constant", learning_rate=1e-4, total_steps=1000)
-    tx, schedule = optim.make_optimizer(
+    tx = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, weight_decay=0.05, clip_norm=3.0
     )
     ema, trainable = changes.get("ema_decay", 0.0), jax.tree.map(lambda x: True, params)

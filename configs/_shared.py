@@ -40,7 +40,8 @@ def split_words(arg: str | None, names: Sequence[str], *options: Sequence[str]) 
     known_before = before in names or before.startswith(_PREFIXES[1:]) or _is_there(before)
     if comma and not _is_there(data) and known_before:
         known = ", then ".join(f"one of {', '.join(option)}" for option in options) or "nothing"
-        raise ValueError(f"After {before} may follow {known}; got {word!r} beside or before it.")
+        found = ", ".join(filter(None, (word, *chosen)))
+        raise ValueError(f"After {before} may follow {known}; got {found}.")
     return data, *chosen
 
 

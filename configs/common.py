@@ -153,9 +153,10 @@ def get_config() -> ConfigDict:
     data.fold = 0  # which, from 0
     data.labelled = True  # False: pictures alone, of a folder at any depth
     data.on_bad_image = "error"  # or skip: leave out, and count, what cannot be decoded
-    data.resident_bytes = 4 << 30  # splits of one picture size, up to this each, stay on the device
-    data.threads = 0  # that decode; 0: one per core
-    data.prefetch = 2  # batches decoded ahead
+    # splits of one picture size, 1 MiB at most, stay on the device, where none is larger than this
+    data.resident_bytes = 4 << 30
+    data.threads = 0  # that decode; 0: one per core, 16 at most
+    data.prefetch = 2  # batches decoded ahead; 0: when they are wanted, by the training thread
 
     config.augment = augment = ConfigDict()  # of training pictures
     augment.crop = "squash"  # the whole picture; rrc: random resized crop; pad: shift by `pad`
@@ -183,7 +184,7 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 128
     config.num_epochs = 15.0
     config.total_steps = config_dict.placeholder(int)  # overrides num_epochs
-    config.accumulate_steps = 1  # micro-batches per step: less memory, same gradient
+    config.accumulate_steps = 1  # micro-batches per step: less memory, the mean of their gradients
     config.label_smoothing = 0.0
     config.class_weights = "none"  # balanced: by frequency; the loss stays a mean over pictures
     config.ema_decay = 0.0  # of averaged parameters, for evaluation; warms up; 0 is off
@@ -212,7 +213,7 @@ def get_config() -> ConfigDict:
     config.eval_every = "1ep"
     config.save_every = "1ep"  # what kill -9 can cost at most; the last step is always saved
     config.keep_last = 2  # checkpoints
-    config.keep_best = 1
+    config.keep_best = 1  # by `best_metric`; 0: nothing is chosen, the last step is the model
     config.keep_every = "0"  # checkpoints at multiples of this are kept for good
     config.best_metric = "accuracy"  # on the validation split
     config.best_mode = "max"  # or min, for a loss

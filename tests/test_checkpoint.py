@@ -1,5 +1,6 @@
 """Checkpoints: what is restored is what was saved, whatever happened to the disk or the process."""
 
+import errno
 import json
 import logging
 import os
@@ -49,7 +50,7 @@ def make_params(seed=0):
 def make_state(seed=0, *, freeze=(), ema=True):
     """A state after one step, so that nothing in it is zero by chance."""
     params = make_params(seed)
-    tx, _ = optim.make_optimizer("adamw", learning_rate=0.1, params=params, freeze=freeze)
+    tx = optim.make_optimizer("adamw", learning_rate=0.1, params=params, freeze=freeze)
     first = state.create(params, {"teacher": params["classifier"]}, tx, ema=ema)
     gradient = make_params(seed + 100)
     updates, opt_state = tx.update(gradient, first.opt_state, params)
@@ -260,12 +261,16 @@ def test_keeps_two_best(tmp_path):
         assert saver.all_steps() == [0, 2, 4]
 
 
-def test_without_keep_best_the_best_is_among_those_there(tmp_path):
+def test_without_keep_best_nothing_is_chosen(tmp_path):
+    with Checkpointer(tmp_path, keep_last=2) as saver:
+        saver.save(0, simple(0), metrics={"accuracy": 0.9})
     with Checkpointer(tmp_path, keep_last=2, keep_best=0) as saver:
-        for step, accuracy in enumerate([0.9, 0.5, 0.4]):
+        for step, accuracy in enumerate([0.5, 0.4], 1):
             saver.save(step, simple(step), metrics={"accuracy": accuracy})
         assert saver.all_steps() == [1, 2]
-        assert saver.best_step() == 1
+        assert saver.best_step() is None
+        assert saver.restore(step="best")["step"] == 2
+    assert load_params(tmp_path)["kernel"][0, 0] == -2
 
 
 def test_keep_every(tmp_path):
@@ -558,6 +563,23 @@ def test_full_disk(run_python, tmp_path):
     with Checkpointer(tmp_path) as saver:
         assert saver.restore()["step"] == 5
     assert listing(tmp_path) == ["2", "5"]
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_damaged(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with Checkpointer(tmp_path) as saver:
+        for step in (1, 2):
+            saver.save(step, simple(step), metrics={"accuracy": step})
+        saver.wait()
+        monkeypatch.setattr(checkpoint, "_read", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            saver.restore()
+        with pytest.raises(OSError, match="Too many open files"):
+            load_params(tmp_path)
+        monkeypatch.undo()
+        assert saver.restore()["step"] == 2 and listing(tmp_path) == ["1", "2"]
 
 
 @pytest.fixture

@@ -175,6 +175,26 @@ def test_names_that_look_like_several(tmp_path):
     assert compare.parse_runs(named) == {"a": paths[:1], "b": paths[1:], "c": ["x", "y"]}
 
 
+def test_a_run_that_is_interrupted_saves_its_step(monkeypatch):
+    """Ctrl-C is sent to both; subprocess.run would kill the run a quarter of a second later."""
+
+    class Process:
+        waits = 0
+
+        def __init__(self, arguments):
+            pass
+
+        def wait(self):
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return 130
+
+    monkeypatch.setattr(compare.subprocess, "Popen", Process)
+    with pytest.raises(RuntimeError, match="The run a ended with status 130"):
+        compare.run("a", ["--config=configs/quickstart.py"], "workdir")
+
+
 def test_makes_the_runs(tmp_path, flags, capfd):
     """Two runs that differ in one setting, by one command."""
     config, _, *common = flags(tmp_path, {"data.test": "test[:50]"})

@@ -308,6 +308,18 @@ def test_pretrained_for_fine_tuning(tmp_path):
     assert_same_tree(unilm.params, checkpoint.params)
 
 
+def test_the_norm_of_a_network_without_a_head_in_the_names_of_timm(tmp_path):
+    hf_model(use_relative_position_bias=True).save_pretrained(tmp_path)
+    expected = convert.load(tmp_path).params["pooler_layernorm"]
+    tensors = {name: tensor.numpy() for name, tensor in unilm_tensors(tmp_path).items()}
+    for name in ("head.weight", "head.bias"):
+        del tensors[name]
+    safetensors.numpy.save_file(tensors, tmp_path / "timm.safetensors")
+    loaded = convert.load(tmp_path / "timm.safetensors", num_attention_heads=3)
+    assert loaded.architecture["head"] == "none" and not loaded.unfilled
+    assert_same_tree(loaded.params["pooler_layernorm"], expected)
+
+
 def test_new_number_of_classes(saved):
     with pytest.raises(
         ValueError, match=r"wrong shape: classifier\.weight \[5, 24\], expected \[9, 24\]"

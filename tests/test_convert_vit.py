@@ -162,6 +162,11 @@ def test_data2vec_encoder_without_a_pooler(tmp_path):
     loaded = convert.load(tmp_path)
     assert set(loaded.unfilled) == {"pooler_layernorm/scale", "pooler_layernorm/bias"}
     assert "relative_position_bias_table" in loaded.params
+    theirs = transformers.Data2VecVisionModel.from_pretrained(tmp_path, add_pooling_layer=True)
+    image = pictures(loaded)  # the norm of a new pooler changes nothing
+    np.testing.assert_allclose(
+        our_output(loaded, image), torch_output(theirs.eval(), image), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_class_names_and_processor(tmp_path):

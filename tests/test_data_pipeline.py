@@ -1,11 +1,14 @@
 """The order of training, and batches that depend on (seed, step) alone."""
 
 import gc
+import io
 import itertools
 import logging
 import pickle
+import struct
 import threading
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -14,7 +17,7 @@ from PIL import Image
 
 from beit_jax import sharding
 from beit_jax.data import images, inputs, pipeline, sources
-from beit_jax.data.images import Rendering
+from beit_jax.data.images import BadImageError, Rendering
 from beit_jax.data.pipeline import Order
 from configs import common
 
@@ -266,6 +269,32 @@ def test_load_all_is_the_source():
     for i in range(0, len(source), 7):
         np.testing.assert_array_equal(arrays["image"][i], source[i]["image"])
         assert arrays["label"][i] == source[i]["label"] and arrays["index"][i] == i
+
+
+def test_a_header_may_tell_another_size(tmp_path):
+    """Of a PNG whose orientation stands behind its pixels, which Pillow meets as it decodes."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    turn = struct.pack(">I", len(content)) + b"eXIf" + content
+    turn += struct.pack(">I", zlib.crc32(turn[4:]))
+    for i in range(3):
+        file = io.BytesIO()
+        Image.new("RGB", (6, 4), (i, 2, 3)).save(file, "PNG")
+        whole, end = file.getvalue()[:-12], file.getvalue()[-12:]
+        (tmp_path / f"{i}.png").write_bytes(whole + turn * (i == 1) + end)
+    source = sources.get_source(f"folder:{tmp_path}", "train")
+    with pytest.raises(BadImageError, match=r"1.png: decoded it is \(6, 4, 3\), and its header"):
+        pipeline.load_all(source)
+    left = pipeline.load_all(sources.get_source(f"folder:{tmp_path}", on_bad_image="skip"))
+    assert left["image"].shape == (2, 4, 6, 3)
+
+
+def test_large_pictures_are_not_kept(tmp_path):
+    for side in (500, 800):
+        Image.new("RGB", (side, side)).save(tmp_path / "0.png")
+        source = sources.get_source(f"folder:{tmp_path}", "train")
+        assert pipeline.fits(source, 10**12) == (side == 500)
 
 
 def test_fits(source):

@@ -214,6 +214,27 @@ def test_labelled_false_takes_any_tree(tmp_path):
     assert sources.get_source("digits", labelled=False)[0].keys() == {"image"}
 
 
+def test_pictures_of_all_splits_are_told(tmp_path, caplog):
+    """Of a folder such as STL-10's, for pre-training."""
+    for name in ("train/1/a.png", "test/1/b.png", "unlabeled/c.png"):
+        save(tmp_path / name)
+    for _ in range(2):
+        assert len(sources.get_source(f"folder:{tmp_path}", labelled=False)) == 3
+    (told,) = caplog.messages
+    assert "holds 'train' beside unlabeled: pictures of all of them are taken" in told
+
+
+def test_class_names_are_the_same_on_every_machine(tmp_path):
+    composed, apart = "K\u00e4se", "Ka\u0308se"
+    class_folders(tmp_path, {composed: 2, "a": 1}, "train")
+    class_folders(tmp_path, {apart: 1, "a": 1}, "test")
+    train, test = (sources.get_source(f"folder:{tmp_path}", x) for x in ("train", "test"))
+    assert train.class_names == test.class_names == (composed, "a")
+    assert sorted(labels(train)) == [0, 0, 1] and sorted(labels(test)) == [0, 1]
+    names = ("a", apart)
+    assert sources.get_source(f"folder:{tmp_path}", class_names=names).class_names == names
+
+
 def test_ambiguous_layouts_are_errors(tmp_path):
     class_folders(tmp_path / "a", {"cat": 1, "dog": 1})
     save(tmp_path / "a" / "loose.png")
@@ -236,6 +257,8 @@ def test_empty_folders_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         sources.get_source(f"folder:{tmp_path / 'nowhere'}")
     (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="notes.txt is a file; expected a folder of pictures"):
+        sources.get_source(f"folder:{tmp_path / 'notes.txt'}")
     with pytest.raises(FileNotFoundError, match=r"no pictures in .*looked for \.jpg \.jpeg \.jfif"):
         sources.get_source(f"folder:{tmp_path}")
     class_folders(tmp_path, {"cat": 1})
@@ -298,8 +321,8 @@ def test_csv_with_numbers_splits_and_classes(tmp_path):
     rows = ["image,label,split", "0.png,0,train", "0.png,10,train", "0.png,9,test"]
     name = write_csv(tmp_path / "list.csv", *rows)
     train, test = sources.get_source(name, "train"), sources.get_source(name, "test")
-    assert train.class_names == test.class_names == tuple(map(str, range(11)))
-    assert sorted(labels(train)) == [0, 10] and labels(test) == [9]
+    assert train.class_names == test.class_names == ("0", "9", "10")  # none without a picture
+    assert sorted(labels(train)) == [0, 2] and labels(test) == [1]
     names = [f"class {i}" for i in range(11)]
     assert sorted(labels(sources.get_source(name, "train", class_names=names))) == [0, 10]
     with pytest.raises(ValueError, match="the classes 10 that are not among the 10 expected"):
@@ -312,8 +335,8 @@ def test_csv_with_numbers_splits_and_classes(tmp_path):
 
 
 def test_csv_of_another_hand(tmp_path):
-    """A name in capitals, blanks in the header; numbers are the classes' all the same."""
-    rows = [f"{i}.png, {i}, {'test' if i == 11 else 'train'}" for i in range(12)]
+    """A name in capitals, blanks in the header and the cells; numbers are in their order."""
+    rows = [f"{i}.png, {i} , {'test' if i == 11 else 'train'} " for i in range(12)]
     name = write_csv(tmp_path / "LIST.CSV", "image, label, split", *rows)
     source = sources.get_source(name, "train")
     assert source.class_names == tuple(map(str, range(12))) and len(source) == 11

@@ -146,10 +146,12 @@ def test_what_is_trained_is_an_argument(how, expected):
 
 def test_misspelt_arguments_are_told(tmp_path):
     """Beside a folder that is there; what is no folder may have commas."""
-    with pytest.raises(ValueError, match="After hf:a/b may follow nothing; got 'test' beside"):
+    with pytest.raises(ValueError, match="After hf:a/b may follow nothing; got test"):
         lora.get_config("hf:a/b,test")
-    with pytest.raises(ValueError, match=f"After {tmp_path} may follow one of lora, .* got 'Lora'"):
-        image_folder.get_config(f"{tmp_path},Lora")
+    for words in ("Lora", "lora, head"):
+        message = f"After {tmp_path} may follow one of lora, .*, test; got {words}."
+        with pytest.raises(ValueError, match=message):
+            image_folder.get_config(f"{tmp_path},{words.replace(' ', '')}")
     (tmp_path / "a").mkdir()
     (tmp_path / "a,b").mkdir()
     assert image_folder.get_config(f"{tmp_path}/a,b").data.name == f"folder:{tmp_path}/a,b"
@@ -222,6 +224,18 @@ def test_classes_without_names_are_told(hf_directory, caplog):
     caplog.clear()
     pretrained.with_head_for(unnamed, unnamed.info.class_names)
     assert not caplog.text
+
+
+def test_a_mask_token_is_left_out_of_an_evaluation(tmp_path, picture_folder, hf_directory):
+    """transformers keeps that of pre-training in its classifiers."""
+    source = shutil.copytree(hf_directory, tmp_path / "masked")
+    model = transformers.BeitForImageClassification.from_pretrained(
+        hf_directory, use_mask_token=True
+    )
+    model.save_pretrained(source)
+    expected = finetune(tmp_path / "plain", picture_folder, hf_directory, {"eval_only": True})
+    found = finetune(tmp_path / "run", picture_folder, source, {"eval_only": True})
+    assert found["test"] == expected["test"]
 
 
 def test_new_head_is_no_evaluation(tmp_path, picture_folder, hf_directory):

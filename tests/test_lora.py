@@ -41,6 +41,7 @@ RUN = {
     "lora.dropout": 0.1,
 }
 NAMES = ["red", "blue", "green"]
+LAYER = "lora/layer_0/attention/query"
 
 
 def finetune(workdir, pictures, source, changes=()):
@@ -211,9 +212,10 @@ def test_adapters_are_not_folded(hf_directory, batch, target, attention, monkeyp
 def compiled_step(task, config):
     """The compiled training step of a task, for 8 pictures."""
     params = jax.eval_shape(task.init, jax.random.key(0))[0]
-    frozen = build.frozen_names(config, task)
-    tx, schedule = optim.make_optimizer(
-        "adamw", learning_rate=1e-3, params=params, freeze=frozen, layer_id=task.layer_id
+    frozen = build.frozen_names(config, task, params)
+    schedule = optim.make_schedule("constant", learning_rate=1e-3, total_steps=1)
+    tx = optim.make_optimizer(
+        "adamw", learning_rate=schedule, params=params, freeze=frozen, layer_id=task.layer_id
     )
     mask = optim.trainable_mask(params, frozen)
     step = state.make_train_step(task, tx, schedule=schedule, trainable=mask, seed=0)
@@ -489,6 +491,17 @@ def test_a_frozen_head_in_the_order_of_the_data(tmp_path, picture_folder, hf_dir
         assert head["bias"][i] == expected
 
 
+def test_a_classifier_of_peft_without_its_bias(tmp_path, start, hf_directory):
+    """Of another number of classes than the base, whose bias is no help then."""
+    factors = {f"{LAYER}/a": np.ones((16, 2)), f"{LAYER}/b": np.ones((2, 16))}
+    factors["classifier/kernel"] = np.ones((16, 5))
+    convert_peft.save(tmp_path, factors, {"rank": 2, "alpha": 4, "base": "elsewhere"})
+    arguments = ("from-peft", tmp_path, tmp_path / "run", "--base", hf_directory)
+    finished = start("beit_jax.convert", *arguments).wait()
+    assert finished.status == 2 and not (tmp_path / "run").exists()
+    assert f"Neither {hf_directory} nor the adapters have classifier/bias:" in finished.output
+
+
 def test_adapters_of_another_width(tmp_path, start, hf_directory):
     convert_peft.save(
         tmp_path,
@@ -507,7 +520,46 @@ def test_adapters_of_another_width(tmp_path, start, hf_directory):
     assert "layer_7/mlp/fc1/b: there is no such layer" in finished.output
 
 
-LAYER = "lora/layer_0/attention/query"
+def test_adapters_of_another_size_than_their_base(tmp_path, start, picture_folder, hf_directory):
+    """PEFT would use them with the base as it is."""
+    changes = {"total_steps": 1, "model.image_size": 24}
+    finetune(tmp_path / "run", picture_folder, hf_directory, changes)
+    finished = start("beit_jax.convert", "to-peft", tmp_path / "run", tmp_path / "peft").wait()
+    assert finished.status == 2 and not (tmp_path / "peft").exists()
+    assert "trained with image_size (24, 24), and their base" in finished.output
+    assert "has (16, 16), with which PEFT would use them: `convert to-hf`" in finished.output
+
+
+def test_adapters_of_peft_beside_a_base_without_a_pooler(tmp_path, start):
+    """Such as one for masked image modelling; in transformers a new norm changes nothing."""
+    peft = pytest.importorskip("peft")
+    config = transformers.BeitConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=7,
+        use_mask_token=True,
+        use_shared_relative_position_bias=True,
+    )
+    transformers.BeitForMaskedImageModeling(config).save_pretrained(tmp_path / "base")
+    base = transformers.BeitForImageClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, use_mask_token=False
+    )
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    theirs = peft.get_peft_model(base, settings).eval()
+    theirs.save_pretrained(tmp_path / "peft")
+    arguments = ("from-peft", tmp_path / "peft", tmp_path / "run", "--base", tmp_path / "base")
+    finished = start("beit_jax.convert", *arguments).wait()
+    assert finished.status == 0, finished.output
+    image = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2))).logits.numpy()
+    whole = pretrained.load(str(tmp_path / "run"))
+    found = beit.Model(**whole.info.architecture).apply({"params": whole.params}, image)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.fixture

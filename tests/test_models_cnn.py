@@ -73,7 +73,7 @@ def test_layer_ids():
     assert [ids[f"layer_{i}/bias"] for i in range(4)] == [1, 2, 3, 4]
     assert ids["classifier/kernel"] == 5
     params = random_params(model)
-    tx, _ = optim.make_optimizer(
+    tx = optim.make_optimizer(
         "sgd",
         learning_rate=1.0,
         params=params,

@@ -151,7 +151,7 @@ def test_fixed_positions_do_not_learn():
     def loss(params):
         return (model.apply({"params": params}, image) ** 2).sum()
 
-    tx, _ = optim.make_optimizer("adamw", learning_rate=0.1, params=params, weight_decay=0.1)
+    tx = optim.make_optimizer("adamw", learning_rate=0.1, params=params, weight_decay=0.1)
     gradient = jax.jit(jax.grad(loss))(params)
     updates, _ = tx.update(gradient, tx.init(params), params)
     assert not np.any(updates["embeddings"]["position_embeddings"])
@@ -303,7 +303,7 @@ def test_layer_ids():
     assert ids["layer_1/attention/query/kernel"] == 2
     assert ids["layernorm/scale"] == ids["distillation_classifier/kernel"] == 3
     params = random_params(model)
-    tx, _ = optim.make_optimizer(
+    tx = optim.make_optimizer(
         "sgd",
         learning_rate=1.0,
         params=params,

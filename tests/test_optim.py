@@ -239,7 +239,7 @@ MOMENTUM = {"momentum": 0.9, "nesterov": True}
 def test_optimizer_equals_torch(name, make, kwargs):
     params = random_params()
     schedule = optim.make_schedule("cosine", total_steps=STEPS, **SCHEDULE)
-    tx, returned = optim.make_optimizer(
+    tx = optim.make_optimizer(
         name,
         learning_rate=schedule,
         params=params,
@@ -250,7 +250,6 @@ def test_optimizer_equals_torch(name, make, kwargs):
         clip_norm=3.0,
         **kwargs,
     )
-    assert returned is schedule
     actual, _ = run(tx, params, STEPS, gradients)
     expected = run_torch(make, unilm_schedule(0.03, 1e-4, STEPS, 10, 0), 0.65, 0.3, 3.0)
     for path, value in named(actual).items():
@@ -260,7 +259,7 @@ def test_optimizer_equals_torch(name, make, kwargs):
 def test_frozen_parameters_get_no_update_and_no_state():
     params = random_params()
     freeze = ["embeddings/.*", "layer_0/.*"]
-    tx, schedule = optim.make_optimizer(
+    tx = optim.make_optimizer(
         "adamw",
         learning_rate=0.01,
         params=jax.eval_shape(lambda: params),
@@ -271,7 +270,6 @@ def test_frozen_parameters_get_no_update_and_no_state():
         clip_norm=3.0,
         freeze=freeze,
     )
-    assert schedule(5) == 0.01
     actual, state = run(tx, params, STEPS, gradients)
     frozen = [n for n in named(params) if n.startswith(("embeddings/", "layer_0/"))]
     assert [n for n, m in named(optim.trainable_mask(params, freeze)).items() if not m] == frozen
@@ -289,7 +287,7 @@ def test_frozen_parameters_get_no_update_and_no_state():
 def test_lion_follows_its_paper():
     params = {"kernel": np.float32([[1.0, -2.0]])}
     grads = [np.float32([[0.5, 0.1]]), np.float32([[-2.0, 0.3]]), np.float32([[0.1, -9.0]])]
-    tx, _ = optim.make_optimizer(
+    tx = optim.make_optimizer(
         "lion", learning_rate=0.1, params=params, b1=0.9, b2=0.99, weight_decay=0.2
     )
     state, expected, momentum = tx.init(params), params["kernel"], 0
@@ -373,7 +371,7 @@ def test_clipped_norm_is_the_given_one_and_small_gradients_pass():
 
 def test_clipping_costs_no_copy_of_the_gradients():
     params = {f"layer_{i}": {"kernel": jnp.ones((64, 64))} for i in range(8)}
-    tx, _ = optim.make_optimizer("adamw", learning_rate=0.1, params=params, clip_norm=1.0)
+    tx = optim.make_optimizer("adamw", learning_rate=0.1, params=params, clip_norm=1.0)
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -389,7 +387,7 @@ def test_second_decay_is_that_of_the_rule(name, expected):
     grads = jax.tree.map(jnp.ones_like, params)
 
     def second_update(**options):
-        tx, _ = optim.make_optimizer(name, learning_rate=0.1, params=params, **options)
+        tx = optim.make_optimizer(name, learning_rate=0.1, params=params, **options)
         _, state = tx.update(grads, tx.init(params), params)
         return tx.update(jax.tree.map(lambda x: -x / 50, grads), state, params)[0]
 
@@ -514,11 +512,9 @@ def test_weight_decay_on_its_own_schedule():
     )
     config.total_steps = 8
     params = {"kernel": jnp.ones((2, 2))}
-    task = types.SimpleNamespace(
-        init=lambda rng: (params, {}), layer_id=lambda name: 0, num_layers=0
-    )
+    task = types.SimpleNamespace(layer_id=lambda name: 0, num_layers=0)
     plan = build.make_plan(config, num_examples=64)
-    tx, _ = build.make_optimizer(config, task, plan)
+    tx, _ = build.make_optimizer(config, task, plan, params)
     state = tx.init(params)
     for expected in unilm_schedule(0.2, 0.1, total=8, warmup=0, start=0.0):
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)

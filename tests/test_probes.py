@@ -15,6 +15,7 @@ from beit_jax.data import inputs, sources
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import beit, features
 from beit_jax.tasks import linear_probe as task
+from beit_jax.tasks.task import Data
 from configs import image_folder, linear_probe
 
 SMALL = dict(
@@ -142,6 +143,27 @@ def test_untrained_probes_are_no_evaluation(tmp_path, workdir):
         probe(tmp_path, workdir, {"eval_only": True})
 
 
+def test_probes_of_other_classes_or_of_another_network_are_no_evaluation(tmp_path, workdir):
+    changes = {"total_steps": 2, "eval_only": False}
+    network = shutil.copytree(workdir, tmp_path / "network")
+    probe(tmp_path / "probe", network, changes)
+    start = pretrained.load(str(network))
+    info = checkpoint.read_model_info(tmp_path / "probe")
+    config = linear_probe.get_config("digits")
+    config.pretrained = str(network)
+    data = Data(("a", *info.class_names), resized=True)
+    with pytest.raises(ValueError, match="The model tells 10 classes .0, 1, .* has 11 .a, 0"):
+        task.make_task(config, data, start=start, info=info)
+    params = jax.tree.map(lambda x: x + 1, checkpoint.load_params(network))
+    shutil.rmtree(network / "checkpoints")
+    with checkpoint.Checkpointer(network) as saver:
+        saver.save(0, {"params": params})
+    before = (tmp_path / "probe" / "results.json").read_text()
+    with pytest.raises(ValueError, match="used and did not train have changed since"):
+        probe(tmp_path / "probe", network, changes | {"eval_only": True})
+    assert (tmp_path / "probe" / "results.json").read_text() == before
+
+
 def test_a_probe_is_no_network(tmp_path, workdir):
     probe(tmp_path, workdir, {"total_steps": 2})
     with pytest.raises(ValueError, match="is of the task 'linear_probe'"):
@@ -214,6 +236,18 @@ def test_probes_see_the_pictures_of_fine_tuning(tmp_path, picture_folder, has_te
     assert probe.name == tuning.name
     assert (probe.train, probe.val, probe.test) == (tuning.train, tuning.val, tuning.test)
     assert probe.test == ("test" if has_test else "train[90%:]")
+
+
+@pytest.mark.parametrize("other", ["", "test", "valid"])
+def test_knn_takes_the_splits_there_are(tmp_path, workdir, picture_folder, capsys, other):
+    for name in filter(None, ("train", other)):
+        shutil.copytree(picture_folder, tmp_path / name)
+    arguments = ["--checkpoint", str(workdir), "--data", f"folder:{tmp_path}"]
+    assert knn.main(arguments) == 0
+    train, test = (60, 60) if other else (54, 6)
+    names = ("train", other) if other else ("train[:90%]", "train[90%:]")
+    expected = f"{test} of {names[1]} by their 20 nearest of {train} of {names[0]}\n"
+    assert expected in capsys.readouterr().out
 
 
 def test_knn_with_a_bad_picture(tmp_path, start, workdir, picture_folder):

@@ -437,6 +437,8 @@ def test_a_convolutional_tokenizer_takes_the_grid_that_is_wanted(tmp_path):
         ({"tokenizer_name": "vqvae"}, "Unknown name 'vqvae' in tokenizers; available: dvae, vq"),
         ({"preset": "huge"}, "Unknown config.preset 'huge'; available: .*digits"),
         ({"accumulate_steps": 2}, "set config.accumulate_steps=1, got 2"),
+        ({"ema_decay": 0.99}, "would not fit an average of it: set config.ema_decay=0, got 0.99"),
+        ({"augment.erasing": 0.5}, "config.augment.erasing is 0.5, and the task 'train_tokenizer'"),
         ({"codebook.decay": 1.0}, "needs 0 < decay < 1"),
         ({"augment.crop": "cut"}, "Unknown config.augment.crop 'cut'"),
         ({"model.code_dim": 0}, "code_dim must be above 0, got 0"),

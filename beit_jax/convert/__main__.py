@@ -11,7 +11,10 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from beit_jax import checkpoint, command, convert, lora, pretrained
+import numpy as np
+
+from beit_jax import checkpoint, command, convert, errors, lora, pretrained
+from beit_jax.architecture import make_model
 from beit_jax.convert import beit, files, peft, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
@@ -139,11 +142,35 @@ def _to_peft(args) -> int:
         raise ValueError(
             f"{args.workdir} has no LoRA adapters of a beit; to-hf writes the whole model"
         )
+    _check_as_the_base(info)
     params = lora.flat(checkpoint.load_params(workdir, step=step))
     with files.new_directory(args.dst) as directory:
         peft.save(directory, params, info.lora, args.transformers, info.class_names)
     print(f"{args.dst}: adapters of {info.lora['base']} written")
     return 0
+
+
+def _check_as_the_base(info) -> None:
+    """Raises ValueError where adapters were trained beside another network than their base itself,
+    which is all that PEFT knows of."""
+    base = pretrained.load(info.lora["base"], info.lora.get("revision", "")).info
+    ours, theirs = (make_model(x).config for x in (info, base))
+    for key in ("image_size", "use_mean_pooling"):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise ValueError(
+                f"The adapters were trained with {key} {getattr(ours, key)}, and their base "
+                f"{info.lora['base']} has {getattr(theirs, key)}, with which PEFT would use them: "
+                "`convert to-hf` writes the whole model instead."
+            )
+
+
+def _new_pooler(params) -> dict[str, np.ndarray]:
+    """The norm of a pooler that the base does not have, which PEFT leaves as it starts."""
+    return {
+        name: np.full(np.shape(params[name]), x)
+        for name, x in beit.NEW_POOLER.items()
+        if name in params and np.isnan(params[name]).any()
+    }
 
 
 def _from_peft(args) -> int:
@@ -161,9 +188,16 @@ def _from_peft(args) -> int:
         info = info._replace(architecture=architecture, class_names=names)
     params = lora.flat(pretrained.blank_filled(base, info, "unilm"))
     lora.check_shapes(adapters.params, params, source)
+    trained = {**_new_pooler(params), **adapters.params}
+    missing = [name for name, x in params.items() if np.isnan(x).any() and name not in trained]
+    if missing:
+        raise ValueError(
+            f"Neither {source} nor the adapters have {errors.few(missing)}: with --base name the "
+            "model that they were trained on."
+        )
     if args.base and adapters.base and args.base != adapters.base:
         print(f"note: {args.src} names {adapters.base} as its base; taking {args.base}")
-    frozen = {name: x for name, x in params.items() if name not in adapters.params}
+    frozen = {name: x for name, x in params.items() if name not in trained}
     identity = {
         "base": lora.absolute(source),
         "base_crc32": lora.fingerprint(frozen),
@@ -173,7 +207,7 @@ def _from_peft(args) -> int:
     with files.new_directory(args.dst) as workdir:
         checkpoint.write_model_info(workdir, info)
         with checkpoint.Checkpointer(workdir) as saver:
-            saver.save(0, {"params": lora.nested(adapters.params)})
+            saver.save(0, {"params": lora.nested(trained)})
     print(f"{args.dst}: adapters of rank {adapters.settings['rank']} for {source}")
     return 0
 

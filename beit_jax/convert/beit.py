@@ -83,6 +83,7 @@ _UNILM = [  # and "norm", which is lm_layernorm in a pretraining checkpoint
     *linear("head", "classifier"),
     *linear("lm_head", "lm_head"),
 ]
+NEW_POOLER = {"pooler_layernorm/scale": np.float32(1), "pooler_layernorm/bias": np.float32(0)}
 _HF5_NAMES = {  # in this order
     "encoder.layer.{i}.attention.attention.relative": "layers.{i}.relative",
     "encoder.relative_position_bias": "shared_position_bias",
@@ -165,23 +166,31 @@ def to_params(
       label: what to call the checkpoint in messages.
 
     Returns:
-      the nested parameters, and the paths that `reset` left unfilled.
+      the nested parameters, and the paths that are not in the checkpoint: those that `reset` leaves
+      unfilled, and the norm of a pooler that a network without a head may lack, which is new, as in
+      transformers.
 
     Raises:
       ValueError: listing all that does not fit.
     """
     found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
     prefix = next(found, "")
-    if architecture["head"] == "none" and f"{prefix}pooler.layernorm.weight" not in tensors:
-        reset = (*([reset] if isinstance(reset, str) else reset), "pooler_layernorm")
+    table = rules.expand(_table(tensors), architecture["num_hidden_layers"], beit=prefix)
+    there = {path for rule in table if rule.source in tensors for path in rule.targets}
+    new = {}
+    if architecture["head"] == "none" and there.isdisjoint(NEW_POOLER):
+        new = {path: np.full(architecture["hidden_size"], x) for path, x in NEW_POOLER.items()}
+        reset = (*([reset] if isinstance(reset, str) else reset), *new)
+    shapes = hf_config.parameter_shapes(beit.Model(**architecture))
     flat, unfilled = rules.to_params(
         {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
-        rules.expand(_table(tensors), architecture["num_hidden_layers"], beit=prefix),
-        hf_config.parameter_shapes(beit.Model(**architecture)),
+        table,
+        shapes,
         drop=drop,
         reset=reset,
         label=label,
     )
+    flat |= {path: x for path, x in new.items() if path in shapes}
     return traverse_util.unflatten_dict(flat, sep="/"), unfilled
 
 

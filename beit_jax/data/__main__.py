@@ -66,8 +66,8 @@ def describe(source: Source) -> None:
         print("no labels")
     else:
         print(f"{len(info.class_names)} classes: {', '.join(info.class_names)}")
-    if ignored := getattr(source, "ignored", ()):
-        print("ignored: " + ", ".join(f"{count} {ending}" for ending, count in ignored))
+    if source.ignored:
+        print("ignored: " + ", ".join(f"{count} {ending}" for ending, count in source.ignored))
     print(f"fingerprint {info.fingerprint}")
 
 

@@ -12,9 +12,11 @@ pictures beside class folders, class folders beside split folders, a class folde
 
 import collections
 import csv
+import functools
 import logging
 import os
 import pathlib
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +26,6 @@ from beit_jax.data.images import EXTENSIONS
 
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
 _IMAGE_COLUMNS = ("image", "file_name", "path")
-_MAX_CLASSES = 1_000_000
 
 
 class Files(NamedTuple):
@@ -61,9 +62,11 @@ def list_folder(
     Raises:
       FileNotFoundError: no such folder, or no pictures in it.
       EmptyFoldersError: class folders are empty; names all of them.
-      ValueError: the layout is ambiguous, or a class folder is not in `class_names`.
+      ValueError: it is a file, the layout is ambiguous, or a class folder is not in `class_names`.
     """
     root = pathlib.Path(root).expanduser()
+    if root.is_file():
+        raise ValueError(f"{root} is a file; expected a folder of pictures, or a CSV list of them")
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
     files = sorted(_find_files(root))
@@ -98,8 +101,9 @@ def list_csv(
 ) -> Listing:
     """Lists the pictures named in a CSV file with a header.
 
-    Relative picture paths start at the file's folder. Labels are class names, or class numbers
-    where all of them are whole numbers. Without a column `split` all rows are "train".
+    Relative picture paths start at the file's folder. Labels are class names; where all are whole
+    numbers they are in the order of these, and numbers of `class_names` where these have names.
+    Without a column `split` all rows are "train".
 
     Args:
       path: the CSV file.
@@ -148,7 +152,7 @@ def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
                 raise ValueError(f"{path}, line {reader.line_num}: {', '.join(needed)} needed")
             if "\0" in row[image_column]:
                 raise ValueError(f"{path}, line {reader.line_num}: a path with a zero byte")
-            split = row.get("split", "train")
+            split = row.get("split", "train").strip()
             ids.setdefault(split, []).append(row[image_column])
             labels.setdefault(split, []).append(row[label_column] if labelled else None)
             group = row[label_column] if has_labels else _top(row[image_column])
@@ -190,14 +194,27 @@ def _leads_back(root: pathlib.Path, folder: pathlib.Path) -> bool:
     return any(os.path.commonpath([target, above]) == target for above in way)
 
 
+@functools.lru_cache  # told once
+def _tell_splits_that_are_none(root: pathlib.Path, name: str, others: str) -> None:
+    logging.warning(
+        "%s holds %r beside %s: pictures of all of them are taken, and no split is left out.",
+        root,
+        name,
+        others,
+    )
+
+
 def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> dict[str, str]:
     """{"train": "train/", "test": "test/"}, or {"train": ""} where there are no split folders."""
     tops = {id.partition("/")[0] if "/" in id else "" for id in ids}
     if tops <= set(SPLIT_FOLDERS):
         return {name: f"{name}/" for name in SPLIT_FOLDERS if name in tops}
     for name in SPLIT_FOLDERS:
-        if labelled and any(id.startswith(f"{name}/") and id.count("/") > 1 for id in ids):
-            others = ", ".join(sorted(tops - set(SPLIT_FOLDERS) - {""})) or "pictures"
+        others = ", ".join(sorted(tops - set(SPLIT_FOLDERS) - {""})) or "pictures"
+        if not labelled and name in tops:
+            _tell_splits_that_are_none(root, name, others)
+            break
+        if any(id.startswith(f"{name}/") and id.count("/") > 1 for id in ids):
             raise ValueError(
                 f"{root} holds the split folder {name!r} beside {others}: name one folder, such as "
                 f"{root / name}, or move the others away"
@@ -259,27 +276,28 @@ def _check_empty(root, prefixes, labels) -> None:
 
 def _listing(root, ids, labels, groups, class_names, where) -> Listing:
     """Numbers classes and groups; `labels` are text, or None for a split without."""
+    labels = {name: own and list(map(_class_name, own)) for name, own in labels.items()}
     found = {label for split in labels.values() if split for label in split}
     class_names, number = _number_classes(found, class_names, where) if found else (None, {})
     splits = {}
     for name, own in labels.items():
         numbered = None if own is None else np.array([number[label] for label in own], np.int32)
-        mixed = np.unique(groups[name], return_inverse=True)[1]
+        mixed = np.unique(list(map(_class_name, groups[name])), return_inverse=True)[1]
         splits[name] = Files(ids[name], numbered, mixed)
     return Listing(root, splits, class_names)
+
+
+def _class_name(text: str) -> str:
+    """As it is on every machine: macOS takes accents off their letters."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[str, int]]:
     """Returns all class names, and the number of each label found."""
     digits = where.suffix.lower() == ".csv" and all(label.isdecimal() for label in found)
-    if class_names is None and not digits:
-        class_names = sorted(found)
-    elif class_names is None:
-        count = max(map(int, found)) + 1
-        if count > _MAX_CLASSES:
-            raise ValueError(f"{where}: label {count - 1} cannot be a class number")
-        class_names = [str(i) for i in range(count)]
-    number = {name: i for i, name in enumerate(class_names)}
+    if class_names is None:
+        class_names = sorted(found, key=lambda label: (int(label), label) if digits else label)
+    number = {_class_name(name): i for i, name in enumerate(class_names)}
     has_numbers = any(name.isdecimal() for name in class_names)  # which labels would be names
     if digits and not has_numbers:
         number = {label: int(label) for label in found if int(label) < len(class_names)}

@@ -206,7 +206,12 @@ def random_resized_crop(
     image = to_rgb(image)
     x, y = image.width / width, image.height / height  # below 1 for a draft
     box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
-    return _resize(image, renderings, box, _REDUCING_GAP)
+    # cut out first: Pillow would take in what lies around the box
+    left, top = math.floor(box[0]), math.floor(box[1])
+    right, bottom = min(math.ceil(box[2]), image.width), min(math.ceil(box[3]), image.height)
+    part = image.crop((left, top, right, bottom))
+    box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    return _resize(part, renderings, box, _REDUCING_GAP)
 
 
 def sample_crop(

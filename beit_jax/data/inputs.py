@@ -15,7 +15,6 @@ from beit_jax.data import folder, images, pipeline, sources
 from beit_jax.data.source import THREADS, Source, stratified_fold
 
 _SPLITS = ("train", "val", "test")
-_VALIDATIONS = ("val", "valid", "validation")
 _WORD = re.compile(r"[^\W\d][\w-]*")  # such as the names in train[:90%]+test
 
 
@@ -48,7 +47,7 @@ def with_own_splits(config):
     if not is_open:
         return config
     names = sources.split_names(config.data.name, **_options(config.data))
-    val = next((name for name in _VALIDATIONS if name in names), None)
+    val = next((name for name in sources.VALIDATIONS if name in names), None)
     if "test" in names and val:
         chosen = "train", val, "test"
     elif "test" in names or val:
@@ -146,7 +145,7 @@ def _tell_splits(first, found, config):
         )
     elif (
         {"train", "test"} <= found.keys()
-        and config.test in _VALIDATIONS
+        and config.test in sources.VALIDATIONS
         and "test" not in first.splits
         and words["val"] == ["train"]
     ):

@@ -21,6 +21,7 @@ import numpy as np
 from beit_jax.data import images
 from beit_jax.data.source import THREADS, Source, in_chunks
 
+LARGEST = 1 << 20  # bytes of a picture on the device: one of many pixels is better resized before
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
 _lock = threading.Lock()
@@ -185,9 +186,12 @@ def eval_batches(
 
 
 def fits(source: Source, limit_bytes: int) -> bool:
-    """Whether all pictures have one shape and need at most `limit_bytes` as uint8."""
+    """Whether all pictures have one shape, and need at most `limit_bytes` together and `LARGEST`
+    each, as uint8."""
     shape = source.info.image_shape
-    return shape is not None and len(source) * math.prod(shape) <= limit_bytes
+    if shape is None or math.prod(shape) > LARGEST:
+        return False
+    return len(source) * math.prod(shape) <= limit_bytes
 
 
 def load_all(
@@ -213,7 +217,7 @@ def load_all(
 
     def load(indices):
         for index, record in zip(indices, source.fetch(indices), strict=True):
-            decoded = _decode(source, index, record, images.decode)
+            decoded = _decode(source, index, record, functools.partial(_of_shape, shape))
             if decoded is not None:
                 good[index] = True
                 image[index], label[index] = decoded[0], decoded[1] or 0
@@ -225,6 +229,14 @@ def load_all(
     if source.class_names is None:
         del batch["label"]
     return batch if good.all() else {key: value[good] for key, value in batch.items()}
+
+
+def _of_shape(shape, image):
+    """The whole picture; a header may have told another shape."""
+    decoded = images.decode(image)
+    if decoded.shape != shape:
+        raise ValueError(f"decoded it is {decoded.shape}, and its header says {shape}")
+    return decoded
 
 
 def _dataset(
@@ -247,7 +259,8 @@ def _dataset(
         return _stack(list(examples(step, rows[bounds[part] : bounds[part + 1]])))
 
     dataset = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(load)
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch * parts))
+    ahead = prefetch * parts
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(min(threads, ahead), ahead))
     return dataset.batch(parts, batch_fn=_concatenate)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from beit_jax.data import cifar, digits, files, hub, tfds_source
 from beit_jax.data.source import Source
 
+VALIDATIONS = ("val", "valid", "validation")  # names of a split
 NAMES = ("digits", *cifar.NAMES, "tfds:NAME", "hf:NAME", "folder:PATH")
 
 

@@ -33,7 +33,8 @@ ACTIVATIONS = {
 
 
 def can_fuse(width: int, dtype: jnp.dtype) -> bool:
-    """Whether there is a kernel for GELU of [..., width]: of bfloat16, and many factors of 2."""
+    """Whether there is a kernel for GELU of [..., width]: for bfloat16, and a width that shares a
+    factor of at least 128 with the columns of a program."""
     return dtype == jnp.bfloat16 and math.gcd(width, COLUMNS) >= 128 and kernels_work()
 
 

@@ -59,7 +59,7 @@ class CnnConfig:
         layers.expect_one_of(self, head=("classifier", "none"), dtype=layers.DTYPES)
         layers.expect(
             self,
-            len(size) == 2 and min(self.grid) > 0,
+            min(self.grid) > 0,
             f"nothing is left of image_size {size} after {len(self.conv_channels)} convolutions of "
             f"kernel_size {self.kernel_size}",
         )

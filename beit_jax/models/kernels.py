@@ -100,11 +100,11 @@ def on_each_device(
     """run(*arrays); where a batch is split over devices, on each of them for its part.
 
     Args:
-      run: makes a tuple of arrays whose first axes are pictures, but of `summed`.
-      arrays: the first axes of these are so too, of the first array in any case, but of `shared`.
-      gives: numbers of axes of the results.
-      shared: places of the arrays that belong to all pictures.
-      summed: places of results that are sums over pictures: those of the devices are added up.
+      run: makes a tuple of arrays.
+      arrays: their first axis is the batch, except of those at the places `shared`.
+      gives: numbers of axes of the results, whose first axis is the batch, too.
+      shared: places of arrays that belong to the whole batch; never the first.
+      summed: places of results that are sums over the batch: those of the devices are added up.
     """
     names = (f"x{i}" for i in itertools.count())
     whole = []

@@ -228,7 +228,7 @@ class TransformerConfig:
         )
         expect(
             self,
-            len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
+            all(n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
         bound = self.initializer_bound

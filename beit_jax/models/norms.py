@@ -34,7 +34,8 @@ class How(NamedTuple):
     Attributes:
       epsilon: is added to the variance.
       dtype: of the result; statistics are float32.
-      fused: by kernels, where that is bfloat16, as what is normalized is, and they work.
+      fused: by kernels, where both the result and what is normalized are bfloat16, and the kernels
+        work on this machine.
     """
 
     epsilon: float

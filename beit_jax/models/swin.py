@@ -150,7 +150,7 @@ class SwinConfig:
         )
         expect(
             self,
-            len(size) == 2 and all(n > 0 and n % self.patch_size == 0 for n in size),
+            all(n % self.patch_size == 0 for n in size),
             f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
         expect(self, self.window_size > 1, f"window_size must be above 1, got {self.window_size}")

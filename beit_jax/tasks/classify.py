@@ -17,7 +17,7 @@ from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import augment, images, views
 from beit_jax.pretrained import Pretrained, fit, with_head_for
-from beit_jax.tasks.task import Data, Task
+from beit_jax.tasks.task import Data, Task, check_classes_of
 
 
 def unused(config) -> dict:
@@ -54,11 +54,8 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     class_names, resized = data.class_names, data.resized
     if info is None:
         info = _model_info(config, class_names, start.info if start else None)
-    elif list(info.class_names) != list(class_names):
-        raise ValueError(
-            f"The model tells {len(info.class_names)} classes ({errors.few(info.class_names, 4)}), "
-            f"{config.data.name} has {len(class_names)} ({errors.few(class_names, 4)})."
-        )
+    else:
+        check_classes_of(info, config.data.name, class_names)
     weights = class_weights(config.class_weights, data.class_counts)
     family = modules.load("models", info.model_name)
     model = architecture.make_model(info, **architecture.runtime(config))

@@ -18,7 +18,7 @@ from beit_jax.convert import preprocessor
 from beit_jax.data import views
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import features
-from beit_jax.tasks.task import OF_LABELS, Data, Task
+from beit_jax.tasks.task import OF_LABELS, Data, Task, check_classes_of
 
 
 def unused(config) -> dict:
@@ -44,6 +44,8 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
     class_names, resized = data.class_names, data.resized
     if not config.pretrained:
         raise ValueError("Nothing to probe: set config.pretrained to a checkpoint or a workdir.")
+    if info is not None:
+        check_classes_of(info, config.data.name, class_names)
     start = start or pretrained.load(config.pretrained, config.pretrained_revision)
     info, params = frozen_network(config, start, class_names)
     model = architecture.make_model(info, **architecture.runtime(config))

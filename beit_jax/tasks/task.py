@@ -1,10 +1,11 @@
 """What the loop knows of a task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from beit_jax import errors
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.data.images import Renderings
 from beit_jax.data.inputs import Split
@@ -32,6 +33,15 @@ class Data(NamedTuple):
     resized: bool
     class_counts: np.ndarray | None = None
     train: Split | None = None
+
+
+def check_classes_of(info: ModelInfo, data_name: str, class_names: Sequence[str]) -> None:
+    """Raises ValueError where a model tells other classes than the data have."""
+    if list(info.class_names) != list(class_names):
+        raise ValueError(
+            f"The model tells {len(info.class_names)} classes ({errors.few(info.class_names, 4)}), "
+            f"{data_name} has {len(class_names)} ({errors.few(class_names, 4)})."
+        )
 
 
 class Task(NamedTuple):

@@ -27,6 +27,7 @@ def unused(config) -> dict:
     """Settings that change nothing here, see `tasks/__init__.py`."""
     own = {"model_name": "auto", "objective": "tokens", "tokenizer": ""}
     own |= {"optim.layer_decay": 1.0, "lora.rank": 0}
+    own |= {"augment.noise_std": 0.0, "augment.erasing": 0.0}
     return OF_LABELS | own | {f"image.{key}": None for key in ("mean", "std", "interpolation")}
 
 
@@ -49,6 +50,11 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         raise ValueError(
             "The running averages of codes need the whole batch: set config.accumulate_steps=1, "
             f"got {config.accumulate_steps}."
+        )
+    if config.ema_decay and config.tokenizer_name == "vq":
+        raise ValueError(
+            "Codes follow the encoder as it learns, and would not fit an average of it: set "
+            f"config.ema_decay=0, got {config.ema_decay}."
         )
     family = modules.load("tokenizers", info.model_name if info else config.tokenizer_name)
     runtime = architecture.runtime(config)

@@ -3,7 +3,7 @@
 Each has `PRESETS`, `Model(**architecture)`, a linen network whose methods `tokenize` (pictures
 [B, H, W, C] in [0, 1] -> tokens int32 [B, N], or [B, M] where it is given an index of patches) and
 `decode` (back) need nothing but its variables, `for_inference(model, variables)`, the same for that
-alone, and `make(config, model, teacher) -> Trainer`.
+alone, and `make(config, model, teacher_dim) -> Trainer`, of the width of a teacher's features or 0.
 """
 
 import os

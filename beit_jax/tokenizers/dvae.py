@@ -76,7 +76,7 @@ class DVAEConfig:
         patch = self.patch_size
         layers.expect(
             self,
-            len(size) == 2 and all(n > 0 and n % patch == 0 for n in size),
+            all(n % patch == 0 for n in size),
             f"image_size {size} must be a multiple of {patch}, 2 to the {self.num_groups - 1} "
             "for the halvings",
         )

@@ -15,7 +15,7 @@ class Trainer(NamedTuple):
       loss: (params, model_state, pictures [B, H, W, C] in [0, 1], features [B, N, F] of a teacher
         or None, weight [B], rng) -> (sums, model_state). The sums are weighted, so that they can be
         added up: each name means that times the weight, but for "weight" itself and "counts" [V],
-        how often each token was seen. "loss" is what learns. rng None is evaluation.
+        how often each token was seen. The gradient is that of "loss". rng None is evaluation.
       variables: (params, model_state) -> what `model.apply` takes to tokenize.
     """
 
