@@ -92,11 +92,6 @@ def class_names(model: Pretrained) -> list[str]:
     return list(model.info.class_names or (f"LABEL_{i}" for i in range(count)))
 
 
-def real_class_names(info: ModelInfo) -> list[str] | None:
-    """The classes of a model; None where names such as LABEL_0 say nothing."""
-    return real_names(info.class_names)
-
-
 def real_names(names: Sequence[str] | None) -> Sequence[str] | None:
     """Names of classes; None where they are such as LABEL_0."""
     is_real = names and not all(re.fullmatch(r"LABEL_\d+", name) for name in names)
@@ -206,7 +201,7 @@ def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
 
     Names such as LABEL_0 say nothing and are taken for the same classes.
     """
-    old = real_class_names(start.info)
+    old = real_names(start.info.class_names)
     heads = [name for name in start.params if name.endswith("classifier")]
     if heads and old is None and start.info.class_names and real_names(class_names):
         logging.info(

@@ -67,6 +67,7 @@ ROWS = [  # size, kind, batch of a GPU, options: of config.model, and the number
     ("BEiT-B/16 @224", "training", 256, {"remat": "dots"}),
     ("BEiT-B/16 @224", "training", 256, {"remat": "full"}),
     ("BEiT-B/16 @224", "training", 256, {"gpus": 8}),
+    ("BEiT-B/16 @224", "training", 256, {"concurrent": True}),
     ("BEiT-B/16 @224", "mim, tokenizer", 128, {}),
     ("BEiT-B/16 @224", "inference", 512, {}),
     ("BEiT-B/16 @224", "inference", 1, {}),
@@ -75,11 +76,13 @@ ROWS = [  # size, kind, batch of a GPU, options: of config.model, and the number
     ("BEiT-L/16 @384", "training", 64, {"attention": "xla"}),
     ("BEiT-L/16 @384", "training", 2, {}),
     ("BEiT-L/16 @384", "lora", 2, {}),
+    ("BEiT-L/16 @384", "lora", 2, {"concurrent": True}),
     ("BEiT-L/16 @384", "inference", 64, {}),
     ("BEiT-L/16 @512", "training", 32, {}),
     ("ViT-8M/4 @32", "training", 1024, {}),
     ("ViT-8M/4 @32", "training", 1024, {"attention": "xla"}),
 ]
+_SCHEDULING = "xla_gpu_command_buffer_scheduling_mode"  # one after the other by default
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{t}{b}": b // 8 for t in "fsu" for b in (8, 32, 64)}
 _ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
@@ -136,6 +139,7 @@ def compile_for(size, kind, batch, options):
     runtime = {"attention": "pallas", "remat": "none"} | options
     dtype = runtime.pop("dtype", "bfloat16")
     mesh = make_mesh(runtime.pop("gpus", 1))
+    flags = {_SCHEDULING: "CONCURRENT"} if runtime.pop("concurrent", False) else {}
     batch *= mesh.size
     image = np.zeros((batch, side, side, 3), np.uint8)
     target = peers.make_target(kind, architecture, batch)
@@ -154,7 +158,8 @@ def compile_for(size, kind, batch, options):
     *held, pictures = program.args
     args = (*describe(held, sharding.replicated(mesh)), describe(pictures, sharding.split(mesh)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas of the GPU
-        return program.function.trace(*args).lower(lowering_platforms=("cuda",)).compile()
+        lowered = program.function.trace(*args).lower(lowering_platforms=("cuda",))
+        return lowered.compile(compiler_options=flags)
 
 
 def row(size, kind, batch, options) -> dict:
@@ -198,6 +203,7 @@ def table(rows: list[dict]) -> str:
 def _option(item):
     name, value = item
     names = {"fold": "not folded", "dtype": value, "gpus": f"each of {value} GPUs"}
+    names["concurrent"] = "kernels side by side"
     return names.get(name, f"{name} {value}")
 
 
