@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import time
 import zlib
@@ -33,7 +34,9 @@ _ARRAY_ITEMS = (*_OWN_ITEMS, "rest")
 _FORMAT = 1
 _FIX = "Restore it, or take another workdir"
 _TRASH = "_trash"
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+# as tensorstore tells them, in a ValueError
+_STATUS = re.compile("RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED")
 _Path = tuple[str, ...]
 
 
@@ -385,7 +388,8 @@ def _load(workdir, step, choose):
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"{workdir} has no checkpoints; expected {directory}.")
     with _make_manager(directory) as manager:
-        steps = _by_preference(_read_scores(manager) if step == "best" else {}, manager.all_steps())
+        chooses = step == "best" and _chooses(workdir)
+        steps = _by_preference(_read_scores(manager) if chooses else {}, manager.all_steps())
         candidates = {"best": steps, "latest": steps[:1]}.get(step, [step])
         _check_step(next(iter(candidates), None), steps, directory)
         for candidate in candidates:
@@ -399,6 +403,12 @@ def _load(workdir, step, choose):
                 if candidate == candidates[-1]:
                     raise CheckpointError(problem) from error
                 logging.warning("%s; another checkpoint is taken", problem)
+
+
+def _chooses(workdir) -> bool:
+    """Whether the run in a workdir, if it is of one, chooses its best step."""
+    config = fileio.read_json(os.path.join(workdir, "config.json"), _FIX)
+    return (config or {}).get("keep_best") != 0
 
 
 def _flatten(state) -> dict[_Path, np.ndarray]:
@@ -419,8 +429,9 @@ def _check_step(step, steps, directory):
 
 def _may_pass(error: Exception) -> bool:
     """Whether a file that could not be read may be sound: another try may succeed."""
-    no_room = isinstance(error, MemoryError | PermissionError)
-    return no_room or (isinstance(error, OSError) and error.errno in _PASSING)
+    if isinstance(error, OSError):
+        return isinstance(error, PermissionError) or error.errno in _PASSING
+    return isinstance(error, MemoryError) or bool(_STATUS.match(str(error)))
 
 
 def _reason(error: Exception) -> str:

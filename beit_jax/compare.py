@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -254,8 +255,8 @@ def run(name: str, flags: list[str], workdir: str) -> None:
     process = subprocess.Popen([sys.executable, *arguments])
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # which the run was sent, too, and saves its step
-        status = process.wait()
+    except KeyboardInterrupt:  # the run was sent it, too, and saves its step
+        status = process.wait() or 128 + signal.SIGINT
     if status:
         raise RuntimeError(f"The run {name} ended with status {status}; its message is above.")
 

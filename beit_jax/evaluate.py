@@ -71,7 +71,8 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         load = pretrained.load_classifier if classifies else pretrained.load
         start = load(config.pretrained, config.pretrained_revision)
         if classifies:
-            class_names = pretrained.real_names(start.info.class_names)  # some may be in no picture
+            names = pretrained.class_names(start)  # some may be in no picture
+            class_names = pretrained.real_names(names) or len(names)
     splits = inputs.open_splits(config.data, mesh, ("val", "test"), class_names)
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")

@@ -4,7 +4,7 @@ Classifies each test picture by a vote of the most similar training pictures, wh
 exp(cosine similarity / 0.07), as in Wu et al. (arXiv:1805.01978) and DINO. Prints the accuracy of
 each layer, and writes it to --out as JSON. To choose a layer, --test names a validation split: the
 highest of the accuracies of a test is too good. Of data without a test the validation is taken, or
-the last tenth.
+of data in one split, where neither is named, the last tenth.
 """
 
 import argparse

@@ -153,7 +153,8 @@ def get_config() -> ConfigDict:
     data.fold = 0  # which, from 0
     data.labelled = True  # False: pictures alone, of a folder at any depth
     data.on_bad_image = "error"  # or skip: leave out, and count, what cannot be decoded
-    # splits of one picture size, 1 MiB at most, stay on the device, where none is larger than this
+    # splits stay on the device where their pictures have one size, of 1 MiB at most as uint8, and
+    # none of the splits needs more than this
     data.resident_bytes = 4 << 30
     data.threads = 0  # that decode; 0: one per core, 16 at most
     data.prefetch = 2  # batches decoded ahead; 0: when they are wanted, by the training thread

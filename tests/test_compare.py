@@ -175,8 +175,10 @@ def test_names_that_look_like_several(tmp_path):
     assert compare.parse_runs(named) == {"a": paths[:1], "b": paths[1:], "c": ["x", "y"]}
 
 
-def test_a_run_that_is_interrupted_saves_its_step(monkeypatch):
-    """Ctrl-C is sent to both; subprocess.run would kill the run a quarter of a second later."""
+@pytest.mark.parametrize("status", [130, 0])
+def test_a_run_that_is_interrupted_saves_its_step(monkeypatch, status):
+    """Ctrl-C is sent to both; subprocess.run would kill the run a quarter of a second later. Where
+    the run was not sent it, or has just ended, no other one begins all the same."""
 
     class Process:
         waits = 0
@@ -188,7 +190,7 @@ def test_a_run_that_is_interrupted_saves_its_step(monkeypatch):
             self.waits += 1
             if self.waits == 1:
                 raise KeyboardInterrupt
-            return 130
+            return status
 
     monkeypatch.setattr(compare.subprocess, "Popen", Process)
     with pytest.raises(RuntimeError, match="The run a ended with status 130"):

@@ -217,11 +217,17 @@ def test_labelled_false_takes_any_tree(tmp_path):
 def test_pictures_of_all_splits_are_told(tmp_path, caplog):
     """Of a folder such as STL-10's, for pre-training."""
     for name in ("train/1/a.png", "test/1/b.png", "unlabeled/c.png"):
-        save(tmp_path / name)
-    for _ in range(2):
-        assert len(sources.get_source(f"folder:{tmp_path}", labelled=False)) == 3
-    (told,) = caplog.messages
-    assert "holds 'train' beside unlabeled: pictures of all of them are taken" in told
+        save(tmp_path / "stl" / name)
+    class_folders(tmp_path / "vehicles", {"train": 3, "plane": 3})  # a class, not a split
+    for name, labelled in (("stl", False), ("vehicles", True)):
+        config = common.get_config()
+        config.data.update(name=f"folder:{tmp_path / name}", labelled=labelled)
+        config.data.update(train=None, val="", test=None, shares=("train", "", ""))
+        config = inputs.with_own_splits(config)
+        inputs.open_splits(config.data, sharding.make_mesh())
+    told = [message for message in caplog.messages if "are taken" in message]
+    assert len(told) == 1
+    assert "stl holds test, train beside other folders or pictures: all of them" in told[0]
 
 
 def test_class_names_are_the_same_on_every_machine(tmp_path):
@@ -327,6 +333,9 @@ def test_csv_with_numbers_splits_and_classes(tmp_path):
     assert sorted(labels(sources.get_source(name, "train", class_names=names))) == [0, 10]
     with pytest.raises(ValueError, match="the classes 10 that are not among the 10 expected"):
         sources.get_source(name, "train", class_names=names[:10])
+    assert sorted(labels(sources.get_source(name, "train", class_names=11))) == [0, 10]
+    with pytest.raises(ValueError, match="the classes 10 that are not among the 10 expected"):
+        sources.get_source(name, "train", class_names=10)
     decimal = [str(i) for i in range(1, 11)]  # of which 0 is none, and 1 is not the second
     with pytest.raises(ValueError, match="the classes 0 that are not among the 10 expected"):
         sources.get_source(name, "train", class_names=decimal)
@@ -361,6 +370,10 @@ def test_csv_errors(tmp_path):
         sources.get_source(write_csv(path, "image,label", "0\0.png,dog"))
     with pytest.raises(ValueError, match="list.csv, line 3: image, label needed"):
         sources.get_source(write_csv(path, "image,label", "0.png,dog", "1.png,"))
+    with pytest.raises(ValueError, match="list.csv, line 2: image, label needed"):
+        sources.get_source(write_csv(path, "image,label", '0.png," "'))
+    with pytest.raises(ValueError, match="labels that are the same number, such as 1 and 01"):
+        sources.get_source(write_csv(path, "image,label", "0.png,1", "1.png,01", "2.png,2"))
     source = sources.get_source(write_csv(path, "image,label", "absent.png,dog"))
     with pytest.raises(images.BadImageError, match="absent.png: no such file"):
         source[0]

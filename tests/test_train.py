@@ -191,6 +191,20 @@ def test_kill_changes_nothing(tmp_path, start, flags, state_of, uninterrupted, k
     assert losses(tmp_path) == uninterrupted[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_last_step_ends_the_run(tmp_path, start, flags, number):
+    arguments = flags(tmp_path, {"total_steps": 2, "data.val": "", "data.test": "test"})
+    program = start("main.py", *arguments)
+    while program.is_alive() and "Compiling an evaluation" not in program.output:
+        time.sleep(0.01)
+    os.kill(program.pid, number)
+    status, output = program.wait()
+    assert status == (128 + number if number == signal.SIGINT else -number), output
+    assert "Traceback" not in output and not (tmp_path / "results.json").exists()
+    status, output = start("main.py", *arguments).wait()
+    assert status == 0 and "The run is complete, with 2 steps" in output, output
+
+
 def test_sigterm_saves_and_changes_nothing(tmp_path, start, flags, state_of, uninterrupted):
     program = start("main.py", *flags(tmp_path, LONG))
     wait_for_steps(program)

@@ -53,8 +53,8 @@ class Checkpoint(NamedTuple):
       class_names: in the order of the logits, or None where the checkpoint has none.
       image: how its pictures are prepared (mean, std, interpolation, crop, crop_pct), or None.
       source: where it came from.
-      unfilled: paths of parameters that the checkpoint does not have: those that `reset` names are
-        not in `params`, and the norm of a BEiT's pooler is new.
+      unfilled: paths of parameters that are not in `params`: those that `reset` names, and a
+        pooler that the checkpoint does not have.
       model_name: the family, a module in beit_jax/models.
     """
 

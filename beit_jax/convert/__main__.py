@@ -19,6 +19,14 @@ from beit_jax.convert import beit, files, peft, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
 _TOLERANCE = 1e-4
+_OF_THE_BASE = (  # what decides the result, and no parameter shows
+    "image_size",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "use_mean_pooling",
+    "use_absolute_position_embeddings",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +163,7 @@ def _check_as_the_base(info) -> None:
     which is all that PEFT knows of."""
     base = pretrained.load(info.lora["base"], info.lora.get("revision", "")).info
     ours, theirs = (make_model(x).config for x in (info, base))
-    for key in ("image_size", "use_mean_pooling"):
+    for key in _OF_THE_BASE:
         if getattr(ours, key) != getattr(theirs, key):
             raise ValueError(
                 f"The adapters were trained with {key} {getattr(ours, key)}, and their base "

@@ -166,9 +166,8 @@ def to_params(
       label: what to call the checkpoint in messages.
 
     Returns:
-      the nested parameters, and the paths that are not in the checkpoint: those that `reset` leaves
-      unfilled, and the norm of a pooler that a network without a head may lack, which is new, as in
-      transformers.
+      the nested parameters, and the paths that are left unfilled: those that `reset` names, and the
+      norm of a pooler that a network without a head may lack.
 
     Raises:
       ValueError: listing all that does not fit.
@@ -177,20 +176,16 @@ def to_params(
     prefix = next(found, "")
     table = rules.expand(_table(tensors), architecture["num_hidden_layers"], beit=prefix)
     there = {path for rule in table if rule.source in tensors for path in rule.targets}
-    new = {}
     if architecture["head"] == "none" and there.isdisjoint(NEW_POOLER):
-        new = {path: np.full(architecture["hidden_size"], x) for path, x in NEW_POOLER.items()}
-        reset = (*([reset] if isinstance(reset, str) else reset), *new)
-    shapes = hf_config.parameter_shapes(beit.Model(**architecture))
+        reset = (*([reset] if isinstance(reset, str) else reset), *NEW_POOLER)
     flat, unfilled = rules.to_params(
         {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
         table,
-        shapes,
+        hf_config.parameter_shapes(beit.Model(**architecture)),
         drop=drop,
         reset=reset,
         label=label,
     )
-    flat |= {path: x for path, x in new.items() if path in shapes}
     return traverse_util.unflatten_dict(flat, sep="/"), unfilled
 
 
@@ -207,10 +202,13 @@ def to_hf(
     params, architecture = _without_aggregation(params, architecture)
     model = beit.Model(**architecture)
     prefix = "" if model.config.head == "none" else _PREFIXES[model_type or "beit"]
+    shapes = hf_config.parameter_shapes(model)
+    if model.config.head == "none" and "pooler_layernorm" not in params:
+        shapes = {path: shape for path, shape in shapes.items() if path not in NEW_POOLER}
     return rules.to_tensors(
         traverse_util.flatten_dict(params, sep="/"),
         rules.expand(_HF, model.config.num_hidden_layers, beit=prefix),
-        hf_config.parameter_shapes(model),
+        shapes,
     )
 
 

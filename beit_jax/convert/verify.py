@@ -76,8 +76,9 @@ def max_difference(
         expected = outputs.logits
     elif getattr(outputs, "pooler_output", None) is not None:
         expected = outputs.pooler_output
-    else:
-        expected = outputs.last_hidden_state[:, 0]
+    else:  # without a pooler
+        tokens = outputs.last_hidden_state
+        expected = tokens[:, 1:].mean(1) if config.use_mean_pooling else tokens[:, 0]
     ours = model.apply({"params": params}, jnp.asarray(image), *is_masked)
     expected = expected.numpy()
     return float(np.abs(np.asarray(ours) - expected).max()), float(np.abs(expected).max())

@@ -13,9 +13,9 @@ from beit_jax.data.source import Record, Source, balanced_order, select
 class FileSource(Source):
     """Pictures in files, whose ids are relative to `root`."""
 
-    def __init__(self, *args, root, ignored=(), **kwargs):
+    def __init__(self, *args, root, ignored=(), mixed=(), **kwargs):
         super().__init__(*args, **kwargs)
-        self._root, self.ignored = root, ignored
+        self._root, self.ignored, self.mixed = root, ignored, mixed
 
     def id(self, index):
         return str(self._root / self._ids[index])
@@ -35,7 +35,7 @@ def open_source(
     path: pathlib.Path,
     *,
     labelled: bool,
-    class_names: Sequence[str] | None,
+    class_names: Sequence[str] | int | None,
     columns: dict[str, str],
     on_bad_image: str,
 ) -> FileSource:
@@ -70,6 +70,7 @@ def open_source(
         ids=ids,
         labels=None if unlabelled[0] else np.concatenate(labels),
         ignored=listing.ignored,
+        mixed=listing.mixed,
         parts=parts,
         splits=sizes,
     )

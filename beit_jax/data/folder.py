@@ -12,7 +12,6 @@ pictures beside class folders, class folders beside split folders, a class folde
 
 import collections
 import csv
-import functools
 import logging
 import os
 import pathlib
@@ -47,10 +46,14 @@ class Listing(NamedTuple):
     splits: Mapping[str, Files]
     class_names: tuple[str, ...] | None
     ignored: Sequence[tuple[str, int]] = ()  # (".txt", 2): how many files are no pictures
+    mixed: Sequence[str] = ()  # folders named as splits that are none
 
 
 def list_folder(
-    root: str | os.PathLike, *, labelled: bool = True, class_names: Sequence[str] | None = None
+    root: str | os.PathLike,
+    *,
+    labelled: bool = True,
+    class_names: Sequence[str] | int | None = None,
 ) -> Listing:
     """Lists the pictures in a folder; hidden files and folders are left out.
 
@@ -88,14 +91,15 @@ def list_folder(
     endings = collections.Counter(os.path.splitext(file)[1].lower() or "other" for file in others)
     tops = {name: [_top(i.removeprefix(prefixes[name])) for i in ids[name]] for name in ids}
     listing = _listing(root, ids, labels, tops, class_names, root)
-    return listing._replace(ignored=endings.most_common())
+    mixed = [] if "" not in prefixes.values() else sorted(set(SPLIT_FOLDERS) & set(*tops.values()))
+    return listing._replace(ignored=endings.most_common(), mixed=mixed)
 
 
 def list_csv(
     path: str | os.PathLike,
     *,
     labelled: bool = True,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | int | None = None,
     image_key: str | None = None,
     label_key: str | None = None,
 ) -> Listing:
@@ -108,7 +112,8 @@ def list_csv(
     Args:
       path: the CSV file.
       labelled: False takes no labels.
-      class_names: the classes in the order of their numbers; default: the sorted labels.
+      class_names: the classes in the order of their numbers; default: the sorted labels. An int is
+        how many there are where they have no names: labels that are whole numbers are theirs.
       image_key, label_key: names of the columns, if others.
 
     Raises:
@@ -148,11 +153,12 @@ def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
         needed = [image_column, *[label_column] * labelled, *["split"] * ("split" in columns)]
         ids, labels, groups = {}, {}, {}
         for row in reader:
+            row |= {column: (row[column] or "").strip() for column in needed[1:]}
             if not all(row[column] for column in needed):
                 raise ValueError(f"{path}, line {reader.line_num}: {', '.join(needed)} needed")
             if "\0" in row[image_column]:
                 raise ValueError(f"{path}, line {reader.line_num}: a path with a zero byte")
-            split = row.get("split", "train").strip()
+            split = row.get("split", "train")
             ids.setdefault(split, []).append(row[image_column])
             labels.setdefault(split, []).append(row[label_column] if labelled else None)
             group = row[label_column] if has_labels else _top(row[image_column])
@@ -194,32 +200,30 @@ def _leads_back(root: pathlib.Path, folder: pathlib.Path) -> bool:
     return any(os.path.commonpath([target, above]) == target for above in way)
 
 
-@functools.lru_cache  # told once
-def _tell_splits_that_are_none(root: pathlib.Path, name: str, others: str) -> None:
-    logging.warning(
-        "%s holds %r beside %s: pictures of all of them are taken, and no split is left out.",
-        root,
-        name,
-        others,
-    )
-
-
 def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> dict[str, str]:
     """{"train": "train/", "test": "test/"}, or {"train": ""} where there are no split folders."""
     tops = {id.partition("/")[0] if "/" in id else "" for id in ids}
     if tops <= set(SPLIT_FOLDERS):
         return {name: f"{name}/" for name in SPLIT_FOLDERS if name in tops}
     for name in SPLIT_FOLDERS:
-        others = ", ".join(sorted(tops - set(SPLIT_FOLDERS) - {""})) or "pictures"
-        if not labelled and name in tops:
-            _tell_splits_that_are_none(root, name, others)
-            break
-        if any(id.startswith(f"{name}/") and id.count("/") > 1 for id in ids):
+        if labelled and any(id.startswith(f"{name}/") and id.count("/") > 1 for id in ids):
+            others = ", ".join(sorted(tops - set(SPLIT_FOLDERS) - {""})) or "pictures"
             raise ValueError(
                 f"{root} holds the split folder {name!r} beside {others}: name one folder, such as "
                 f"{root / name}, or move the others away"
             )
     return {"train": ""}
+
+
+def tell_mixed(path: str | os.PathLike, mixed: Sequence[str]) -> None:
+    """Warns of folders named as splits that are none, because others lie beside them."""
+    if mixed:
+        logging.warning(
+            "%s holds %s beside other folders or pictures: all of them are taken, and none is a "
+            "split to be left out.",
+            path,
+            ", ".join(mixed),
+        )
 
 
 def tell_ignored(path: str | os.PathLike, ignored: Sequence[tuple[str, int]]) -> None:
@@ -295,6 +299,10 @@ def _class_name(text: str) -> str:
 def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[str, int]]:
     """Returns all class names, and the number of each label found."""
     digits = where.suffix.lower() == ".csv" and all(label.isdecimal() for label in found)
+    if digits and len(set(map(int, found))) < len(found):
+        raise ValueError(f"{where} has labels that are the same number, such as 1 and 01")
+    if isinstance(class_names, int):
+        class_names = [str(i) for i in range(class_names)] if digits else None
     if class_names is None:
         class_names = sorted(found, key=lambda label: (int(label), label) if digits else label)
     number = {_class_name(name): i for i, name in enumerate(class_names)}

@@ -63,8 +63,8 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
     """Opens the splits that the config names, `config` being its part `data`; `class_names` as of
     `sources.get_source`.
 
-    Where each split has pictures of one size that need at most `resident_bytes`, all splits go to
-    the device.
+    Where each split has pictures of one size, not too large (`pipeline.fits`), that need at most
+    `resident_bytes` together, all splits go to the device.
 
     Raises:
       FileNotFoundError, ValueError: there is no such data set, split, fold or picture.
@@ -125,6 +125,8 @@ def _tell(found, config):
     evaluated, and, where labels are known at once, of classes that are not both."""
     first = next(iter(found.values()))
     folder.tell_ignored(first.name, first.ignored)
+    if not config.labelled:
+        folder.tell_mixed(first.name, first.mixed)
     _tell_splits(first, found, config)
     if "train" in found:
         _tell_shared(found, config)

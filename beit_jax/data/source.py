@@ -59,12 +59,14 @@ class Source:
     Attributes:
       bad_images: id -> reason, of every picture that was left out so far.
       ignored: how many other files lie beside the pictures, by ending: (".txt", 2), ...
+      mixed: folders named as splits that are none, because others lie beside them.
       parts: the splits of the data set that it is of, and which of their examples.
       splits: the names of all that the data set has.
       knows_labels: whether `labels` can tell them at once.
     """
 
     ignored: Sequence[tuple[str, int]] = ()
+    mixed: Sequence[str] = ()
     knows_labels = True
 
     def __init__(
@@ -217,7 +219,8 @@ class Subset(Source):
         names = source.class_names
         super().__init__(source.name, split, names, source.on_bad_image, splits=source.splits)
         self._source, self._indices = source, indices
-        self.bad_images, self.ignored = source.bad_images, source.ignored
+        self.bad_images = source.bad_images
+        self.ignored, self.mixed = source.ignored, source.mixed
         self.knows_labels = source.knows_labels
 
     def __len__(self):

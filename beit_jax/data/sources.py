@@ -29,7 +29,7 @@ def get_source(
     data_dir: str | os.PathLike | None = None,
     on_bad_image: str = "error",
     labelled: bool = True,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | int | None = None,
     image_key: str | None = None,
     label_key: str | None = None,
 ) -> Source:
@@ -44,7 +44,7 @@ def get_source(
         "skip", which takes the next one and counts; or "record", the same without a word.
       labelled: False leaves the labels out, and takes a folder's pictures at any depth.
       class_names: of a folder or CSV file, the classes in the order of their numbers, as a model
-        knows them; some of them may have no picture.
+        knows them; some of them may have no picture. An int is how many there are, without names.
       image_key: name of the picture's column (default: "image", or the only one).
       label_key: name of the label's, such as "coarse_label" of cifar100 (default: "label", or the
         only one).

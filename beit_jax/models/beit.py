@@ -267,10 +267,20 @@ class Beit(nn.Module):
                 other = head if config.shared_lm_head else _lm_head(config, "cls_pt_")
                 self.sow("aggregation", "logits", other(aggregated[:, 1:], masked_index))
             return head(x[:, 1:], masked_index)
-        x = layers.pooled_patches(config, x) if config.use_mean_pooling else x[:, 0]
+        if not config.use_mean_pooling:
+            x = x[:, 0]
+        elif config.head == "none" and not self._has_pooler():
+            x = x[:, 1:].astype(jnp.float32).mean(1)
+        else:
+            x = layers.pooled_patches(config, x)
         if config.head == "none" or config.num_labels == 0:
             return x.astype(jnp.float32)
         return layers.classifier(config, x)
+
+    def _has_pooler(self):
+        """Whether there is a norm of the mean, which transformers' networks without a head may
+        lack."""
+        return self.is_initializing() or self.has_variable("params", "pooler_layernorm")
 
 
 def Model(**architecture: Any) -> Beit:

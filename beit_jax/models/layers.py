@@ -469,14 +469,14 @@ def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-    """The token of logits [..., V], the first of the largest: int32 [...].
+    """The token of logits [..., V], the first of the largest, or of NaNs: int32 [...].
 
     On a CPU by two reductions, where one of pairs, as XLA makes it, takes ten times as long.
     """
     if jax.default_backend() != "cpu":
         return logits.argmax(-1).astype(jnp.int32)
     index = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    is_largest = logits == logits.max(-1, keepdims=True)
+    is_largest = (logits == logits.max(-1, keepdims=True)) | jnp.isnan(logits)
     return jnp.where(is_largest, index, logits.shape[-1] - 1).min(-1)
 
 
