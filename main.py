@@ -6,7 +6,6 @@ defaults, are those of configs/common.py. README.md shows both in use.
 
 import logging
 import pathlib
-import signal
 import sys
 import traceback
 
@@ -93,14 +92,15 @@ def main(argv):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     for chatty in ("datasets", "fsspec", "httpx", "httpx2", "huggingface_hub", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    from beit_jax import errors, train  # and what it imports, which talks as it is imported
+    from beit_jax import interrupt
 
-    try:
-        results = train.run(CONFIG.value, WORKDIR.value)
-    except KeyboardInterrupt:  # not in the loop, which ends by itself
-        sys.exit(128 + signal.SIGINT)
-    except errors.KINDS as error:
-        sys.exit(f"{type(error).__name__}: {errors.message(error)}")
+    with interrupt.exits():
+        from beit_jax import errors, train  # and what it imports, which talks as it is imported
+
+        try:
+            results = train.run(CONFIG.value, WORKDIR.value)
+        except errors.KINDS as error:
+            sys.exit(f"{type(error).__name__}: {errors.message(error)}")
     if isinstance(results, int):
         sys.exit(128 + results)  # of a signal: what was to follow the run has to wait
 

@@ -407,7 +407,9 @@ def _load(workdir, step, choose):
 
 def _chooses(workdir) -> bool:
     """Whether the run in a workdir, if it is of one, chooses its best step."""
-    config = fileio.read_json(os.path.join(workdir, "config.json"), _FIX)
+    config = None
+    with contextlib.suppress(fileio.FileFormatError):  # it is enough that the model can be read
+        config = fileio.read_json(os.path.join(workdir, "config.json"), _FIX)
     return (config or {}).get("keep_best") != 0
 
 

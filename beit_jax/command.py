@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from beit_jax import errors
+from beit_jax import errors, interrupt
 from beit_jax.data import images, pictures
 
 CHECKPOINT = "a workdir, HuggingFace directory or id"
@@ -26,7 +26,11 @@ def make_parser(name: str, doc: str, out: str) -> argparse.ArgumentParser:
         prog=f"python -m beit_jax.{name}", description=doc.split("\n\n")[1]
     )
     parser.add_argument(
-        "--images", required=True, nargs="+", action="extend", help="pictures and folders of them"
+        "--images",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="pictures, folders of them and CSV lists",
     )
     parser.add_argument("--out", required=True, help=out)
     parser.set_defaults(max_images=None)
@@ -77,7 +81,8 @@ def guard(parser, function: Callable[[], int]) -> int:
         if type(handler) is logging.StreamHandler:  # perhaps of the import of orbax
             handler.setFormatter(logging.Formatter("%(message)s"))
     try:
-        return function()
+        with interrupt.exits():
+            return function()
     except errors.KINDS as error:
         print(f"{parser.prog}: {errors.message(error)}", file=sys.stderr)
         return 2

@@ -15,7 +15,6 @@ import functools
 import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from beit_jax import command, fileio, plots, report
+from beit_jax import command, fileio, interrupt, plots, report
 
 
 class Row(NamedTuple):
@@ -243,20 +242,34 @@ def _split(flags: str) -> list[str]:
         raise ValueError(f"{flags!r} cannot be split into flags: {error}.") from error
 
 
+def check(name: str, flags: list[str]) -> None:
+    """Raises ValueError where main.py does not know these flags; nothing is run."""
+    arguments = _arguments(flags, "none", "--only_check_args")
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"The flags of {name}: {done.stderr.strip()}")
+
+
+def _arguments(flags, workdir, *more):
+    flags = sorted(flags, key=lambda flag: not flag.startswith("--config="))  # it has to be first
+    return ["main.py", f"--workdir={workdir}", *flags, *more]
+
+
 def run(name: str, flags: list[str], workdir: str) -> None:
-    """Does what main.py does with these flags, in a process of its own.
+    """Does what main.py does with these flags, in a process of its own; ends this one, too, where
+    it is interrupted.
 
     Raises:
       RuntimeError: it ended with an error.
     """
-    flags = sorted(flags, key=lambda flag: not flag.startswith("--config="))  # it has to be first
-    arguments = ["main.py", f"--workdir={workdir}", *flags]
+    arguments = _arguments(flags, workdir)
     print(f"{name}: {shlex.join(arguments)}", flush=True)
     process = subprocess.Popen([sys.executable, *arguments])
-    try:
+    with interrupt.noted() as caught:  # the run was sent it, too, and saves its step
         status = process.wait()
-    except KeyboardInterrupt:  # the run was sent it, too, and saves its step
-        status = process.wait() or 128 + signal.SIGINT
+    if caught:
+        print("Interrupted; the same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + caught[0])
     if status:
         raise RuntimeError(f"The run {name} ended with status {status}; its message is above.")
 
@@ -267,13 +280,17 @@ def compare(args) -> int:
     Raises:
       ValueError: there is nothing to compare, or what there is does not compare.
     """
-    runs = parse_runs(args.workdirs)
+    runs, made = parse_runs(args.workdirs), {}
     for text in args.run:
         name, _, flags = (part.strip() for part in text.partition(":"))
         if not flags or name in runs:
             raise ValueError(f"--run {text!r}: expected NAME: FLAGS with a name of its own.")
         runs[name] = [os.path.join(args.out, name)]
-        run(name, _split(args.common) + _split(flags), runs[name][0])
+        made[name] = _split(args.common) + _split(flags)
+    for name, flags in made.items():  # of all, before the first one takes its time
+        check(name, flags)
+    for name, flags in made.items():
+        run(name, flags, runs[name][0])
     if not runs:
         raise ValueError("Nothing to compare: give NAME=WORKDIR, or --run.")
     rows = [read(name, workdirs, args.split) for name, workdirs in runs.items()]

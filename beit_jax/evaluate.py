@@ -162,6 +162,7 @@ def finish(config, workdir, task, step, params, model_state, splits, evaluator, 
     results["seconds"] = facts.get("seconds") or log.times()
     results["environment"] = facts.get("environment") or report.environment()
     fileio.write_json(os.path.join(workdir, "results.json"), results)
+    log.info(f"Results and figures are in {workdir}.")
     return results
 
 

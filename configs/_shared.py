@@ -25,21 +25,23 @@ def parse_arg(arg: str | None, *allowed: str) -> str:
 
 
 def split_words(arg: str | None, names: Sequence[str], *options: Sequence[str]) -> tuple[str, ...]:
-    """What an argument names, and of each of `options` the word that follows, or "".
+    """What an argument names, and of each of `options` the word that follows, or ""; in any order.
 
     ("folder:a,b", "", "mae") of "folder:a,b,mae", where the last of two options has "mae".
 
     Raises:
       ValueError: another word follows one of the `names`, or a path that is there.
     """
-    words, chosen = (arg or "").split(","), []
-    for option in reversed(options):
-        chosen.insert(0, words.pop() if words and words[-1] in option else "")
+    words, chosen = (arg or "").split(","), [""] * len(options)
+    while of := [i for i, option in enumerate(options) if words[-1:] and words[-1] in option]:
+        if chosen[of[0]]:
+            break
+        chosen[of[0]] = words.pop()
     data = ",".join(words)
     before, comma, word = data.rpartition(",")
     known_before = before in names or before.startswith(_PREFIXES[1:]) or _is_there(before)
     if comma and not _is_there(data) and known_before:
-        known = ", then ".join(f"one of {', '.join(option)}" for option in options) or "nothing"
+        known = " and ".join(f"one of {', '.join(option)}" for option in options) or "nothing"
         found = ", ".join(filter(None, (word, *chosen)))
         raise ValueError(f"After {before} may follow {known}; got {found}.")
     return data, *chosen

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -176,25 +178,31 @@ def test_names_that_look_like_several(tmp_path):
 
 
 @pytest.mark.parametrize("status", [130, 0])
-def test_a_run_that_is_interrupted_saves_its_step(monkeypatch, status):
+def test_a_run_that_is_interrupted_saves_its_step(monkeypatch, capsys, status):
     """Ctrl-C is sent to both; subprocess.run would kill the run a quarter of a second later. Where
-    the run was not sent it, or has just ended, no other one begins all the same."""
+    the run has just ended, no other one begins all the same."""
 
     class Process:
-        waits = 0
-
         def __init__(self, arguments):
             pass
 
         def wait(self):
-            self.waits += 1
-            if self.waits == 1:
-                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
             return status
 
     monkeypatch.setattr(compare.subprocess, "Popen", Process)
-    with pytest.raises(RuntimeError, match="The run a ended with status 130"):
+    with pytest.raises(SystemExit, match="130"):
         compare.run("a", ["--config=configs/quickstart.py"], "workdir")
+    assert "Interrupted; the same command goes on" in capsys.readouterr().err
+
+
+def test_flags_of_all_runs_are_checked_before_the_first(tmp_path, capfd):
+    runs = ["--run", "a: --config.total_steps=1", "--run", "b: --config.batch=1"]
+    common = "--common=--config=configs/quickstart.py"
+    assert compare.main([*runs, common, "--out", str(tmp_path / "out")]) == 2
+    output = capfd.readouterr()
+    assert "The flags of b: Unknown config key" in output.err
+    assert "a: main.py" not in output.out and not (tmp_path / "out").exists()
 
 
 def test_makes_the_runs(tmp_path, flags, capfd):
@@ -202,7 +210,7 @@ def test_makes_the_runs(tmp_path, flags, capfd):
     config, _, *common = flags(tmp_path, {"data.test": "test[:50]"})
     arguments = ["--out", str(tmp_path), "--common", " ".join(common)]
     arguments += ["--run", f"one: --config.seed=1 {config}"]
-    arguments += ["--run", f"bad: --config.seed=two {config}"]
+    arguments += ["--run", f"bad: --config.preset=unknown {config}"]
     assert compare.main(arguments) == 2
     assert "The run bad ended with status 1" in capfd.readouterr().err
     assert compare.main(arguments[:-2]) == 0  # "one" has ended and is only read

@@ -390,6 +390,18 @@ def test_picture_that_cannot_be_read(tmp_path, start, picture_folder, finetuned)
     assert all(row["label"] == "red" and not row["error"] for row in rows.values())
 
 
+def test_pictures_of_a_list(tmp_path, picture_folder, classifier_directory):
+    names = [f"red/{i}.png" for i in (0, 2)] + ["blue/1.png"]
+    listed = tmp_path / "list.csv"
+    rows = [f"{os.path.relpath(picture_folder / name, tmp_path)},?" for name in names]
+    listed.write_text("\n".join(["image,label", *rows]))
+    arguments = ["--checkpoint", str(classifier_directory), "--images", str(listed)]
+    assert predict.main([*arguments, "--out", str(tmp_path / "out.csv")]) == 0
+    with open(tmp_path / "out.csv", newline="") as file:
+        found = [os.path.realpath(row["path"]) for row in csv.DictReader(file)]
+    assert found == [os.path.realpath(picture_folder / name) for name in names]
+
+
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_names_that_are_not_utf_8(tmp_path, picture_folder, classifier_directory, form):
     folder, out = tmp_path / "pictures", tmp_path / f"out.{form}"

@@ -569,6 +569,14 @@ def test_reconstruction_of_a_damaged_config(runs, photos, tmp_path, capsys, cont
     assert message in capsys.readouterr().err
 
 
+def test_words_of_an_argument_in_any_order():
+    for words in ("mae,small", "small,mae"):
+        config = pretrain.get_config(f"cifar10,{words}")
+        assert (config.objective, config.preset) == ("mae", "small")
+    with pytest.raises(ValueError, match="one of tokens, .*; got mae, simmim"):
+        pretrain.get_config("cifar10,mae,simmim")
+
+
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])
 def test_sizes_are_arguments(recipe):
     found = recipe.get_config("folder:a,b/c,tiny")

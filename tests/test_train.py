@@ -191,6 +191,18 @@ def test_kill_changes_nothing(tmp_path, start, flags, state_of, uninterrupted, k
     assert losses(tmp_path) == uninterrupted[1]
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
+def test_an_interrupt_before_the_first_step_ends_the_run(tmp_path, start, flags, delay):
+    """Wherever it comes, also in a callback of a library, where an exception would be lost."""
+    program = start("main.py", *flags(tmp_path, LONG))
+    while program.is_alive() and not (tmp_path / "log.txt").exists():
+        time.sleep(0.01)
+    time.sleep(delay)
+    os.kill(program.pid, signal.SIGINT)
+    status, output = program.wait()
+    assert status == 128 + signal.SIGINT and "Traceback" not in output, output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_last_step_ends_the_run(tmp_path, start, flags, number):
     arguments = flags(tmp_path, {"total_steps": 2, "data.val": "", "data.test": "test"})

@@ -9,11 +9,12 @@ from beit_jax.data.source import Source
 
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:
-    """The files among `paths`, and all pictures below the folders among them; what else lies there
-    is told.
+    """The files among `paths`, all pictures below the folders among them, and those that CSV files
+    among them list; what else lies in folders is told.
 
     Raises:
       FileNotFoundError: a path is not there, or a folder has no pictures.
+      ValueError: a CSV file cannot be read, or lists nothing.
     """
     found = []
     for path in map(pathlib.Path, paths):
@@ -22,6 +23,9 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
             files = (id for split in listing.splits.values() for id in split.ids)
             found += sorted(listing.root / id for id in files)
             folder.tell_ignored(path, listing.ignored)
+        elif path.suffix.lower() == ".csv":
+            listing = folder.list_csv(path, labelled=False)
+            found += [listing.root / id for split in listing.splits.values() for id in split.ids]
         elif path.exists():
             found.append(path)
         else:
