@@ -1,10 +1,11 @@
-"""What Ctrl-C does outside of the training loop, which ends by itself, see `train.py`."""
+"""What signals do: in the training loop, which `train.catch_signals` ends after a step, and Ctrl-C
+elsewhere."""
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -16,7 +17,7 @@ def exits() -> Iterator[None]:
         os.write(2, b"Interrupted.\n")
         os._exit(128 + number)
 
-    with _handled(stop):
+    with _unless_ignored(stop):
         yield
 
 
@@ -24,19 +25,24 @@ def exits() -> Iterator[None]:
 def noted() -> Iterator[list[int]]:
     """Within, Ctrl-C does no more than to be in the list that this yields."""
     caught = []
-    with _handled(lambda number, frame: caught.append(number)):
+    with _unless_ignored(lambda number, frame: caught.append(number)):
         yield caught
 
 
 @contextlib.contextmanager
-def _handled(handler):
-    """Nothing, where it is ignored, or in another thread, which cannot handle it."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield
-        return
-    old = signal.signal(signal.SIGINT, handler)
+def handled(handler: Callable, *numbers: int) -> Iterator[None]:
+    """Within, a handler takes the signals of these numbers."""
+    old = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
+def _unless_ignored(handler):
+    """Ctrl-C handled, but where it is ignored, and in another thread, which cannot handle it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return contextlib.nullcontext()
+    return handled(handler, signal.SIGINT)

@@ -116,8 +116,7 @@ def _choose_splits(args, options):
     """Those that are left open: the test, or else the validation, or of data that are one split the
     last tenth, as in training."""
     if not args.test:
-        names = sources.split_names(args.data, **options)
-        args.test = next((name for name in ("test", *sources.VALIDATIONS) if name in names), None)
+        args.test = sources.own_test(sources.split_names(args.data, **options))
     if not (args.train or args.test):
         args.train, args.test = "train[:90%]", "train[90%:]"
     args.train, args.test = args.train or "train", args.test or "test"

@@ -7,7 +7,7 @@ import signal
 
 import jax
 
-from beit_jax import build, checkpoint, evaluate, profiling, report, sharding
+from beit_jax import build, checkpoint, evaluate, interrupt, profiling, report, sharding
 from beit_jax import workdir as workdirs
 from beit_jax.data import inputs, views
 from beit_jax.steps import is_time
@@ -206,9 +206,5 @@ def catch_signals():
         caught.append(number)
         os.write(2, b"Stops after this step; once more stops at once.\n")
 
-    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with interrupt.handled(catch, signal.SIGTERM, signal.SIGINT):
         yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -202,8 +202,12 @@ def table(rows: list[dict]) -> str:
 
 def _option(item):
     name, value = item
-    names = {"fold": "not folded", "dtype": value, "gpus": f"each of {value} GPUs"}
-    names["concurrent"] = "kernels side by side"
+    names = {
+        "fold": "not folded",
+        "dtype": value,
+        "gpus": f"each of {value} GPUs",
+        "concurrent": "kernels side by side",
+    }
     return names.get(name, f"{name} {value}")
 
 

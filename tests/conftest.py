@@ -219,6 +219,32 @@ def classifier_directory(tmp_path_factory, random_classifier):
 
 
 @pytest.fixture(scope="session")
+def mim_directory(tmp_path_factory):
+    """A HuggingFace directory with a random BEiT of 16 x 16 pixels for masked image modelling; its
+    shared table of positions is random, too."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BeitConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=20,
+        use_mask_token=True,
+        use_shared_relative_position_bias=True,
+        initializer_range=0.2,
+    )
+    model = transformers.BeitForMaskedImageModeling(config)
+    (shared,) = (p for name, p in model.named_parameters() if "position_bias_table" in name)
+    torch.nn.init.normal_(shared)
+    path = tmp_path_factory.mktemp("mim")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def hf_directory(tmp_path_factory):
     """A HuggingFace directory with a random BEiT of 16 x 16 pixels and classes out of order."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

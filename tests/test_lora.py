@@ -530,28 +530,16 @@ def test_adapters_of_another_size_than_their_base(tmp_path, start, picture_folde
     assert "has (16, 16), with which PEFT would use them: `convert to-hf`" in finished.output
 
 
-def test_adapters_of_peft_beside_a_base_without_a_pooler(tmp_path, start):
+def test_adapters_of_peft_beside_a_base_without_a_pooler(tmp_path, start, mim_directory):
     """Such as one for masked image modelling; in transformers a new norm changes nothing."""
     peft = pytest.importorskip("peft")
-    config = transformers.BeitConfig(
-        image_size=16,
-        patch_size=4,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        vocab_size=7,
-        use_mask_token=True,
-        use_shared_relative_position_bias=True,
-    )
-    transformers.BeitForMaskedImageModeling(config).save_pretrained(tmp_path / "base")
     base = transformers.BeitForImageClassification.from_pretrained(
-        tmp_path / "base", num_labels=3, use_mask_token=False
+        mim_directory, num_labels=3, use_mask_token=False
     )
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
     theirs = peft.get_peft_model(base, settings).eval()
     theirs.save_pretrained(tmp_path / "peft")
-    arguments = ("from-peft", tmp_path / "peft", tmp_path / "run", "--base", tmp_path / "base")
+    arguments = ("from-peft", tmp_path / "peft", tmp_path / "run", "--base", mim_directory)
     finished = start("beit_jax.convert", *arguments).wait()
     assert finished.status == 0, finished.output
     image = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)

@@ -91,7 +91,8 @@ def list_folder(
     endings = collections.Counter(os.path.splitext(file)[1].lower() or "other" for file in others)
     tops = {name: [_top(i.removeprefix(prefixes[name])) for i in ids[name]] for name in ids}
     listing = _listing(root, ids, labels, tops, class_names, root)
-    mixed = [] if "" not in prefixes.values() else sorted(set(SPLIT_FOLDERS) & set(*tops.values()))
+    has_splits = "" not in prefixes.values()
+    mixed = () if has_splits else sorted({*SPLIT_FOLDERS} & {*tops["train"]})
     return listing._replace(ignored=endings.most_common(), mixed=mixed)
 
 
@@ -304,7 +305,7 @@ def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[st
     if isinstance(class_names, int):
         class_names = [str(i) for i in range(class_names)] if digits else None
     if class_names is None:
-        class_names = sorted(found, key=lambda label: (int(label), label) if digits else label)
+        class_names = sorted(found, key=int if digits else None)
     number = {_class_name(name): i for i, name in enumerate(class_names)}
     has_numbers = any(name.isdecimal() for name in class_names)  # which labels would be names
     if digits and not has_numbers:

@@ -47,11 +47,12 @@ def with_own_splits(config):
     if not is_open:
         return config
     names = sources.split_names(config.data.name, **_options(config.data))
+    test = sources.own_test(names)
     val = next((name for name in sources.VALIDATIONS if name in names), None)
-    if "test" in names and val:
-        chosen = "train", val, "test"
-    elif "test" in names or val:
-        chosen = "train[:90%]", "train[90%:]", "test" if "test" in names else val
+    if test == "test" and val:
+        chosen = "train", val, test
+    elif test:
+        chosen = "train[:90%]", "train[90%:]", test
     else:
         chosen = config.data.shares
     config = config.copy_and_resolve_references()

@@ -86,6 +86,12 @@ def get_source(
     )
 
 
+def own_test(names: Sequence[str]) -> str | None:
+    """Of the splits that a data set has, the one that is the test: a validation where none is
+    called so."""
+    return next((name for name in ("test", *VALIDATIONS) if name in names), None)
+
+
 def split_names(name: str, *, data_dir: str | os.PathLike | None = None, **options) -> list[str]:
     """The splits that a data set has; arguments and errors as of `get_source`."""
     kind, _, rest = name.partition(":")

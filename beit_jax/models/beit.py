@@ -267,12 +267,11 @@ class Beit(nn.Module):
                 other = head if config.shared_lm_head else _lm_head(config, "cls_pt_")
                 self.sow("aggregation", "logits", other(aggregated[:, 1:], masked_index))
             return head(x[:, 1:], masked_index)
-        if not config.use_mean_pooling:
-            x = x[:, 0]
-        elif config.head == "none" and not self._has_pooler():
-            x = x[:, 1:].astype(jnp.float32).mean(1)
+        if config.use_mean_pooling:
+            normed = config.head != "none" or self._has_pooler()
+            x = layers.pooled_patches(config, x, normed=normed)
         else:
-            x = layers.pooled_patches(config, x)
+            x = x[:, 0]
         if config.head == "none" or config.num_labels == 0:
             return x.astype(jnp.float32)
         return layers.classifier(config, x)

@@ -535,10 +535,11 @@ def check_image(config, image):
         )
 
 
-def pooled_patches(config: TransformerConfig, x, num_prefix: int = 1):
-    """Norm of the mean of the patch tokens, [B, D], in float32; the first tokens are no patches."""
+def pooled_patches(config: TransformerConfig, x, num_prefix: int = 1, *, normed: bool = True):
+    """Norm of the mean of the patch tokens, or that mean, [B, D], in float32; the first tokens are
+    no patches."""
     x = x[:, num_prefix:].astype(jnp.float32).mean(1)
-    return LayerNorm(config.layer_norm_eps, name="pooler_layernorm")(x)
+    return LayerNorm(config.layer_norm_eps, name="pooler_layernorm")(x) if normed else x
 
 
 def classifier(config: TransformerConfig, x, name: str = "classifier"):
