@@ -9,10 +9,7 @@ from beit_jax.checkpoint import ModelInfo
 from beit_jax.models import layers
 
 # the same weights run with any: settings of config.model, and what is made for inference alone
-RUNTIME = (
-    *("dtype", "attention", "remat", "fold", "drop_path_mode"),
-    *("packed", "outputs_first"),
-)
+RUNTIME = ("dtype", "attention", "remat", "fold", "drop_path_mode", "packed")
 
 
 def model_name(config, start: ModelInfo | None) -> str:

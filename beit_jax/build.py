@@ -306,12 +306,11 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
     )
-    pictures = config.batch_size // config.accumulate_steps // mesh.size
     step = jax.jit(
         step,
         donate_argnums=0,
         out_shardings=sharding.replicated(mesh),
-        compiler_options=compiler.options(pictures),
+        compiler_options=compiler.options(),
     )
     return step.lower(state, task.frozen, resident, batch).compile()
 

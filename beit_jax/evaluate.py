@@ -29,8 +29,7 @@ def make_evaluator(task, config, mesh):
     def sums_only(params, model_state, frozen, resident, batch):
         return task.evaluate(params, model_state, frozen, take(resident, batch))[0]
 
-    options = compiler.options(config.eval_batch_size // mesh.size)
-    step = jax.jit(add, donate_argnums=0, compiler_options=options)
+    step = jax.jit(add, donate_argnums=0, compiler_options=compiler.options())
 
     def evaluate(split, params, model_state):
         total, outputs, index = None, [], []

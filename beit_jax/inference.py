@@ -1,6 +1,5 @@
 """What a network says of every picture of a source, batch by batch."""
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -52,16 +51,13 @@ def make(
     def step(params, image):
         return function(model, params, views.eval_view(image, info.image, size, resized=True))
 
-    @functools.cache
-    def compiled_for(pictures):
-        return jax.jit(step, compiler_options=compiler.options(pictures))
+    run = jax.jit(step, compiler_options=compiler.options())
 
     def apply(source):
         if not len(source):
             raise ValueError("There are no pictures.")
         result, read, label = None, np.zeros(len(source), bool), np.zeros(len(source), np.int32)
         rows = min(batch_size, len(source))
-        run = compiled_for(rows)
         with pipeline.eval_batches(
             source,
             rows,

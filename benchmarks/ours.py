@@ -62,7 +62,7 @@ def make_program(
         network = architecture.make_model(start.info, dtype=dtype, **runtime)
         network, params = packed.for_inference(network, start.params)
         apply = functools.partial(classify.classify, network, start.info, resized=True)
-        return Program(_jit(apply, image), (params, image), trains=False)
+        return Program(_jit(apply), (params, image), trains=False)
     config = common.get_config()
     with config.unlocked():
         config.model.update(dtype=dtype, **runtime)
@@ -72,9 +72,8 @@ def make_program(
     return _train(task, {"image": image, **batch})
 
 
-def _jit(function, pictures, **options):
-    options["compiler_options"] = compiler.options(len(pictures))
-    return jax.jit(function, **options)
+def _jit(function, **options):
+    return jax.jit(function, compiler_options=compiler.options(), **options)
 
 
 def make_step(*args, **kwargs) -> Step:
@@ -186,5 +185,5 @@ def _train(task, batch):
         seed=SEED,
     )
     current = jax.jit(functools.partial(state.create, tx=tx, ema=False))(params, {})
-    function = _jit(step, next(iter(batch.values())), donate_argnums=0)
+    function = _jit(step, donate_argnums=0)
     return Program(function, (current, task.frozen, None, batch), trains=True)

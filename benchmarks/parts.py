@@ -100,9 +100,9 @@ def make(start, batch: dict, **changes):
     }
 
 
-def runner(pictures, function, arguments):
+def runner(function, arguments):
     """run(n) for `measure`, and the compiled function; nothing is donated."""
-    options = compiler.options(pictures)
+    options = compiler.options()
     compiled = jax.jit(function, compiler_options=options).lower(*arguments).compile()
     arguments = jax.device_put(arguments)
 
@@ -148,15 +148,14 @@ def main():
         start = ours.load(directory)
     runs, memory, failed = {}, {}, {}
     for name, (function, arguments) in make(start, batch, dtype=dtype).items():
-        runs[name], compiled = runner(count, function, arguments)
+        runs[name], compiled = runner(function, arguments)
         memory[name] = build.memory_of(compiled)
         print(f"{name}: compiled", flush=True)
     for name in args.options:
         changes = OPTIONS[name]
         try:
             parts = make(start, batch, **{"dtype": dtype, **changes})
-            pictures = count // changes.get("accumulate_steps", 1)
-            runs[name], compiled = runner(pictures, *parts["step"])
+            runs[name], compiled = runner(*parts["step"])
         except (RuntimeError, ValueError) as error:  # no such attention here
             failed[name] = str(error).splitlines()[0][:200]
             continue

@@ -264,7 +264,7 @@ def test_kernels_converted_ahead_give_the_same_bits(name):
 def test_what_is_for_inference_is_no_architecture(package, name):
     family = modules.load(package, name)
     found = architecture.complete(family, family.PRESETS["digits"])
-    assert not {"packed", "outputs_first", "dtype"} & set(found) and "image_size" in found
+    assert not {"packed", "dtype"} & set(found) and "image_size" in found
 
 
 @pytest.mark.parametrize("name", ["beit", "vit"])

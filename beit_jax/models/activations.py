@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from beit_jax.models import kernels
 from beit_jax.models.kernels import triton
 
-ROWS, COLUMNS = 16, 1024  # of a program of the kernels, at most
+ROWS, COLUMNS = 16, 1024  # of a program of the forward kernel, at most
+BACKWARD_ROWS = 32  # of one of the other, which writes a sum of them
 STEP = 4096  # numbers at once, at most
 
 
@@ -133,7 +134,8 @@ def _call(body, arrays, bias, sums):
         first, width = given[0], given[0].shape[-1]
         own, added = (given, None) if bias is None else (given[:-1], given[-1])
         tall = first.size // width
-        rows, columns = math.gcd(tall, ROWS), math.gcd(width, COLUMNS)
+        rows = math.gcd(tall, BACKWARD_ROWS if sums else ROWS)
+        columns = math.gcd(width, COLUMNS)
         tile = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
         row = None if added is None else pl.BlockSpec((columns,), lambda i, j: (j,))
         outputs = [jax.ShapeDtypeStruct((tall, width), first.dtype)]

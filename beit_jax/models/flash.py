@@ -30,7 +30,7 @@ KEPT = "flash attention"  # name of what policies of `jax.checkpoint` may keep
 LOG2_E = math.log2(math.e)  # logits are kept in powers of 2
 LARGEST_TILE = 64  # of columns of the bias: keys, and queries in the backward pass
 PICTURES, COLUMNS = 8, 2048  # that a sum takes at once
-FEW = 256  # tokens, for which smaller tiles are faster
+PROGRAMS = 400  # that a sum is split into, about, if its columns are fewer
 
 
 class _Tiles:
@@ -185,8 +185,9 @@ def _backward_kernel(
     _store((d_qkv_ref, VALUE), dv, at_k, ALL)
 
 
-def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, *, queries, keys):
-    """Gradient of a tile of queries, from that of the logits; beside those of keys and values."""
+def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, sum_ref, *, queries, keys):
+    """Gradient of a tile of queries, from that of the logits; beside those of keys and values. And
+    its sum over the queries, which is the gradient of what was added to them."""
     del given_ref  # the same memory
     at_q = queries.own()
 
@@ -195,7 +196,9 @@ def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, *, queries, keys):
         return dq + product("kq,kc->qc", d_logits, _load(k_ref, at_k, ALL))
 
     dq = keys.fold(body, jnp.zeros((queries.size, k_ref.shape[-1]), jnp.float32))
-    _store((d_qkv_ref, QUERY), dq * k_ref.shape[-1] ** -0.5, at_q, ALL)
+    dq *= k_ref.shape[-1] ** -0.5
+    _store((d_qkv_ref, QUERY), dq, at_q, ALL)
+    _store(sum_ref, dq.sum(0), ALL)  # those of no query are zeros
 
 
 class _Kernel(NamedTuple):
@@ -205,13 +208,15 @@ class _Kernel(NamedTuple):
       body: is given references to what a picture and a head have of each array.
       takes: its arguments: "query", "key" and "value", each [B, T, H, K] or together
         [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
-        "pairs" [B, H, T, T]; "shift" and "offset" [H, K] and "bias" [H, T, T], which may be None.
+        "pairs" [B, H, T, T]; "sums" [B, tiles, H, K]; "shift" and "offset" [H, K] and "bias"
+        [H, T, T], which may be None.
       gives: its results.
       tiles: tokens of a tile of queries, and of one of keys.
       over: which of them, "queries" or "keys", have a program for each tile.
       warps: of a program.
       stages: of the pipeline that loads one tile while others are computed.
-      few: tiles where there are at most `FEW` tokens, if not `tiles`.
+      few: {tokens: (tiles, warps)} in the place of these, where there are at most so many tokens;
+        the fewest first.
       aliases: {argument: result} that are the same memory.
     """
 
@@ -222,11 +227,20 @@ class _Kernel(NamedTuple):
     over: str
     warps: int = 4
     stages: int = 3
-    few: tuple[int, int] | None = None
+    few: Mapping[int, tuple[tuple[int, int], int]] = {}
     aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
         """Runs for all pictures and heads."""
+        return self._sized(arrays[0].shape[1])._call(*arrays)
+
+    def _sized(self, tokens):
+        for most, (tiles, warps) in self.few.items():
+            if tokens <= most:
+                return self._replace(tiles=tiles, warps=warps, few={})
+        return self
+
+    def _call(self, *arrays):
         names = [name for name, x in zip(self.takes, arrays, strict=True) if x is not None]
 
         def run(*given):
@@ -242,13 +256,18 @@ class _Kernel(NamedTuple):
 
     def _shapes(self, first):
         (batch, tokens), (heads, size) = first.shape[:2], first.shape[-2:]
+        count = self._cut(tokens)[self.over].count
         kinds = {
             "tokens": ((batch, tokens, heads, size), first.dtype),
             "packed": ((batch, tokens, 3, heads, size), first.dtype),
             "row": ((batch, heads, tokens), jnp.float32),
             "pairs": ((batch, heads, tokens, tokens + -tokens % ALIGNMENT), first.dtype),
+            "sums": ((batch, count, heads, size), jnp.float32),
         }
         return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
+
+    def _cut(self, tokens):
+        return {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
 
     def _run(self, *arrays):
         (batch, tokens), (heads, size) = arrays[0].shape[:2], arrays[0].shape[-2:]
@@ -257,14 +276,14 @@ class _Kernel(NamedTuple):
                 f"Heads of {size} numbers have no kernel of ours: expected a power of 2 of at "
                 f"least {SMALLEST_TILE}; use config.model.attention=auto, cudnn or xla."
             )
-        tiles = self.few if self.few and tokens <= FEW else self.tiles
-        cut = {name: _Tiles(tokens, n) for name, n in zip(_CUT, tiles, strict=True)}
+        cut = self._cut(tokens)
         reach = max(tiles.reach for tiles in cut.values())
         places = {
             "tokens": ((None, reach, None, size), lambda i, h, b: (b, 0, h, 0)),
             "packed": ((None, reach, 3, None, size), lambda i, h, b: (b, 0, 0, h, 0)),
             "row": ((None, None, reach), lambda i, h, b: (b, h, 0)),
             "pairs": ((None, None, reach, reach), lambda i, h, b: (b, h, 0, 0)),
+            "sums": ((None, None, None, size), lambda i, h, b: (b, i, h, 0)),
             "shift": ((None, size), lambda i, h, b: (h, 0)),
             "offset": ((None, size), lambda i, h, b: (h, 0)),
             "bias": ((None, reach, reach), lambda i, h, b: (h, 0, 0)),
@@ -300,7 +319,7 @@ _FORWARD = _Kernel(
     _forward_kernel,
     (*PARTS, *_SHARED),
     ("tokens", "row"),
-    few=(64, 32),
+    few={128: ((32, 32), 2), 256: ((64, 32), 4)},
     tiles=(64, 64),
     over="queries",
 )
@@ -314,17 +333,16 @@ _BACKWARD = _Kernel(
     _backward_kernel,
     (*PARTS, "bias", "tokens", "row", "row"),
     ("packed", "pairs"),
-    few=(32, 64),
+    few={128: ((32, 32), 2), 256: ((32, 64), 4)},
     tiles=(64, 64),
     over="keys",
 )
 _QUERIES = _Kernel(
     _query_kernel,
     ("key", "pairs", "packed"),
-    ("packed",),
-    tiles=(128, 32),
+    ("packed", "sums"),
+    tiles=(128, 64),
     over="queries",
-    warps=8,
     aliases={2: 0},
 )
 
@@ -334,9 +352,10 @@ def _sum_of_pictures(x):
 
     def run(x):
         batch, width = len(x), math.prod(x.shape[1:])
+        columns, step = pl.cdiv(width, COLUMNS), math.gcd(batch, PICTURES)
+        parts = math.gcd(batch // step, 1 << max(1, PROGRAMS // columns).bit_length() - 1)
 
         def body(x_ref, out_ref):
-            step = math.gcd(batch, PICTURES)
             mask = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS) < width
 
             def add(i, total):
@@ -344,20 +363,21 @@ def _sum_of_pictures(x):
                 given = triton.load(rows, mask=jnp.expand_dims(mask, 0), other=0.0)
                 return total + given.astype(jnp.float32).sum(0)
 
-            total = lax.fori_loop(0, batch // step, add, jnp.zeros(COLUMNS, jnp.float32))
+            start = jnp.zeros(COLUMNS, jnp.float32)
+            total = lax.fori_loop(0, batch // parts // step, add, start)
             triton.store(out_ref.at[:], total, mask=mask)
 
         total = pl.pallas_call(
             body,
-            grid=(pl.cdiv(width, COLUMNS),),
-            in_specs=[pl.BlockSpec((batch, COLUMNS), lambda i: (0, i))],
-            out_specs=pl.BlockSpec((COLUMNS,), lambda i: (i,)),
-            out_shape=jax.ShapeDtypeStruct((width,), jnp.float32),
+            grid=(columns, parts),
+            in_specs=[pl.BlockSpec((batch // parts, COLUMNS), lambda i, j: (j, i))],
+            out_specs=pl.BlockSpec((None, COLUMNS), lambda i, j: (j, i)),
+            out_shape=jax.ShapeDtypeStruct((parts, width), jnp.float32),
             compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
             interpret=kernels.is_interpreted(),
             name="sum_of_pictures",
         )(x.reshape(batch, width))
-        return (total.reshape(x.shape[1:]),)
+        return (total.sum(0).reshape(x.shape[1:]),)
 
     return kernels.on_each_device(run, [x], [x.ndim - 1], summed=[0])[0]
 
@@ -390,11 +410,10 @@ def prepare(
         if turned:
             raise ValueError("A bias that is prepared has no gradient.")
         return bias.bias
-    if isinstance(bias, Table):
-        bias = relative_position_bias(*bias, turned)
-    elif turned:
-        bias = bias.transpose(0, 2, 1)
-    bias = (bias.astype(jnp.float32) * LOG2_E).astype(dtype)
+    if isinstance(bias, Table):  # which is less to compute, and to gather
+        bias = relative_position_bias(_of_base_2(bias.rows, dtype), bias.grid, turned)
+    else:
+        bias = _of_base_2(bias.transpose(0, 2, 1) if turned else bias, dtype)
     sizes = 0, tokens, tokens + -tokens % LARGEST_TILE
     keys, queries = (1, 2) if turned else (2, 1)
     for axis, fill in ((queries, 0.0), (keys, -jnp.inf)):
@@ -402,6 +421,10 @@ def prepare(
         width[axis] = 0, sizes[axis] - bias.shape[axis]
         bias = jnp.pad(bias, width, constant_values=fill)
     return bias
+
+
+def _of_base_2(logits, dtype):
+    return (logits.astype(jnp.float32) * LOG2_E).astype(dtype)
 
 
 def attend(
@@ -469,10 +492,10 @@ def _attend_backward(residuals, d_out):
     delta = (wide * attended).sum(-1).transpose(0, 2, 1)
     turned = prepare(bias, out.dtype, out.shape[1], turned=True)
     d_qkv, d_logits = _BACKWARD(*parts, turned, d_out, norm, delta)
-    (d_qkv,) = _QUERIES(parts[1], d_logits, d_qkv)
+    d_qkv, sums = _QUERIES(parts[1], d_logits, d_qkv)
     d_shift = d_offset = d_bias = None
     if shift is not None:
-        d_shift = d_qkv[:, :, 0].sum((0, 1), dtype=jnp.float32).astype(shift.dtype)
+        d_shift = sums.sum((0, 1)).astype(shift.dtype)
     if offset is not None:
         d_offset = wide.sum((0, 1)).astype(offset.dtype)
     if bias is not None:

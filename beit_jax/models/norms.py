@@ -7,6 +7,7 @@ alone.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from jax.experimental import pallas as pl
 
 from beit_jax.models import kernels
 from beit_jax.models.kernels import triton
+
+SHORT = 1024  # numbers that a program has of an array, where tokens have less
 
 
 def normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
@@ -144,14 +147,15 @@ def fused_norm(x, gain, shift, epsilon):
         mean = _mean(values, x)
         values = [value - mean for value in values]
         scale = lax.rsqrt(_mean([value * value for value in values], x) + epsilon)
-        triton.store(scale_ref.at[pl.ds(0, 1)], scale[None])
+        triton.store(scale_ref.at[:], scale)
         for part, value in zip(parts, values, strict=True):
             value *= scale
             if vector_refs:
-                value = value * _load(vector_refs[0], part) + _load(vector_refs[1], part)
-            triton.store(y_ref.at[part], value.astype(y_ref.dtype))
+                gain, shift = (triton.load(ref.at[part])[None] for ref in vector_refs)
+                value = value * gain + shift
+            triton.store(y_ref.at[:, part], value.astype(y_ref.dtype))
 
-    return _for_each_token("norm", body, [x], vectors, [(x.shape[-1], x.dtype), (1, jnp.float32)])
+    return _for_all_tokens("norm", body, [x], vectors, [(x.shape[-1], x.dtype), (1, jnp.float32)])
 
 
 def fused_gradient(past, gradient, y, scale):
@@ -163,13 +167,13 @@ def fused_gradient(past, gradient, y, scale):
         gradients = [_load(gradient_ref, part) for part in parts]
         mean = _mean(gradients, y)
         slope = _mean([g * value for g, value in zip(gradients, values, strict=True)], y)
-        scale = triton.load(scale_ref.at[pl.ds(0, 1)])
+        scale = triton.load(scale_ref.at[:])
         for part, g, value in zip(parts, gradients, values, strict=True):
             total = _load(past_ref, part) + (g - mean - value * slope) * scale  # y has no mean
-            triton.store(out_ref.at[part], total.astype(out_ref.dtype))
+            triton.store(out_ref.at[:, part], total.astype(out_ref.dtype))
 
     arrays = [past, gradient, y, scale]
-    return _for_each_token("norm_gradient", body, arrays, [], [(y.shape[-1], past.dtype)])[0]
+    return _for_all_tokens("norm_gradient", body, arrays, [], [(y.shape[-1], past.dtype)])[0]
 
 
 def _parts(x):
@@ -180,19 +184,19 @@ def _parts(x):
 
 
 def _load(ref, part):
-    return triton.load(ref.at[part]).astype(jnp.float32)
+    return triton.load(ref.at[:, part]).astype(jnp.float32)
 
 
 def _mean(parts, x):
-    return sum(part.sum() for part in parts) * np.float32(1 / x.shape[-1])
+    return sum(part.sum(1, keepdims=True) for part in parts) * np.float32(1 / x.shape[-1])
 
 
-def _for_each_token(name, body, arrays, vectors, outputs):
-    """Runs a kernel for each token, in one warp.
+def _for_all_tokens(name, body, arrays, vectors, outputs):
+    """Runs a kernel for each token, or for some that are short, in one warp.
 
     Args:
-      body: is given references to vectors: the token's own of each array, the `vectors`, and those
-        of the results.
+      body: is given references to what these tokens have of each array, [tokens, D], to the
+        `vectors`, and to the results.
       arrays: [..., D], with any last axes.
       vectors: [D].
       outputs: last axes of the results, and their types.
@@ -201,13 +205,14 @@ def _for_each_token(name, body, arrays, vectors, outputs):
     def run(*given):
         first, tokens = given[0], given[0].size // given[0].shape[-1]
         rows = [x.reshape(tokens, -1) for x in given[: len(arrays)]]
-        own = [pl.BlockSpec((None, x.shape[1]), lambda i: (i, 0)) for x in rows]
+        some = math.gcd(tokens, 1 << max(1, SHORT // rows[0].shape[1]).bit_length() - 1)
+        own = [pl.BlockSpec((some, x.shape[1]), lambda i: (i, 0)) for x in rows]
         common = [pl.BlockSpec(x.shape, lambda i: (0,)) for x in vectors]
         results = pl.pallas_call(
             body,
-            grid=(tokens,),
+            grid=(tokens // some,),
             in_specs=own + common,
-            out_specs=tuple(pl.BlockSpec((None, n), lambda i: (i, 0)) for n, _ in outputs),
+            out_specs=tuple(pl.BlockSpec((some, n), lambda i: (i, 0)) for n, _ in outputs),
             out_shape=tuple(jax.ShapeDtypeStruct((tokens, n), dtype) for n, dtype in outputs),
             compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
             interpret=kernels.is_interpreted(),

@@ -64,8 +64,11 @@ def relative_position_bias(table: jax.Array, grid: Grid, turned: bool = False) -
     _check_rows(table, grid)
     index = relative_position_index(grid)
     index = index.T if turned else index
-    bias = jnp.asarray(table).at[index.reshape(-1)].get(mode="promise_in_bounds").T
-    return bias.reshape(table.shape[1], *index.shape)
+    heads = jnp.asarray(table).T
+    if jax.default_backend() != "cpu":  # neighbours read what is side by side in memory
+        heads = jax.lax.optimization_barrier(heads.reshape(-1)).reshape(heads.shape)
+    bias = heads.at[:, index.reshape(-1)].get(mode="promise_in_bounds")
+    return bias.reshape(len(heads), *index.shape)
 
 
 def _check_rows(table, grid):

@@ -56,7 +56,7 @@ class DVAEConfig:
       num_groups: of blocks; between them the resolution halves.
       blocks_per_group: residual blocks.
       dtype: computation type; parameters are float32, logits and pixels too.
-      outputs_first: kernels begin with their output channels, see `for_inference`.
+      packed: parameters are those that `for_inference` makes.
     """
 
     FAMILY: ClassVar[str] = "dVAE"
@@ -69,7 +69,7 @@ class DVAEConfig:
     num_groups: int = 4
     blocks_per_group: int = 2
     dtype: str = "float32"
-    outputs_first: bool = False
+    packed: bool = False
 
     def __post_init__(self):
         size = layers.pair_image_size(self)
@@ -97,11 +97,16 @@ class DVAEConfig:
         """Tokens (down, across)."""
         return tuple(n // self.patch_size for n in self.image_size)
 
+    @property
+    def gain(self) -> float:
+        """Of what a block adds to the identity."""
+        return 1 / (self.num_groups * self.blocks_per_group) ** 2
+
 
 def _conv(config, features, size, name, **options):
     """A convolution, initialised as OpenAI's."""
     normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    options = {"dtype": jnp.dtype(config.dtype), "outputs_first": config.outputs_first} | options
+    options = {"dtype": jnp.dtype(config.dtype), "outputs_first": config.packed} | options
     return dense.Conv(features, size, "SAME", normal, name=name, **options)
 
 
@@ -119,14 +124,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
         config = self.config
-        gain = 1 / (config.num_groups * config.blocks_per_group) ** 2
         widths = [self.features // 4] * 3 + [self.features]
         y = x
         for index, (width, size) in enumerate(zip(widths, self.sizes, strict=True), 1):
             y = _conv(config, width, size, f"conv_{index}")(nn.relu(y))
         if x.shape[-1] != self.features:
             x = _conv(config, self.features, 1, "id_path")(x)
-        return x + gain * y
+        return x + (y if config.packed else config.gain * y)
 
 
 class Encoder(nn.Module):
@@ -212,20 +216,23 @@ def Model(**architecture: Any) -> DVAE:
 
 def for_inference(model: DVAE, variables: dict) -> tuple[DVAE, dict]:
     """A network and its variables for inference alone: kernels are in the type of the computation,
-    and for a GPU in its order of axes, which would otherwise be made of them in every call."""
+    and for a GPU in its order of axes, which would otherwise be made of them in every call; and the
+    last convolution of a block has the gain, so that a GPU adds the identity as it makes it."""
     config = model.config
-    if config.dtype == "float32" or config.outputs_first:
+    if config.dtype == "float32" or config.packed:
         return model, variables
 
     def convert(path, x):
-        name = "/".join(key.key for key in path)
+        name, x = "/".join(key.key for key in path), np.asarray(x)  # nothing to compile
+        if "/conv_4/" in name:
+            x = x * np.float32(config.gain)
         if not name.endswith("/kernel"):
             return x
         dtype = "float32" if name == "encoder/output/kernel" else config.dtype
-        return np.asarray(x).astype(jnp.dtype(dtype)).transpose(3, 0, 1, 2)  # nothing to compile
+        return x.astype(jnp.dtype(dtype)).transpose(3, 0, 1, 2)
 
     params = jax.tree.map_with_path(convert, variables["params"])
-    config = dataclasses.replace(config, outputs_first=True)
+    config = dataclasses.replace(config, packed=True)
     return model.clone(config=config), {**variables, "params": params}
 
 
