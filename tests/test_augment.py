@@ -374,6 +374,14 @@ def test_mixup_blends_with_a_share_from_beta():
     assert scipy.stats.kstest(share, scipy.stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("alpha", [0.4, 0.8, 1.0, 5.0])  # below, float32 rounds many to 1
+def test_shares_have_the_distribution(alpha):
+    keys = jax.random.split(KEY, 20_000)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: augment.symmetric_beta(key, alpha)))(keys))
+    assert scipy.stats.kstest(drawn, scipy.stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+    assert drawn.min() >= 0 and drawn.max() <= 1
+
+
 def timm_cutmix_area(rng, height, width):
     """Pasted share of the picture, by timm's `rand_bbox` with its alpha 1."""
     ratio = math.sqrt(1 - rng.beta(1, 1))

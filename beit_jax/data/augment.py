@@ -4,15 +4,19 @@ B batch, h x w picture as stored, H x W as the network sees it, C channels, K cl
 Stored pixels are uint8; resized ones are not rounded to whole levels again, but for RandAugment.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from beit_jax.data.randaugment import rand_augment, trivial_augment
 from beit_jax.data.resize import Size, center_crop, crop_and_resize, resize
 
 CROPS = ("rrc", "pad", "squash")  # of training
 EVAL_CROPS = ("squash", "center")
+QUANTILES = 1024  # of a distribution that is drawn from
 
 
 def train_view(
@@ -274,9 +278,9 @@ def mixup_cutmix(
     mix_rng, switch_rng, share_rng, place_rng = jax.random.split(rng, 4)
     switch_prob = switch_prob if mixup_alpha and cutmix_alpha else float(bool(cutmix_alpha))
     is_cutmix = jax.random.bernoulli(switch_rng, switch_prob)
-    alpha = jnp.where(is_cutmix, cutmix_alpha or mixup_alpha, mixup_alpha or cutmix_alpha)
-    share = jax.random.beta(share_rng, alpha, alpha)  # of the picture itself
-    share = jnp.where(jax.random.bernoulli(mix_rng, prob), share, 1.0)
+    alphas = cutmix_alpha or mixup_alpha, mixup_alpha or cutmix_alpha
+    share = jnp.where(is_cutmix, *(symmetric_beta(share_rng, alpha) for alpha in alphas))
+    share = jnp.where(jax.random.bernoulli(mix_rng, prob), share, 1.0)  # of the picture itself
 
     height, width = image.shape[1:3]
     is_other = _inside(_cutmix_box(place_rng, share, height, width), height, width)
@@ -284,6 +288,24 @@ def mixup_cutmix(
     mask = jnp.where(is_cutmix, 1.0 - is_other, share).astype(image.dtype)
     mixed = mask * image + (1 - mask) * image[::-1]
     return mixed, share * target + (1 - share) * target[::-1]
+
+
+def symmetric_beta(rng: jax.Array, alpha: float) -> jax.Array:
+    """A number ~ Beta(alpha, alpha), float32: evenly distributed between two of its quantiles.
+
+    `jax.random.beta` loops until a draw is accepted. At each turn a GPU asks the host whether to go
+    on, which then cannot prepare the rest of the step while the one before it runs.
+    """
+    place = jax.random.uniform(rng) * QUANTILES
+    index = jnp.minimum(place.astype(jnp.int32), QUANTILES - 1)
+    low, high = jnp.asarray(_quantiles(alpha))[index + jnp.arange(2)]
+    return low + (place - index) * (high - low)
+
+
+@functools.cache
+def _quantiles(alpha):
+    shares = np.linspace(0, 1, QUANTILES + 1)
+    return special.betaincinv(alpha, alpha, shares).astype(np.float32)
 
 
 def _crop(rng, image, crop, size, pad, scale, ratio, interpolation):
