@@ -79,8 +79,8 @@ def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator
     """Measures a line of the table, its model, kind, dtype and batch given; yields what is known of
     it after each peer, or of ours alone without any.
 
-    Where there is no memory for both, each has the device for all of its blocks. Those that are
-    `ready`, see `make_ready`, are not made again.
+    Those that are `ready`, see `make_ready`, are not made again, unless they leave too little
+    memory. Where there is none for both, each has the device for all of its blocks.
     """
     architecture = SIZES[args.device][key[0]].architecture
     row = dict(zip(("model", "kind", "dtype", "batch"), key, strict=True)) | _runtime(args)
@@ -96,35 +96,55 @@ def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator
         return contender
 
     own = None
+
+    def beside(name):
+        """What is found of ours, and of a peer in turns with it, and whether memory was wanting."""
+        nonlocal own
+        found = _nothing()
+        try:
+            own = own or stack.enter_context(contextlib.closing(start("ours")))
+            found["facts"]["ours"] = own.facts
+            if not name:
+                found["seconds"][""] = measure({"ours": own}, args.rounds, args.seconds)
+            else:
+                with contextlib.closing(start(name)) as peer:
+                    _check(name, peer, own, key[2])
+                    both = {"ours": own, "theirs": peer}
+                    blocks = measure(both, args.rounds, args.seconds)
+                found["facts"][name], found["seconds"][name] = peer.facts, blocks
+        except ContenderError as error:
+            found["failed"][error.name] = str(error)
+        lacks_memory = any(map(_OF_MEMORY.search, found["failed"].values()))
+        if lacks_memory and own:
+            own.close()
+            own = None
+        return found, lacks_memory
+
+    def apart(name):
+        found = _nothing()
+        try:
+            found["seconds"][name], found["facts"] = _apart(start, name, key[2], args)
+            found["apart"] = [name]
+        except ContenderError as error:
+            found["failed"][error.name] = str(error)
+        return found
+
     with contextlib.ExitStack() as stack:
         for name in theirs or [""]:
-            found = {"facts": {}, "seconds": {}, "failed": {}, "apart": []}
-            try:
-                own = own or stack.enter_context(contextlib.closing(start("ours")))
-                found["facts"]["ours"] = own.facts
-                if not name:
-                    found["seconds"][""] = measure({"ours": own}, args.rounds, args.seconds)
-                else:
-                    with contextlib.closing(start(name)) as peer:
-                        _check(name, peer, own, key[2])
-                        both = {"ours": own, "theirs": peer}
-                        blocks = measure(both, args.rounds, args.seconds)
-                    found["facts"][name], found["seconds"][name] = peer.facts, blocks
-            except ContenderError as error:
-                found["failed"][error.name] = str(error)
-            if name and any(map(_OF_MEMORY.search, found["failed"].values())) and own:
-                own.close()
-                own, found["failed"] = None, {}
-                close_ready(ready)  # the others are made again
-                try:
-                    found["seconds"][name], found["facts"] = _apart(start, name, key[2], args)
-                    found["apart"] = [name]
-                except ContenderError as error:
-                    found["failed"][error.name] = str(error)
+            found, lacks_memory = beside(name)
+            if lacks_memory and ready:  # which hold it; they are made again
+                close_ready(ready)
+                found, lacks_memory = beside(name)
+            if lacks_memory and name and "ours" not in found["failed"]:
+                found = apart(name)
             yield complete({**row, **found, "clocks": clocks()})
             if "ours" in found["failed"]:
                 close_ready(ready, key)
                 return
+
+
+def _nothing():
+    return {"facts": {}, "seconds": {}, "failed": {}, "apart": []}
 
 
 def _runtime(args):

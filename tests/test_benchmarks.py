@@ -1,6 +1,7 @@
 """What the benchmarks count, and whether the documents say what their results say."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -201,6 +202,17 @@ def test_a_peer_without_memory_beside_ours_has_the_device_by_turns(monkeypatch):
         assert row["apart"] == [name] and row["failed"] == {}
         assert set(row["facts"]) == {"ours", name}
         assert [len(times) for times in row["seconds"][name].values()] == [2, 2]
+
+
+def test_those_that_are_ready_make_room(monkeypatch):
+    """Ours has no memory beside a contender of another row, which is closed then."""
+    monkeypatch.setattr(steps, "Contender", FakeContender)
+    other = concurrent.futures.Future()
+    other.set_result(FakeContender("of another row"))
+    ready = {((*KEY[:3], 8), "timm compiled"): other}
+    (row,) = steps.measure_row(KEY, [], ARGS, ready)
+    assert len(row["seconds"][""]["ours"]) == 2 and not row["failed"] and not ready
+    assert FakeContender.here == []
 
 
 def test_rows_that_are_given_by_themselves():
