@@ -1,6 +1,7 @@
 """What the layers of a frozen network know: features, linear probes, nearest neighbours."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -13,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from beit_jax import checkpoint, compare, inference, knn, pretrained, train
 from beit_jax.data import inputs, sources
 from beit_jax.metrics import wilson_interval
-from beit_jax.models import beit, features
+from beit_jax.models import beit, features, vit
 from beit_jax.tasks import linear_probe as task
 from beit_jax.tasks.task import Data
 from configs import image_folder, linear_probe
@@ -82,6 +83,37 @@ def test_layer_outputs_are_those_of_the_layers(network):
     head = params["classifier"]
     logits = pooled @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(logits, model.apply({"params": params}, image), atol=1e-5)
+
+
+READERS = {
+    "beit, class token": (beit, {"use_mean_pooling": False}, {}),
+    "beit, masked": (beit, {"head": "mim", "vocab_size": 5}, {"masked_index": [[2, 0], [1, 3]]}),
+    "vit": (vit, {}, {}),
+    "vit, norms after": (vit, {"use_post_norm": True}, {}),
+    "deit": (vit, {"use_distillation_token": True, "use_distillation_classifier": True}, {}),
+    "registers": (vit, {"num_register_tokens": 2, "remat": "full"}, {}),
+}
+
+
+@pytest.mark.parametrize("family, changes, given", READERS.values(), ids=READERS)
+def test_the_last_mlp_sees_what_is_read(family, changes, given):
+    """Nothing else, unless somebody looks into the layers, which changes no result."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 32, "image_size": 8, "patch_size": 4, "initializer_range": 0.5}
+    model = family.Model(**shape, **changes)
+    image = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    params = model.init(jax.random.key(1), image)["params"]
+    given = {name: jnp.asarray(index) for name, index in given.items()}
+
+    expected, _ = model.apply({"params": params}, image, **given, mutable=["intermediates"])
+    found = model.apply({"params": params}, image, **given)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    text = str(jax.make_jaxpr(lambda p: model.apply({"params": p}, image, **given))(params))
+    tokens = sorted(int(n) for n in re.findall(r"f32\[2,(\d+),32\]", text))
+    read = model.config.num_read + len(given and given["masked_index"][0])
+    assert {min(tokens), max(tokens)} == {read, model.config.num_prefix + 4}
+    outputs = features.layer_outputs(model, params, image, **given)
+    assert [x.shape[1] for x in outputs] == [model.config.num_prefix + 4] * 2
 
 
 def test_layer_outputs_of_a_network_without_layers(network):

@@ -122,7 +122,9 @@ class Layer(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x, bias, deterministic):
+    def __call__(self, x, bias, deterministic, read=None):
+        """Tokens [B, T, D] to [B, T, D], or to [B, M, D], those at an index `read` [B, M]: what
+        nobody reads of the last layer its MLP need not compute."""
         config = self.config
         dropout = nn.Dropout(config.hidden_dropout_prob)
         rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
@@ -148,19 +150,30 @@ class Layer(nn.Module):
             scale = layers.layer_scale(self, config, f"lambda_{i}")
             add = drop_path(config, self.index)
             own_branch = functools.partial(branch, module, layernorm, scale)
+            if module is mlp and read is not None:
+                x = take_tokens(x, read)
             x = add(x, own_branch, deterministic=deterministic)
         return x
 
 
+def run_layers(stack, x, bias, deterministic, read=None, *, whole=False):
+    """Tokens [B, T, D] through layers, one after the other: all, or those at an index `read`
+    [B, M], which then are all that the last layer gives, unless it is to be `whole`."""
+    for layer in stack[:-1]:
+        x = layer(x, bias, deterministic)
+    for layer in stack[-1:]:
+        x = layer(x, bias, deterministic, None if whole else read)
+    return take_tokens(x, read) if read is not None and (whole or not stack) else x
+
+
 def _lm_head(config, prefix):
-    """Norm and logits of patches [B, N, D], all of them or those of an index [B, M]."""
+    """Norm and logits of patches [B, N, D]."""
     normed = norm(config, f"{prefix}layernorm")
     dtype = jnp.dtype(config.dtype)
     name = f"{prefix}head" if prefix == "lm_" else f"{prefix}lm_head"
     dense = Dense(config.vocab_size, normal(config), dtype=dtype, name=name)
 
-    def logits(x, index):
-        x = x if index is None else take_tokens(x, index)
+    def logits(x):
         return dense(normed(x)).astype(jnp.float32)
 
     return logits
@@ -244,29 +257,33 @@ class Beit(nn.Module):
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)
         policy = REMAT_POLICIES[config.remat]
         layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
-        x = pad(x)  # once for all layers, whose attention masks what comes in
-        for index in range(config.num_hidden_layers):
-            x = layer(config, index, name=f"layer_{index}")(x, bias, deterministic)  # [B, T, D]
-            if index + 1 == config.early_layers:
-                early = x[:, 1:tokens]
-        if config.head == "mim" and config.early_layers:
-            aggregated = pad(jnp.concatenate([x[:, :1], early], axis=1))
-            for index in range(config.head_layers):
-                extra = layer(config, config.early_layers + index, name=f"cls_pt_layer_{index}")
-                aggregated = extra(aggregated, bias, deterministic)
-            aggregated = aggregated[:, :tokens]
-        x = x[:, :tokens]
+        read = self._read(len(x), masked_index)
+        looked_into = self.is_mutable_collection("intermediates")
+
+        def run(stack, x, read=None):
+            return run_layers(stack, x, bias, deterministic, read, whole=looked_into)
+
+        stack = [layer(config, i, name=f"layer_{i}") for i in range(config.num_hidden_layers)]
+        early = config.early_layers
+        x = aggregated = run(stack[:early], pad(x))  # padded once, attention masks what comes in
+        x = run(stack[early:], x, read)[:, :tokens]
+        if config.head == "mim" and early:
+            extra = [
+                layer(config, early + i, name=f"cls_pt_layer_{i}")
+                for i in range(config.head_layers)
+            ]
+            aggregated = jnp.concatenate([x[:, :1], aggregated[:, 1:tokens]], axis=1)
+            aggregated = run(extra, pad(aggregated), read)[:, :tokens]
         if not config.use_mean_pooling:
             x = norm(config, "layernorm")(x)
         if config.head == "tokens":
-            x = x if masked_index is None else take_tokens(x[:, 1:], masked_index)
-            return norm(config, "lm_layernorm")(x)
+            return norm(config, "lm_layernorm")(x if masked_index is None else x[:, 1:])
         if config.head == "mim":
             head = _lm_head(config, "lm_")
             if config.early_layers:
                 other = head if config.shared_lm_head else _lm_head(config, "cls_pt_")
-                self.sow("aggregation", "logits", other(aggregated[:, 1:], masked_index))
-            return head(x[:, 1:], masked_index)
+                self.sow("aggregation", "logits", other(aggregated[:, 1:]))
+            return head(x[:, 1:])
         if config.use_mean_pooling:
             normed = config.head != "none" or self._has_pooler()
             x = layers.pooled_patches(config, x, normed=normed)
@@ -275,6 +292,16 @@ class Beit(nn.Module):
         if config.head == "none" or config.num_labels == 0:
             return x.astype(jnp.float32)
         return layers.classifier(config, x)
+
+    def _read(self, batch, masked_index):
+        """The tokens [B, M] that are read of the last layer, the class token and masked patches, or
+        None for all."""
+        class_token = jnp.zeros((batch, 1), jnp.int32)
+        if self.config.head in ("mim", "tokens"):
+            if masked_index is None:
+                return None
+            return jnp.concatenate([class_token, 1 + masked_index.astype(jnp.int32)], axis=1)
+        return None if self.config.use_mean_pooling else class_token
 
     def _has_pooler(self):
         """Whether there is a norm of the mean, which transformers' networks without a head may

@@ -6,19 +6,20 @@ B batch, S visible patches of N, D encoder width, E decoder width, P patch size,
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models.beit import BeitConfig, Layer
+from beit_jax.models.beit import BeitConfig, Layer, run_layers
 from beit_jax.models.dense import Dense, spread
 from beit_jax.models.position import sincos_position_embeddings
 
 
 class Decoder(nn.Module):
-    """Tokens of the visible patches to pixels of all patches; `config` is of its own layers."""
+    """Tokens of the visible patches to pixels; `config` is of its own layers."""
 
     config: BeitConfig
 
     @nn.compact
-    def __call__(self, x, visible_index, deterministic=True):
-        """Tokens [B, 1 + S, D] and their patches [B, S] to pixels float32 [B, N, P P C]."""
+    def __call__(self, x, visible_index, masked_index=None, deterministic=True):
+        """Tokens [B, 1 + S, D] and their patches [B, S] to pixels float32 [B, N, P P C], or to
+        those of the patches [B, M], [B, M, P P C]."""
         config = self.config
         normal, dtype = nn.initializers.normal(0.02), jnp.dtype(config.dtype)
         width, patches = config.hidden_size, config.grid[0] * config.grid[1]
@@ -29,8 +30,10 @@ class Decoder(nn.Module):
         tokens = tokens.at[rows, visible_index].set(x[:, 1:])
         tokens += sincos_position_embeddings(config.grid, width, 0).astype(dtype)
         x = jnp.concatenate([x[:, :1], tokens], axis=1)
-        for index in range(config.num_hidden_layers):
-            x = Layer(config, index, name=f"layer_{index}")(x, None, deterministic)
-        x = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="layernorm")(x[:, 1:])
+        stack = [Layer(config, i, name=f"layer_{i}") for i in range(config.num_hidden_layers)]
+        read = None if masked_index is None else 1 + masked_index.astype(jnp.int32)
+        x = run_layers(stack, x, None, deterministic, read)
+        x = x[:, 1:] if read is None else x
+        x = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, name="layernorm")(x)
         pixels = config.patch_size**2 * config.num_channels
         return Dense(pixels, normal, dtype=dtype, name="pixels")(x).astype(jnp.float32)

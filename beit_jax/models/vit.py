@@ -157,7 +157,9 @@ class Layer(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x, deterministic):
+    def __call__(self, x, deterministic, num_read=None):
+        """Tokens [B, T, D] to [B, T, D], or to the first `num_read` of them: what nobody reads of
+        the last layer its MLP need not compute."""
         config = self.config
         dropout = nn.Dropout(config.hidden_dropout_prob)
         biased = ("query", "key", "value") if config.qkv_bias else ()
@@ -177,10 +179,10 @@ class Layer(nn.Module):
             return add(x, functools.partial(branch, *parts), deterministic=deterministic)
 
         if config.use_post_norm:
-            x = norm(config, "attention_layernorm")(residual(x, attend, None, None))
+            x = norm(config, "attention_layernorm")(residual(x, attend, None, None))[:, :num_read]
             return norm(config, "mlp_layernorm")(residual(x, mlp, None, None))
         scales = [layers.layer_scale(self, config, f"lambda_{i}") for i in (1, 2)]
-        x = residual(x, attend, norm(config, "layernorm_before"), scales[0])
+        x = residual(x, attend, norm(config, "layernorm_before"), scales[0])[:, :num_read]
         return residual(x, mlp, norm(config, "layernorm_after"), scales[1])
 
 
@@ -234,9 +236,14 @@ class ViT(nn.Module):
         config = self.config
         x = Embeddings(config, name="embeddings")(image, deterministic=deterministic)
         policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(Layer, policy=policy, static_argnums=(2,)) if policy else Layer
+        layer = nn.remat(Layer, policy=policy, static_argnums=(2, 3)) if policy else Layer
+        reads_patches = config.use_mean_pooling or config.use_class_and_mean
+        looked_into = self.is_mutable_collection("intermediates")
         for index in range(config.num_hidden_layers):
-            x = layer(config, index, name=f"layer_{index}")(x, deterministic)  # [B, T, D]
+            is_last = index == config.num_hidden_layers - 1
+            is_short = is_last and not reads_patches and not looked_into
+            num_read = config.num_read if is_short else None
+            x = layer(config, index, name=f"layer_{index}")(x, deterministic, num_read)
         if config.use_mean_pooling:
             features = layers.pooled_patches(config, x, config.num_prefix)
         else:

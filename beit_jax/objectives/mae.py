@@ -81,8 +81,8 @@ def make(config, model) -> Objective:
         params = _fix_positions(params)
         index = masking.visible(masks.index, patches)
         x = model.apply({"params": params}, views.image, visible_index=index, **apply_options(rng))
-        x = decoder.apply({"params": params["decoder"]}, x, index, rng is None)
-        return take_tokens(x, masks.index)  # [B, M, Q]
+        variables = {"params": params["decoder"]}
+        return decoder.apply(variables, x, index, masks.index, rng is None)  # [B, M, Q]
 
     def targets(views, masks):
         target = take_tokens(patchify(views.image, c.patch_size), masks.index)
