@@ -135,7 +135,7 @@ def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator
             if lacks_memory and ready:  # which hold it; they are made again
                 close_ready(ready)
                 found, lacks_memory = beside(name)
-            if lacks_memory and name and "ours" not in found["failed"]:
+            if lacks_memory and name and "ours" in found["facts"]:
                 found = apart(name)
             yield complete({**row, **found, "clocks": clocks()})
             if "ours" in found["failed"]:

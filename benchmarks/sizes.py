@@ -38,7 +38,7 @@ SIZES = {
         "BEiT-B/16 @224": Size(
             _vit(768, 12, 12, 224, 16, 1000), (64, 256), (1, 64, 512), (128,), (64,)
         ),
-        "BEiT-L/16 @224": Size(_vit(1024, 24, 16, 224, 16, 1000), (64, 256), (1, 512)),
+        "BEiT-L/16 @224": Size(_vit(1024, 24, 16, 224, 16, 1000), (128, 256), (1, 512)),
         "BEiT-L/16 @384": Size(
             _vit(1024, 24, 16, 384, 16, 1000), (2, 16, 64), (1, 64), (), (2, 64)
         ),
@@ -63,8 +63,8 @@ def title(row: dict) -> str:
 def flops(architecture: dict, kind: str) -> float:
     """Floating-point operations for one picture, two per multiply-add; training is three times a
     forward pass but for the gradient of the pictures. With adapters the kernels have no gradient,
-    and their own products are left out. The head of masked patches sees 40 % of them, and a
-    tokenizer is OpenAI's, which sees 8 x 8 pixels of each."""
+    and their own products are left out. The head of masked patches and the last MLP see 40 % of
+    them, and a tokenizer is OpenAI's, which sees 8 x 8 pixels of each."""
     width, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
     patches = (architecture["image_size"] // architecture["patch_size"]) ** 2
     tokens = patches + 1
@@ -73,6 +73,8 @@ def flops(architecture: dict, kind: str) -> float:
     layer = 8 * tokens * width**2 + mlp + 4 * tokens**2 * width
     heads = MASKED * patches * 8192 if kind.startswith("mim") else architecture["num_labels"]
     forward = layers * layer + embed + 2 * width * heads
+    if kind.startswith("mim"):
+        forward -= (1 - MASKED) * mlp
     if kind == "inference":
         return forward
     if "tokenizer" in kind:

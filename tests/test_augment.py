@@ -380,6 +380,10 @@ def test_shares_have_the_distribution(alpha):
     drawn = np.asarray(jax.jit(jax.vmap(lambda key: augment.symmetric_beta(key, alpha)))(keys))
     assert scipy.stats.kstest(drawn, scipy.stats.beta(alpha, alpha).cdf).pvalue > 1e-3
     assert drawn.min() >= 0 and drawn.max() <= 1
+    shares = np.diff(augment._quantiles(alpha).astype(np.float64))
+    low = augment._quantiles(alpha)[:-1].astype(np.float64) - 0.5
+    variance = (low**2 + low * shares + shares**2 / 3).mean()
+    np.testing.assert_allclose(variance, scipy.stats.beta(alpha, alpha).var(), rtol=2e-3)
 
 
 def timm_cutmix_area(rng, height, width):

@@ -204,6 +204,26 @@ def test_a_peer_without_memory_beside_ours_has_the_device_by_turns(monkeypatch):
         assert [len(times) for times in row["seconds"][name].values()] == [2, 2]
 
 
+def test_ours_without_memory_in_its_blocks_has_the_device_by_turns(monkeypatch):
+    class Greedy(FakeContender):
+        here = []
+
+        def __init__(self, name, *_):
+            super(FakeContender, self).__init__()
+            self.name, self.facts = name, {"losses": [0.5, 0.4, 0.3], "latency_seconds": 0.1}
+            self.here.append(name)
+
+        def __call__(self, n):
+            if self.name == "ours" and len(self.here) > 1:
+                raise timing.ContenderError("ours", "RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(steps, "Contender", Greedy)
+    names = ["transformers eager", "timm compiled"]
+    rows = list(steps.measure_row(KEY, names, ARGS))
+    assert [(row["apart"], row["failed"]) for row in rows] == [([name], {}) for name in names]
+    assert Greedy.here == []
+
+
 def test_those_that_are_ready_make_room(monkeypatch):
     """Ours has no memory beside a contender of another row, which is closed then."""
     monkeypatch.setattr(steps, "Contender", FakeContender)

@@ -16,7 +16,7 @@ from beit_jax.data.resize import Size, center_crop, crop_and_resize, resize
 
 CROPS = ("rrc", "pad", "squash")  # of training
 EVAL_CROPS = ("squash", "center")
-QUANTILES = 1024  # of a distribution that is drawn from
+QUANTILES = 2**14  # of a distribution that is drawn from
 
 
 def train_view(
@@ -291,7 +291,8 @@ def mixup_cutmix(
 
 
 def symmetric_beta(rng: jax.Array, alpha: float) -> jax.Array:
-    """A number ~ Beta(alpha, alpha), float32: evenly distributed between two of its quantiles.
+    """A number ~ Beta(alpha, alpha), float32: evenly distributed between two of its quantiles,
+    and so, with an alpha above 1, beyond the first and the last a little too wide.
 
     `jax.random.beta` loops until a draw is accepted. At each turn a GPU asks the host whether to go
     on, which then cannot prepare the rest of the step while the one before it runs.

@@ -257,23 +257,26 @@ class Beit(nn.Module):
             bias = relative_position_bias(layers.bias_table(self, config), config.grid)
         policy = REMAT_POLICIES[config.remat]
         layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
-        read = self._read(len(x), masked_index)
+        read = self._read(x.shape[0], masked_index)
         looked_into = self.is_mutable_collection("intermediates")
 
         def run(stack, x, read=None):
             return run_layers(stack, x, bias, deterministic, read, whole=looked_into)
 
+        def unpad(x):
+            return x[:, :tokens] if read is None else x
+
         stack = [layer(config, i, name=f"layer_{i}") for i in range(config.num_hidden_layers)]
         early = config.early_layers
         x = aggregated = run(stack[:early], pad(x))  # padded once, attention masks what comes in
-        x = run(stack[early:], x, read)[:, :tokens]
+        x = unpad(run(stack[early:], x, read))
         if config.head == "mim" and early:
             extra = [
                 layer(config, early + i, name=f"cls_pt_layer_{i}")
                 for i in range(config.head_layers)
             ]
             aggregated = jnp.concatenate([x[:, :1], aggregated[:, 1:tokens]], axis=1)
-            aggregated = run(extra, pad(aggregated), read)[:, :tokens]
+            aggregated = unpad(run(extra, pad(aggregated), read))
         if not config.use_mean_pooling:
             x = norm(config, "layernorm")(x)
         if config.head == "tokens":

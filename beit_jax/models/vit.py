@@ -179,7 +179,8 @@ class Layer(nn.Module):
             return add(x, functools.partial(branch, *parts), deterministic=deterministic)
 
         if config.use_post_norm:
-            x = norm(config, "attention_layernorm")(residual(x, attend, None, None))[:, :num_read]
+            x = residual(x, attend, None, None)[:, :num_read]
+            x = norm(config, "attention_layernorm")(x)
             return norm(config, "mlp_layernorm")(residual(x, mlp, None, None))
         scales = [layers.layer_scale(self, config, f"lambda_{i}") for i in (1, 2)]
         x = residual(x, attend, norm(config, "layernorm_before"), scales[0])[:, :num_read]
