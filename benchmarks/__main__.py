@@ -121,13 +121,17 @@ def measure_row(key: tuple, theirs: Sequence[str], args, ready=None) -> Iterator
         return found, lacks_memory
 
     def apart(name):
-        found = _nothing()
+        """The same of a peer alone and then of ours."""
         try:
-            found["seconds"][name], found["facts"] = _apart(start, name, key[2], args)
-            found["apart"] = [name]
+            with contextlib.closing(start(name)) as peer:
+                blocks = measure({"theirs": peer}, args.rounds, args.seconds)
+            with contextlib.closing(start("ours")) as own:
+                _check(name, peer, own, key[2])
+                blocks |= measure({"ours": own}, args.rounds, args.seconds)
         except ContenderError as error:
-            found["failed"][error.name] = str(error)
-        return found
+            return _nothing() | {"failed": {error.name: str(error)}}
+        facts = {"ours": own.facts, name: peer.facts}
+        return _nothing() | {"facts": facts, "seconds": {name: blocks}, "apart": [name]}
 
     with contextlib.ExitStack() as stack:
         for name in theirs or [""]:
@@ -191,16 +195,6 @@ def close_ready(ready: dict, key: tuple | None = None) -> None:
         made = ready.pop(each)
         if not made.exception():
             made.result().close()
-
-
-def _apart(start, name, dtype, args):
-    """The peer alone and then ours: seconds of each block, and what both tell."""
-    with contextlib.closing(start(name)) as peer:
-        blocks = measure({"theirs": peer}, args.rounds, args.seconds)
-    with contextlib.closing(start("ours")) as own:
-        _check(name, peer, own, dtype)
-        blocks |= measure({"ours": own}, args.rounds, args.seconds)
-    return blocks, {"ours": own.facts, name: peer.facts}
 
 
 def _check(name, peer, own, dtype):

@@ -353,7 +353,7 @@ def _sum_of_pictures(x):
     def run(x):
         batch, width = len(x), math.prod(x.shape[1:])
         columns, step = pl.cdiv(width, COLUMNS), math.gcd(batch, PICTURES)
-        parts = math.gcd(batch // step, 1 << max(1, PROGRAMS // columns).bit_length() - 1)
+        parts = math.gcd(batch // step, kernels.power_of_two(PROGRAMS // columns))
 
         def body(x_ref, out_ref):
             mask = pl.program_id(0) * COLUMNS + jnp.arange(COLUMNS) < width

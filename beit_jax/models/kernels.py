@@ -25,6 +25,11 @@ def is_interpreted() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def power_of_two(n: int) -> int:
+    """The largest that is at most n, or 1: sizes of what a kernel has at once are such."""
+    return 1 << max(1, n).bit_length() - 1
+
+
 def exp2(x: jax.Array) -> jax.Array:
     """2 ** x in float32, inside of a kernel, by one instruction: without those that XLA's Triton
     adds for results below 2 ** -126, which are 0 here."""

@@ -205,7 +205,7 @@ def _for_all_tokens(name, body, arrays, vectors, outputs):
     def run(*given):
         first, tokens = given[0], given[0].size // given[0].shape[-1]
         rows = [x.reshape(tokens, -1) for x in given[: len(arrays)]]
-        some = math.gcd(tokens, 1 << max(1, SHORT // rows[0].shape[1]).bit_length() - 1)
+        some = math.gcd(tokens, kernels.power_of_two(SHORT // rows[0].shape[1]))
         own = [pl.BlockSpec((some, x.shape[1]), lambda i: (i, 0)) for x in rows]
         common = [pl.BlockSpec(x.shape, lambda i: (0,)) for x in vectors]
         results = pl.pallas_call(
