@@ -136,14 +136,20 @@ def load_best(saver, mesh):
     return int(state["step"]), *sharding.put((params, model_state), sharding.replicated(mesh))
 
 
-def finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts) -> dict:
-    """Evaluates parameters on val and test; writes results.json, with the facts, and pictures."""
+def finish(
+    config, workdir, task, step, params, model_state, splits, evaluator, log, facts, found=()
+) -> dict:
+    """Evaluates parameters on val and test; writes results.json, with the facts, and pictures.
+    `found` is what the evaluator has said of a split already."""
+    found = dict(found)
     num_parameters = sum(x.size for x in jax.tree.leaves(params)) + task.num_frozen
     results = {"step": step, "num_parameters": num_parameters, **facts}
     for name in ("val", "test"):
         if name in splits:
             with log.timer("evaluate"):
-                metrics, outputs = evaluator(splits[name], params, model_state)
+                if name not in found:
+                    found[name] = evaluator(splits[name], params, model_state)
+            metrics, outputs = found[name]
             if task.choose and name == "test" and "val" in results:
                 metrics = task.choose(results["val"], metrics)
             results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}

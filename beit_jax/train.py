@@ -112,6 +112,7 @@ def _train(config, workdir, mesh, stack):
         profiling.at_steps(config.profile_steps, workdir, start_step, plan.total_steps)
     )
     queue = collections.deque()
+    validated = {}  # by step: what the validation found, of the best and of the last
 
     def read(keep: int):
         """Reads the numbers of finished steps, all but the newest `keep`."""
@@ -148,8 +149,8 @@ def _train(config, workdir, mesh, stack):
             if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
                 read(keep=0)
                 with log.timer("evaluate"):
-                    metrics, _ = evaluator(splits["val"], state.eval_params, state.model_state)
-                scores = evaluate.scalars_of(metrics)
+                    found = evaluator(splits["val"], state.eval_params, state.model_state)
+                scores = evaluate.scalars_of(found[0])
                 log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
             best = scores is not None and config.keep_best > 0 and saver.is_best(scores)
             periods = plan.save_every, plan.keep_every
@@ -157,6 +158,10 @@ def _train(config, workdir, mesh, stack):
                 read(keep=0)
                 with log.timer("save"):
                     saver.save(step, state, metrics=scores)
+            if scores is not None:
+                validated[step] = found
+                chosen = saver.best_step(), step
+                validated = {key: found for key, found in validated.items() if key in chosen}
         with log.timer("save"):
             if stopped:
                 read(keep=0)
@@ -176,8 +181,9 @@ def _train(config, workdir, mesh, stack):
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = config.batch_size / log.images_per_second
+    found = {"val": validated[step]} if step in validated else {}
     return evaluate.finish(
-        config, workdir, task, step, params, model_state, splits, evaluator, log, facts
+        config, workdir, task, step, params, model_state, splits, evaluator, log, facts, found
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 from flax import traverse_util
 from scipy import special
 
-from beit_jax import architecture, build, checkpoint, report
+from beit_jax import architecture, build, checkpoint, evaluate, report
 from beit_jax.data import sources
 from beit_jax.tasks import classify
 from beit_jax.train import catch_signals
@@ -294,9 +294,30 @@ def test_finished_run_only_evaluates(tmp_path, train, finished, capsys):
     out = capsys.readouterr().out
     assert "Compiled" not in out
     assert f"The run is complete, with {results['step']} steps" in out
-    assert results["test"]["loss"] == finished[1]["test"]["loss"]
+    assert all(results[name]["loss"] == finished[1][name]["loss"] for name in ("val", "test"))
     assert results["seconds"] == finished[1]["seconds"] and results["seconds"]["step"] > 0
     assert report.read_metrics(workdir)[:-1] == report.read_metrics(finished[0])[:-1]
+
+
+@pytest.mark.parametrize("keep_best", [0, 1])
+def test_a_validation_is_not_computed_again(tmp_path, train, monkeypatch, keep_best):
+    make, evaluated = evaluate.make_evaluator, []
+
+    def make_evaluator(*args):
+        def evaluator(split, *state):
+            evaluated.append(split.source.split)
+            return make(*args)(split, *state)
+
+        return evaluator
+
+    monkeypatch.setattr(evaluate, "make_evaluator", make_evaluator)
+    changes = {"total_steps": 2, "eval_every": "1", "keep_best": keep_best}
+    results = train(tmp_path, ALL | changes)
+    validation, test = ALL["data.val"], ALL["data.test"]
+    assert evaluated == [validation, validation, test]
+    monkeypatch.undo()
+    again = train(tmp_path, ALL | changes)
+    assert (again["step"], again["val"]) == (results["step"], results["val"])
 
 
 def test_validation_on_a_fold(tmp_path, train, capsys):

@@ -102,13 +102,6 @@ _IGNORED = re.compile(  # buffers, and the extra layers of BEiT v2's patch aggre
 )
 
 
-def _hf5(rule: Rule) -> Rule:
-    source = rule.source
-    for old, new in _HF5_NAMES.items():
-        source = source.replace(old, new)
-    return rule._replace(source=source)
-
-
 def _flax(rule: Rule) -> Rule:
     leaf = rule.targets[0].rpartition("/")[2]
     return rule._replace(source=re.sub(r"weight$", leaf, rule.source), op=IDENTITY)
@@ -140,7 +133,7 @@ def _table(names: Iterable[str]) -> list[Rule]:
     last = "lm_layernorm" if "lm_head.weight" in names else "layernorm"
     return {
         "hf": _HF,
-        "hf5": [_hf5(rule) for rule in _HF],
+        "hf5": rules.renamed(_HF, _HF5_NAMES),
         "flax": [_flax(rule) for rule in _HF],
         "unilm": _UNILM + norm("norm", last),
     }[format_of(names)]

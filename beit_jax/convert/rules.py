@@ -63,6 +63,17 @@ def expand(rules: Iterable[Rule], num_layers: int, **fields: str) -> list[Rule]:
     ]
 
 
+def renamed(rules: Iterable[Rule], names: Mapping[str, str]) -> list[Rule]:
+    """The rules of a checkpoint that has other names: parts of sources, old -> new, in order."""
+    changed = []
+    for rule in rules:
+        source = rule.source
+        for old, new in names.items():
+            source = source.replace(old, new)
+        changed.append(rule._replace(source=source))
+    return changed
+
+
 def is_covered(name: str, parts: Iterable[str]) -> bool:
     """True where `name` is one of `parts` or lies under one: "head" covers "head.bias"."""
     parts = (parts,) if isinstance(parts, str) else parts

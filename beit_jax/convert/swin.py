@@ -132,7 +132,7 @@ class Family(NamedTuple):
         prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
         table = self.table(architecture, prefix)
         if any(".attention.q_proj." in name for name in tensors):
-            table = [_hf5(rule) for rule in table]
+            table = rules.renamed(table, _HF5_NAMES)
         flat, unfilled = rules.to_params(
             {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
             table,
@@ -211,13 +211,6 @@ def _filled(table: Iterable[Rule], **fields: Any) -> list[Rule]:
         Rule(rule.source.format(**fields), tuple(t.format(**fields) for t in rule.targets), rule.op)
         for rule in table
     ]
-
-
-def _hf5(rule: Rule) -> Rule:
-    source = rule.source
-    for old, new in _HF5_NAMES.items():
-        source = source.replace(old, new)
-    return rule._replace(source=source)
 
 
 def _integers(config, key, default) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ the `image` of model.json, and `resized` tells that the host has cropped and res
 import jax
 import numpy as np
 
-from beit_jax.data import augment, images
+from beit_jax.data import augment, images, randaugment
 from beit_jax.data.resize import FILTERS, Size
 
 
@@ -70,8 +70,8 @@ def _augmented(rng, image, config, **rendering):
 
 
 def check(config) -> None:
-    """Raises ValueError where the config names an unknown crop or interpolation, or ranges of a
-    crop that leave nothing."""
+    """Raises ValueError where `config.augment` or `config.image` has a value that nothing can be
+    made of."""
     for key, name, known in (
         ("augment.crop", config.augment.crop, augment.CROPS),
         ("image.crop", config.image.crop, augment.EVAL_CROPS),
@@ -88,6 +88,17 @@ def check(config) -> None:
                 f"config.augment.{key} is {pair}; expected two numbers above 0 and at most "
                 f"{most}, the smaller one first."
             )
+    for keys, most, kind in (
+        (("flip", "erasing", "mix_prob", "mix_switch_prob"), 1, "probability, from 0 to 1"),
+        (("mixup", "cutmix", "noise_std", "color_jitter", "pad"), np.inf, "number from 0 up"),
+    ):
+        for key in keys:
+            if not 0 <= config.augment[key] <= most:
+                raise ValueError(
+                    f"config.augment.{key} is {config.augment[key]}; expected a {kind}."
+                )
+    if config.augment.randaugment not in ("", "trivial"):
+        randaugment.parse(config.augment.randaugment)
     for key in ("mean", "std"):
         values = config.image[key] or ()
         if not all(isinstance(x, int | float) for x in values):
