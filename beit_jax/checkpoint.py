@@ -325,11 +325,13 @@ class Checkpointer:
         """The step with the best metric, or None where none was measured."""
         return next(iter(_best(self._scores, self.all_steps())), None)
 
-    def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether `metrics` beat those of every step saved so far."""
+    def is_best(self, metrics: Mapping[str, float], among: int = 1) -> bool:
+        """Whether fewer than `among` of the steps saved so far are as good as `metrics`."""
         score = self._score(metrics)
+        if score is None:
+            return False
         scores = (self._scores.get(step) for step in self.all_steps())
-        return score is not None and all(s is None or score > s for s in scores)
+        return sum(s is not None and s >= score for s in scores) < among
 
     def close(self) -> None:
         """Waits, and raises CheckpointError if the last save failed."""

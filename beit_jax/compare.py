@@ -151,10 +151,10 @@ def _results(workdir):
     if not os.path.isdir(workdir):
         raise FileNotFoundError(f"There is no workdir {workdir}.")
     results = fileio.read_json(Path(workdir, "results.json"), _FIX)
-    if results is None:
+    if results is None or not report.is_complete(results):
+        what = "has no results.json" if results is None else "was measured on the way"
         raise FileNotFoundError(
-            f"{workdir} has no results.json: its run has not ended; give main.py the same command "
-            "again."
+            f"{workdir} {what}: its run has not ended; give main.py the same command again."
         )
     return results
 

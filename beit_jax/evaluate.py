@@ -126,6 +126,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
     evaluator = make_evaluator(task, config, mesh)
     step, facts = step or 0, report.read_facts(workdir)
+    facts["complete"] = last is None or bool(facts["complete"])
     return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
 
 

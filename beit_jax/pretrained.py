@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax import checkpoint, convert, errors, lora, modules
+from beit_jax import checkpoint, convert, errors, lora, modules, report
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 
@@ -112,8 +112,8 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
             "pre-trained."
         )
     params = checkpoint.load_params(workdir, step)
-    there = os.listdir(workdir)
-    if "config.json" in there and "results.json" not in there:  # of a run's start, and of its end
+    of_a_run = os.path.exists(os.path.join(workdir, "config.json"))
+    if of_a_run and not report.read_facts(workdir)["complete"]:
         logging.warning("The run of %s has not ended; what it has saved is taken.", workdir)
     if not info.lora:
         return Pretrained(params, info)
@@ -203,7 +203,7 @@ def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
     """
     old = real_names(start.info.class_names)
     heads = [name for name in start.params if name.endswith("classifier")]
-    if heads and old is None and start.info.class_names and real_names(class_names):
+    if heads and old is None and real_names(class_names):
         logging.info(
             "The classes of %s have no names: they are taken for %s, in this order.",
             start.info.pretrained or "the checkpoint",

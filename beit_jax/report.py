@@ -29,6 +29,7 @@ from beit_jax import fileio
 _DOING = {"compile": "compiling", "input": "training", "evaluate": "evaluating", "save": "saving"}
 _AT_FIRST = {"compile": "Compiling the step ...", "evaluate": "Compiling an evaluation ..."}
 _FACTS = (
+    "complete",
     "environment",
     "num_skipped",
     "num_trainable_parameters",
@@ -368,11 +369,20 @@ class _Events:
 
 
 def read_facts(workdir: str | os.PathLike) -> dict[str, Any]:
-    """What an earlier results.json says of the training itself; None where nothing is known."""
+    """What an earlier results.json says of the training itself, such as whether it is "complete";
+    None where nothing is known."""
     results = None
     with contextlib.suppress(OSError, ValueError):
         results = fileio.read_json(os.path.join(workdir, "results.json"), "")
-    return {name: (results or {}).get(name) for name in _FACTS}
+    if results is None:
+        return dict.fromkeys(_FACTS)
+    return {name: results.get(name) for name in _FACTS} | {"complete": is_complete(results)}
+
+
+def is_complete(results: Mapping[str, Any]) -> bool:
+    """Whether the content of a results.json is of a run that has come to its end; else it was
+    measured on the way."""
+    return results.get("complete", True)  # once only the end of a run left results
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

@@ -145,23 +145,28 @@ def _train(config, workdir, mesh, stack):
             step += 1
             queue.append((step, scalars))
             read(keep=LAG)
-            scores = None
+            scores, is_best = None, False
             if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
                 read(keep=0)
                 with log.timer("evaluate"):
                     found = evaluator(splits["val"], state.eval_params, state.model_state)
                 scores = evaluate.scalars_of(found[0])
                 log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
-            best = scores is not None and config.keep_best > 0 and saver.is_best(scores)
+                with log.timer("save"):  # perhaps it waits for the last one
+                    is_best = saver.is_best(scores, among=config.keep_best)
+                    if saver.is_best(scores):
+                        validated.clear()
+                if not validated or step == plan.total_steps:
+                    validated[step] = found
             periods = plan.save_every, plan.keep_every
-            if stopped or best or any(is_time(step, every, plan.total_steps) for every in periods):
+            if (
+                stopped
+                or is_best
+                or any(is_time(step, every, plan.total_steps) for every in periods)
+            ):
                 read(keep=0)
                 with log.timer("save"):
                     saver.save(step, state, metrics=scores)
-            if scores is not None:
-                validated[step] = found
-                chosen = saver.best_step(), step
-                validated = {key: found for key, found in validated.items() if key in chosen}
         with log.timer("save"):
             if stopped:
                 read(keep=0)
@@ -170,6 +175,7 @@ def _train(config, workdir, mesh, stack):
         if stopped:
             log.info(f"Saved step {step}; the same command goes on from there.")
             return stopped[0]
+    facts["complete"] = True
     if step > start_step:
         # those of this start; without a step the earlier ones stay
         facts["seconds"], facts["environment"] = None, report.environment()

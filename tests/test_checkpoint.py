@@ -262,6 +262,16 @@ def test_keeps_two_best(tmp_path):
         assert saver.all_steps() == [0, 2, 4]
 
 
+def test_saving_what_is_among_the_best_keeps_the_best(tmp_path):
+    with Checkpointer(tmp_path, keep_last=1, keep_best=3) as saver:
+        for step, accuracy in enumerate([0.5, 0.9, 0.8, 0.4, 0.85, 0.9, np.nan, 0.7]):
+            if saver.is_best({"accuracy": accuracy}, among=3) or step == 7:
+                saver.save(step, simple(step), metrics={"accuracy": accuracy})
+        assert saver.all_steps() == [1, 4, 5, 7]
+        assert not saver.is_best({"accuracy": 0.9}) and saver.is_best({"accuracy": 0.95})
+        assert not saver.is_best({"accuracy": 0.95}, among=0)
+
+
 def test_without_keep_best_nothing_is_chosen(tmp_path):
     """Also of steps that were saved when something was to be chosen; as config.json says."""
     with Checkpointer(tmp_path, keep_last=3) as saver:

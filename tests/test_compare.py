@@ -131,6 +131,10 @@ def test_the_figure_shows_each_run(tmp_path, make_run):
     ("spoil", "message"),
     [
         (lambda path: (path / "results.json").unlink(), "has no results.json: its run has not"),
+        (
+            lambda path: (path / "results.json").write_text('{"complete": false}'),
+            "was measured on the way: its run has not ended",
+        ),
         (lambda path: (path / "results.json").write_text("{"), "results.json: damaged JSON"),
         (lambda path: (path / "results.json").write_text("[]"), "results.json: is no JSON object"),
         (lambda path: (path / "data.json").write_text(""), "data.json: damaged JSON"),

@@ -16,7 +16,7 @@ import pytest
 from flax import traverse_util
 from scipy import special
 
-from beit_jax import architecture, build, checkpoint, evaluate, report
+from beit_jax import architecture, build, checkpoint, evaluate, pretrained, report
 from beit_jax.data import sources
 from beit_jax.tasks import classify
 from beit_jax.train import catch_signals
@@ -402,7 +402,7 @@ def test_loss_that_is_not_finite_before_the_first_checkpoint(tmp_path, train):
         train(tmp_path, {"optim.learning_rate": 1e38})
 
 
-def test_evaluates_only(tmp_path, train, finished):
+def test_evaluates_only(tmp_path, train, finished, caplog):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     os.remove(workdir / "results.json")
     steps = sorted(os.listdir(workdir / "checkpoints"))
@@ -412,7 +412,14 @@ def test_evaluates_only(tmp_path, train, finished):
         assert results[split]["loss"] == stored[split]["loss"] == finished[1][split]["loss"]
     assert sorted(os.listdir(workdir / "checkpoints")) == steps
     assert losses(workdir) == losses(finished[0])
-    train(workdir, ALL)  # and it is still the run that it was
+    assert not results["complete"]  # as far as the files tell
+    pretrained.load(str(workdir))
+    assert "has not ended" in caplog.text
+    assert train(workdir, ALL)["complete"]  # it is still the run that it was
+    assert train(workdir, ALL | {"eval_only": True})["complete"]
+    caplog.clear()
+    pretrained.load(str(workdir))
+    assert "has not ended" not in caplog.text
 
 
 def test_evaluates_pretrained_only(tmp_path, train, finished):
