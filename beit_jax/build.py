@@ -123,6 +123,7 @@ def check(config) -> None:
             raise ValueError(f"config.{key} is {value}; expected at least {least}.")
     for key, value, known in (
         ("best_mode", config.best_mode, ("max", "min")),
+        ("pretrained_classes", config.pretrained_classes, ("names", "numbers")),
         ("model.attention", config.model.attention, layers.ATTENTIONS),
         ("model.remat", config.model.remat, layers.REMAT_POLICIES),
         ("model.drop_path_mode", config.model.drop_path_mode, layers.DROP_PATH_MODES),

@@ -9,7 +9,7 @@ import numpy as np
 
 from beit_jax import build, compiler, fileio, plots, pretrained, report, sharding
 from beit_jax import workdir as workdirs
-from beit_jax.data import inputs
+from beit_jax.data import folder, inputs
 from beit_jax.state import take
 
 
@@ -71,8 +71,14 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         start = load(config.pretrained, config.pretrained_revision)
         if classifies:
             names = pretrained.class_names(start)  # some may be in no picture
-            class_names = pretrained.real_names(names) or len(names)
-    splits = inputs.open_splits(config.data, mesh, ("val", "test"), class_names)
+            class_names = len(names)
+            if config.pretrained_classes == "names":
+                class_names = pretrained.real_names(names) or len(names)
+    try:
+        splits = inputs.open_splits(config.data, mesh, ("val", "test"), class_names)
+    except folder.UnknownClassesError as error:
+        error.add_note(pretrained.BY_NUMBERS)
+        raise
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
     if last is None and not config.pretrained:
@@ -163,7 +169,7 @@ def finish(
     if len({line["step"] for line in lines}) > 1:  # more than an evaluation
         plots.curves(lines, os.path.join(workdir, "curves.png"))
     skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
-    results["pictures"] = {name: s.source.info.fingerprint for name, s in splits.items()}
+    results["pictures"] = {name: s.source.fingerprint for name, s in splits.items()}
     results["num_skipped"] = max(skipped, facts.get("num_skipped") or 0)  # an earlier start's
     results["seconds"] = facts.get("seconds") or log.times()
     results["environment"] = facts.get("environment") or report.environment()

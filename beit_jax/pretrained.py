@@ -16,6 +16,11 @@ from beit_jax import checkpoint, convert, errors, lora, modules, report
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 
+BY_NUMBERS = (
+    "Where the same classes have other names there, in the same order, as WordNet's of ImageNet: "
+    "--config.pretrained_classes=numbers."
+)
+
 
 class Pretrained(NamedTuple):
     """Parameters as nested dict of arrays, and what is known of their model."""
@@ -196,16 +201,18 @@ def _listed(names) -> str:
     return ", ".join(parts) or "none"
 
 
-def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
+def with_head_for(start: Pretrained, class_names: Sequence[str], by: str = "names") -> Pretrained:
     """The checkpoint with its classifiers in the order of `class_names`; without if they differ.
 
-    Names such as LABEL_0 say nothing and are taken for the same classes.
+    Names such as LABEL_0 say nothing and are taken for the same classes in the same order; so are
+    all where `by` is "numbers", see `config.pretrained_classes`.
     """
-    old = real_names(start.info.class_names)
+    old = real_names(start.info.class_names) if by == "names" else None
     heads = [name for name in start.params if name.endswith("classifier")]
-    if heads and old is None and real_names(class_names):
+    fits = all(np.shape(start.params[head]["bias"]) == (len(class_names),) for head in heads)
+    if heads and fits and old is None and real_names(class_names):
         logging.info(
-            "The classes of %s have no names: they are taken for %s, in this order.",
+            "The classes of %s are taken for %s, in this order, whatever they are called there.",
             start.info.pretrained or "the checkpoint",
             errors.few(class_names, 4),
         )
@@ -218,9 +225,10 @@ def with_head_for(start: Pretrained, class_names: Sequence[str]) -> Pretrained:
             params[head] = {k: np.asarray(v)[..., order] for k, v in start.params[head].items()}
     else:
         logging.info(
-            "The classifier of %s is left out: it is of other classes, such as %s.",
+            "The classifier of %s is left out: it is of other classes, such as %s.%s",
             start.info.pretrained or "the checkpoint",
             next(iter(sorted(set(old) - set(class_names))), old[0]),
+            f" {BY_NUMBERS}" if fits else "",
         )
     return start._replace(params=params)
 

@@ -70,7 +70,7 @@ def _train(config, workdir, mesh, stack):
     if "train" not in splits:
         raise ValueError("config.data.train is empty; to evaluate only, set config.eval_only.")
     build.check_classes(config, splits)
-    fingerprints = {name: split.source.info.fingerprint for name, split in splits.items()}
+    fingerprints = {name: split.source.fingerprint for name, split in splits.items()}
     train = splits["train"]
     plan = build.make_plan(config, train.num_examples)
     saver = stack.enter_context(build.make_checkpointer(config, workdir, plan.keep_every))

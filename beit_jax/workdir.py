@@ -102,7 +102,7 @@ def changed_data(workdir: str | os.PathLike, splits: Mapping[str, Any]) -> list[
     path = os.path.join(workdir, "data.json")
     if not os.path.exists(path):
         return []
-    return _changed(path, {name: split.source.info.fingerprint for name, split in splits.items()})
+    return _changed(path, {name: split.source.fingerprint for name, split in splits.items()})
 
 
 def _changed(path, fingerprints):

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     # Its architecture is taken, and single fields of `model` override it. "" starts from `preset`.
     config.pretrained = ""
     config.pretrained_revision = ""  # of a hub id: branch, tag or commit
+    config.pretrained_classes = "names"  # numbers: its classes are ours, in order, by other names
     config.pretrained_reset = (  # parameters (regexes) that may differ from the checkpoint
         "(distillation_)?classifier/.*",
         "(pooler_|lm_)?layernorm/.*",

@@ -58,7 +58,7 @@ def test_reads_pictures_and_labels(kind, request, tmp_path):
     path = request.getfixturevalue(kind)
     source = sources.get_source(f"hf:{path}", "train", data_dir=tmp_path)
     assert source.class_names == tuple(NAMES) and len(source) == 30
-    assert source.info.image_shape == (8, 8, 3)
+    assert source.image_shape == (8, 8, 3)
     assert sorted(reds(source)) == list(range(30))
     expected = table(30)
     for i in range(len(source)):
@@ -69,10 +69,10 @@ def test_reads_pictures_and_labels(kind, request, tmp_path):
 
 def test_both_ways_of_keeping_it_are_the_same_data(saved, parquet, tmp_path):
     a, b = (
-        sources.get_source(f"hf:{path}", "train", data_dir=tmp_path).info.fingerprint
+        sources.get_source(f"hf:{path}", "train", data_dir=tmp_path).fingerprint
         for path in (saved, parquet)
     )
-    assert a == b != sources.get_source(f"hf:{saved}", "validation").info.fingerprint
+    assert a == b != sources.get_source(f"hf:{saved}", "validation").fingerprint
 
 
 def test_splits_have_all_classes_and_are_the_same_without_labels(saved):
@@ -92,7 +92,7 @@ def test_folder_of_pictures_keeps_files(tmp_path, picture_folder):
     """Rows that are paths; the library takes class names from folders."""
     source = sources.get_source(f"hf:{picture_folder}", "train", data_dir=tmp_path)
     assert source.class_names == ("blue", "green", "red") and len(source) == 60
-    assert source.info.image_shape is None  # two sizes
+    assert source.image_shape is None  # two sizes
     assert source[0]["image"].dtype == np.uint8
 
 
@@ -157,7 +157,7 @@ def test_missing_labels_and_pictures(tmp_path):
     datasets.Dataset.from_dict(holes, features=features).save_to_disk(path)
     source = sources.get_source(f"hf:{path}", on_bad_image="skip")
     row = {int(source.id(i).rpartition("[")[2].rstrip("]")): i for i in range(6)}
-    assert source.info.fingerprint and source.info.image_shape == (8, 8, 3)
+    assert source.fingerprint and source.image_shape == (8, 8, 3)
     assert sorted(source.labels()) == [-1, -1, 0, 1, 2, 2]
     for number in (1, 2):
         with pytest.raises(ValueError, match="has label -1; hf:.* has 3 classes, 0 to 2"):
@@ -215,12 +215,12 @@ def train_digits(tmp_path_factory):
 def test_a_missing_file_is_told(tmp_path, picture_folder):
     folder = shutil.copytree(picture_folder, tmp_path / "pictures")
     name, cache = f"hf:{folder}", {"data_dir": tmp_path / "cache"}
-    before = sources.get_source(name, **cache).info
+    before = sources.get_source(name, **cache).fingerprint
     (folder / "red" / "3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"lists hf:.* train\[\d+\], which is not there"):
-        assert sources.get_source(name, **cache).info
+        assert sources.get_source(name, **cache).fingerprint
     after = sources.get_source(name, on_bad_image="skip", **cache)
-    assert after.info.fingerprint != before.fingerprint
+    assert after.fingerprint != before
     assert len(check(after)) == 1
 
 
@@ -231,7 +231,7 @@ def test_fingerprint_changes_with_any_picture(tmp_path):
         content["image"][401] = table(1, side).to_dict()["image"][0]
         path = tmp_path / name
         datasets.Dataset.from_dict(content, features=table(1).features).save_to_disk(path)
-        found.add(sources.get_source(f"hf:{path}").info.fingerprint)
+        found.add(sources.get_source(f"hf:{path}").fingerprint)
     assert len(found) == 2
 
 

@@ -4,6 +4,7 @@ import gc
 import io
 import itertools
 import logging
+import pathlib
 import pickle
 import struct
 import threading
@@ -295,6 +296,17 @@ def test_large_pictures_are_not_kept(tmp_path):
         Image.new("RGB", (side, side)).save(tmp_path / "0.png")
         source = sources.get_source(f"folder:{tmp_path}", "train")
         assert pipeline.fits(source, 10**12) == (side == 500)
+
+
+def test_large_data_are_not_looked_at_for_that(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (6, 4)).save(tmp_path / f"{i}.png")
+    source = sources.get_source(f"folder:{tmp_path}", "train")
+    last = pathlib.Path(source.id(2))
+    last.write_bytes(b"nothing")
+    assert not pipeline.fits(source, 3 * 6 * 4 * 3 - 1)
+    with pytest.raises(BadImageError, match=last.name):
+        pipeline.fits(source, 3 * 6 * 4 * 3)
 
 
 def test_fits(source):

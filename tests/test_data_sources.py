@@ -41,8 +41,8 @@ def test_digits_are_scikit_learns():
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
     source = sources.get_source("digits", "all")
-    assert len(source) == 1797 and source.info.class_names == tuple("0123456789")
-    assert source.info.image_shape == (8, 8, 3)
+    assert len(source) == 1797 and source.class_names == tuple("0123456789")
+    assert source.image_shape == (8, 8, 3)
     numbers = [int(id.rpartition("/")[2]) for id in ids(source)]
     assert sorted(numbers) == list(range(1797))
     for i in range(0, 1797, 100):
@@ -190,7 +190,7 @@ def test_names_that_are_not_utf_8(tmp_path):
         save(tmp_path / "1.png")
         os.rename(tmp_path / "1.png", os.path.join(folder, b"\xff.png"))
     source = sources.get_source(f"folder:{tmp_path}")
-    assert len(source) == 2 and not check(source) and source.info.fingerprint
+    assert len(source) == 2 and not check(source) and source.fingerprint
 
 
 def test_flat_folders_have_no_labels(tmp_path):
@@ -515,9 +515,19 @@ def test_a_listed_picture_that_is_not_there_is_told_at_once(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("image,label\n1.png,cat\n2.png,dog\n")
     with pytest.raises(FileNotFoundError, match="lists .*2.png, which is not there"):
-        _ = sources.get_source(f"folder:{path}").info
+        _ = sources.get_source(f"folder:{path}").fingerprint
     skipping = sources.get_source(f"folder:{path}", on_bad_image="skip")
-    assert skipping.info.num_examples == 2
+    assert len(skipping) == 2 and skipping.fingerprint
+
+
+def test_a_picture_that_is_listed_in_two_splits_is_counted(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    path = tmp_path / "list.csv"
+    rows = ["a.png,0,train", "b.png,1,train", "./b.png,1,test", f"{tmp_path}/a.png,0,test"]
+    path.write_text("\n".join(["image,label,split", *rows, "c.png,0,test"]))
+    train, test = (sources.get_source(f"folder:{path}", split) for split in ("train", "test"))
+    assert test.shared_with(train) == 2
 
 
 def test_folds_cover_every_example_once_and_evenly():
@@ -531,7 +541,7 @@ def test_folds_cover_every_example_once_and_evenly():
         assert np.abs(counts - np.bincount(whole.labels()) / 5).max() < 1
         assert fold[3]["label"] == fold.labels()[3]
         np.testing.assert_array_equal(fold[3]["image"], whole[ids(whole).index(names[3])]["image"])
-    assert len({fold.info.fingerprint for pair in pairs for fold in pair}) == 10
+    assert len({fold.fingerprint for pair in pairs for fold in pair}) == 10
 
 
 def test_folds_of_unlabelled_pictures(tmp_path):
@@ -566,38 +576,38 @@ def test_unknown_names_list_the_known(tmp_path):
         sources.get_source("digits", mistake=1)
 
 
-def test_info_and_fingerprint(tmp_path):
+def test_fingerprint_and_shape(tmp_path):
     class_folders(tmp_path / "a", {"cat": 3, "dog": 2})
     class_folders(tmp_path / "b", {"cat": 3, "dog": 2})
 
     def get(name, split="train", **kwargs):
-        return sources.get_source(f"folder:{tmp_path / name}", split, **kwargs).info
+        return sources.get_source(f"folder:{tmp_path / name}", split, **kwargs)
 
-    info = get("a")
-    assert info[1:5] == ("train", 5, ("cat", "dog"), (4, 6, 3))
+    source = get("a")
+    assert (len(source), source.image_shape) == (5, (4, 6, 3))
     prints = {
         "part": get("a", "train[:4]").fingerprint,
         "no labels": get("a", labelled=False).fingerprint,
-        "whole": info.fingerprint,
+        "whole": source.fingerprint,
     }
-    assert get("b").fingerprint == info.fingerprint  # where it lies does not matter
+    assert get("b").fingerprint == source.fingerprint  # where it lies does not matter
     save(tmp_path / "b" / "dog" / "000.png", size=(700, 400))
     prints["other size"] = get("b").fingerprint
     assert get("b").image_shape is None
     os.rename(tmp_path / "a" / "dog", tmp_path / "a" / "fox")
     prints["other ids"] = get("a").fingerprint
     assert len(set(prints.values())) == len(prints)
-    digits = [sources.get_source("digits", split).info.fingerprint for split in ("train", "test")]
+    digits = [sources.get_source("digits", split).fingerprint for split in ("train", "test")]
     assert digits[0] != digits[1]
 
 
-def test_info_meets_bad_headers(tmp_path):
+def test_shape_meets_bad_headers(tmp_path):
     class_folders(tmp_path, {"cat": 3})
     (tmp_path / "cat" / "001.png").write_bytes(b"nothing")
     skipping = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
-    assert skipping.info.image_shape == (4, 6, 3)
+    assert skipping.image_shape == (4, 6, 3)
     with pytest.raises(images.BadImageError, match="001.png") as error:
-        sources.get_source(f"folder:{tmp_path}").info  # noqa: B018
+        sources.get_source(f"folder:{tmp_path}").image_shape  # noqa: B018
     assert "--config.data.on_bad_image=skip" in error.value.__notes__[0]
 
 
@@ -633,7 +643,7 @@ def test_command_without_labels(tmp_path, capsys):
     assert "--unlabelled" in capsys.readouterr().err
     source = sources.get_source(f"folder:{tmp_path}", labelled=False)
     with pytest.raises(images.BadImageError) as error:
-        source.info  # noqa: B018
+        source.image_shape  # noqa: B018
     assert f"folder:{tmp_path} --unlabelled --check` lists" in error.value.__notes__[0]
     assert command.main([f"folder:{tmp_path}", "--unlabelled", "--check"]) == 1
     assert "1 of 4 pictures cannot be decoded" in capsys.readouterr().out

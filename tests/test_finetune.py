@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from beit_jax import checkpoint, convert, fileio, predict, pretrained, report, train
+from beit_jax import checkpoint, convert, errors, fileio, predict, pretrained, report, train
 from beit_jax.data import inputs
 from configs import image_folder, lora
 
@@ -170,6 +170,30 @@ def test_measures_pictures_of_some_classes(tmp_path, picture_folder, finetuned, 
         train.run(config, str(tmp_path / "other"))
 
 
+def test_classes_by_number(tmp_path, picture_folder, finetuned, caplog):
+    """Of a folder whose classes have other names, in the order of the model's."""
+    caplog.set_level("INFO")
+    pictures = tmp_path / "pictures"
+    for new, name in enumerate(("blue", "green", "red")):
+        shutil.copytree(picture_folder / name, pictures / f"n{new}")
+    config = image_folder.get_config(f"{pictures},test")
+    config.update(pretrained=str(finetuned[0]), compile_cache="")
+    with pytest.raises(ValueError, match="classes n0, n1, n2 that are not among") as error:
+        train.run(config, str(tmp_path / "names"))
+    assert "--config.pretrained_classes=numbers" in errors.message(error.value)
+    config.pretrained_classes = "numbers"
+    results = train.run(config, str(tmp_path / "numbers"))
+    assert results["test"]["count"] == 60 and results["test"]["accuracy"] == 1.0
+
+    caplog.clear()
+    finetune(tmp_path / "new", pictures, finetuned[0], STILL)
+    assert "is left out: it is of other classes, such as blue. Where the same" in caplog.text
+    finetune(tmp_path / "kept", pictures, finetuned[0], STILL | {"pretrained_classes": "numbers"})
+    assert "are taken for n0, n1, n2, in this order" in caplog.text
+    for name, x in params_of(finetuned[0]).items():
+        np.testing.assert_array_equal(params_of(tmp_path / "kept")[name], x)
+
+
 def test_only_tests_where_the_folder_has_a_test(tmp_path, picture_folder):
     for split in ("train", "test"):
         shutil.copytree(picture_folder, tmp_path / split)
@@ -220,7 +244,7 @@ def test_classes_without_names_are_told(hf_directory, caplog):
     unnamed = start._replace(info=start.info._replace(class_names=[f"LABEL_{i}" for i in range(3)]))
     names = ["blue", "green", "red"]
     assert pretrained.with_head_for(unnamed, names) is unnamed
-    assert f"The classes of {hf_directory} have no names: they are taken for blue" in caplog.text
+    assert f"The classes of {hf_directory} are taken for blue, green, red" in caplog.text
     caplog.clear()
     pretrained.with_head_for(unnamed, unnamed.info.class_names)
     assert not caplog.text

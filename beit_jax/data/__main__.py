@@ -59,16 +59,15 @@ def run(args) -> int:
 
 def describe(source: Source) -> None:
     """Prints what is known without decoding."""
-    info = source.info
-    shape = " x ".join(map(str, info.image_shape)) if info.image_shape else "different sizes"
-    print(f"{info.name} {info.split}: {info.num_examples} pictures, {shape}")
-    if info.class_names is None:
+    shape = " x ".join(map(str, source.image_shape or ["different sizes"]))
+    print(f"{source.name} {source.split}: {len(source)} pictures, {shape}")
+    if source.class_names is None:
         print("no labels")
     else:
-        print(f"{len(info.class_names)} classes: {', '.join(info.class_names)}")
+        print(f"{len(source.class_names)} classes: {', '.join(source.class_names)}")
     if source.ignored:
         print("ignored: " + ", ".join(f"{count} {ending}" for ending, count in source.ignored))
-    print(f"fingerprint {info.fingerprint}")
+    print(f"fingerprint {source.fingerprint}")
 
 
 def report_bad_images(source: Source) -> int:

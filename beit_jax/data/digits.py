@@ -15,7 +15,7 @@ class ArraySource(Source):
     def fetch(self, indices):
         return [Record(self._image[i], self._label(i)) for i in indices]
 
-    def _image_shape(self):
+    def shape_of(self, indices):
         return (*self._image.shape[1:3], 3)
 
     def _identity(self):

@@ -39,6 +39,10 @@ class EmptyFoldersError(ValueError):
     """Class folders without a picture."""
 
 
+class UnknownClassesError(ValueError):
+    """Classes that are not those expected."""
+
+
 class Listing(NamedTuple):
     """The pictures of all splits."""
 
@@ -65,7 +69,8 @@ def list_folder(
     Raises:
       FileNotFoundError: no such folder, or no pictures in it.
       EmptyFoldersError: class folders are empty; names all of them.
-      ValueError: it is a file, the layout is ambiguous, or a class folder is not in `class_names`.
+      UnknownClassesError: a class folder is not in `class_names`.
+      ValueError: it is a file, or the layout is ambiguous.
     """
     root = pathlib.Path(root).expanduser()
     if root.is_file():
@@ -119,8 +124,8 @@ def list_csv(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is no CSV file in UTF-8, a column or a cell is missing, or a label is not in
-        `class_names`.
+      UnknownClassesError: a label is not in `class_names`.
+      ValueError: it is no CSV file in UTF-8, or a column or a cell is missing.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
@@ -311,7 +316,7 @@ def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[st
     if digits and not has_numbers:
         number = {label: int(label) for label in found if int(label) < len(class_names)}
     if unknown := sorted(found - number.keys()):
-        raise ValueError(
+        raise UnknownClassesError(
             f"{where} has the classes {', '.join(unknown)} that are not among the "
             f"{len(class_names)} expected: {', '.join(class_names)}"
         )

@@ -187,11 +187,16 @@ def eval_batches(
 
 def fits(source: Source, limit_bytes: int) -> bool:
     """Whether all pictures have one shape, and need at most `limit_bytes` together and `LARGEST`
-    each, as uint8."""
-    shape = source.info.image_shape
-    if shape is None or math.prod(shape) > LARGEST:
+    each, as uint8. Where the first one says that they do not, no other is looked at."""
+
+    def is_small(shape):
+        size = math.prod(shape)
+        return size <= LARGEST and len(source) * size <= limit_bytes
+
+    first = source.shape_of(range(1))
+    if first is not None and not is_small(first):
         return False
-    return len(source) * math.prod(shape) <= limit_bytes
+    return source.image_shape is not None and is_small(source.image_shape)
 
 
 def load_all(
@@ -208,7 +213,7 @@ def load_all(
       source: what to decode.
       threads: that decode.
     """
-    shape = source.info.image_shape
+    shape = source.image_shape
     if shape is None:
         raise ValueError(f"the pictures of {source.name} differ in size; use train_batches")
     image = np.zeros((len(source), *shape), np.uint8)

@@ -28,17 +28,6 @@ class SplitError(ValueError):
     """A data set has no such split, or nothing in it."""
 
 
-class SourceInfo(NamedTuple):
-    """What is known of a source before its pictures are decoded."""
-
-    name: str
-    split: str
-    num_examples: int
-    class_names: tuple[str, ...] | None  # None without labels
-    image_shape: tuple[int, int, int] | None  # H, W, 3; None where pictures differ
-    fingerprint: str  # changes with the split, the ids, the labels or the sizes of the files
-
-
 class Record(NamedTuple):
     """An example that is not decoded."""
 
@@ -151,7 +140,7 @@ class Source:
         return np.intersect1d(self._places(), other._places()).size
 
     def _places(self) -> np.ndarray:
-        """A number for each example that no other of the data set has, int64 [N]."""
+        """A number for each example that no other picture of the data set has, int64 [N]."""
         starts = {split: i << 40 for i, split in enumerate(self.splits)}
         places = (starts[split] + np.arange(r.start, r.stop, r.step) for split, r in self.parts)
         return np.concatenate(list(places))
@@ -163,26 +152,25 @@ class Source:
         )
 
     @functools.cached_property
-    def info(self) -> SourceInfo:
-        """This may look at the size of every file, and at headers until two pictures differ."""
+    def fingerprint(self) -> str:
+        """A checksum of the split, the ids, the labels and the sizes of the files, all of which may
+        be looked at."""
         digest = hashlib.sha256()
         for part in (self.split, *self._identity()):
             digest.update(repr(part).encode())
-        return SourceInfo(
-            self.name,
-            self.split,
-            len(self),
-            self.class_names,
-            self._image_shape(),
-            digest.hexdigest()[:32],
-        )
+        return digest.hexdigest()[:32]
 
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        """H, W, 3 of all pictures, by their headers; None where two differ."""
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """H, W, 3 of all pictures; None where two differ, until which it may look at headers."""
+        return self.shape_of(range(len(self)))
+
+    def shape_of(self, indices: Sequence[int]) -> tuple[int, int, int] | None:
+        """H, W, 3 of these pictures, by their headers; None where two differ."""
         shape = None
-        for start in range(0, len(self), CHUNK):
-            indices = range(start, min(start + CHUNK, len(self)))
-            for index, record in zip(indices, self.fetch(indices), strict=True):
+        for start in range(0, len(indices), CHUNK):
+            chunk = indices[start : start + CHUNK]
+            for index, record in zip(chunk, self.fetch(chunk), strict=True):
                 try:
                     with images.naming(lambda index=index: self.id(index)):
                         height, width = images.read_size(record.image)
@@ -242,11 +230,11 @@ class Subset(Source):
     def _places(self):
         return self._source._places()[self._indices]
 
-    def _image_shape(self):
-        return self._source.info.image_shape
+    def shape_of(self, indices):
+        return self._source.shape_of(self._indices[indices].tolist())
 
     def _identity(self):
-        yield self._source.info.fingerprint
+        yield self._source.fingerprint
         yield self._indices.tobytes()
 
 

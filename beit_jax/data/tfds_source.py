@@ -50,7 +50,7 @@ class TfdsSource(Source):
         chunks = (range(i, min(i + CHUNK, len(self))) for i in range(0, len(self), CHUNK))
         return np.array([record.label for chunk in chunks for record in self.fetch(chunk)], int)
 
-    def _image_shape(self):
+    def shape_of(self, indices):
         height, width = self._shape[:2]
         return None if height is None or width is None else (height, width, 3)
 

@@ -69,7 +69,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         if start is None:
             return params
         return fit(
-            with_head_for(start, class_names),
+            with_head_for(start, class_names, config.pretrained_classes),
             params,
             info.architecture,
             reset=config.pretrained_reset,

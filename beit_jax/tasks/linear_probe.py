@@ -25,7 +25,7 @@ def unused(config) -> dict:
     """Settings that change nothing here, see `tasks/__init__.py`."""
     fields = set(config.model) - {*architecture.RUNTIME, "image_size"}
     own = {"objective": "tokens", "tokenizer": "", "teacher": ""}
-    own |= {"optim.layer_decay": 1.0, "lora.rank": 0}
+    own |= {"optim.layer_decay": 1.0, "lora.rank": 0, "trainable": "all"}
     return OF_LABELS | own | {f"model.{key}": None for key in sorted(fields)}
 
 

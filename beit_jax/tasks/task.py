@@ -12,6 +12,7 @@ from beit_jax.data.inputs import Split
 
 OF_LABELS = {  # settings of who learns from labels, and their values that are off
     "class_weights": "none",
+    "pretrained_classes": "names",
     "label_smoothing": 0.0,
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,

@@ -26,7 +26,7 @@ _PICTURES = 9  # drawn
 def unused(config) -> dict:
     """Settings that change nothing here, see `tasks/__init__.py`."""
     own = {"model_name": "auto", "objective": "tokens", "tokenizer": ""}
-    own |= {"optim.layer_decay": 1.0, "lora.rank": 0}
+    own |= {"optim.layer_decay": 1.0, "lora.rank": 0, "trainable": "all"}
     own |= {"augment.noise_std": 0.0, "augment.erasing": 0.0}
     return OF_LABELS | own | {f"image.{key}": None for key in ("mean", "std", "interpolation")}
 
