@@ -108,10 +108,15 @@ def check(config) -> None:
     ):
         if config[key] is not None and not 0 < config[key] < np.inf:
             raise ValueError(f"config.{key} is {config[key]}; expected a {kind} number above 0.")
-    rates = ("learning_rate", "end_value", "warmup_init", "weight_decay", "weight_decay_end")
+    rates = ("learning_rate", "end_value", "warmup_init", "weight_decay", "weight_decay_end", "eps")
     for key in (*rates, "clip_norm"):
         if (value := config.optim[key]) is not None and not 0 <= value < np.inf:
             raise ValueError(f"config.optim.{key} is {value}; expected a finite number from 0 up.")
+    for key in ("b1", "b2", "momentum"):
+        if (value := config.optim[key]) is not None and not 0 <= value < 1:
+            raise ValueError(f"config.optim.{key} is {value}; expected 0 <= {key} < 1.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed is {config.seed}; expected 0 <= seed < 2**32.")
     for key, value, least in (
         ("keep_last", config.keep_last, 1),
         ("keep_best", config.keep_best, 0),

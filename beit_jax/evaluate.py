@@ -133,7 +133,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     evaluator = make_evaluator(task, config, mesh)
     step, facts = step or 0, report.read_facts(workdir)
     facts["complete"] = last is None or bool(facts["complete"])
-    return finish(config, workdir, task, step, params, model_state, splits, evaluator, log, facts)
+    return finish(workdir, task, step, params, model_state, splits, evaluator, log, facts)
 
 
 def load_best(saver, mesh):
@@ -144,7 +144,7 @@ def load_best(saver, mesh):
 
 
 def finish(
-    config, workdir, task, step, params, model_state, splits, evaluator, log, facts, found=()
+    workdir, task, step, params, model_state, splits, evaluator, log, facts, found=()
 ) -> dict:
     """Evaluates parameters on val and test; writes results.json, with the facts, and pictures.
     `found` is what the evaluator has said of a split already."""

@@ -17,7 +17,7 @@ def exits() -> Iterator[None]:
         os.write(2, b"Interrupted.\n")
         os._exit(128 + number)
 
-    with _unless_ignored(stop):
+    with handled(stop, signal.SIGINT):
         yield
 
 
@@ -25,24 +25,20 @@ def exits() -> Iterator[None]:
 def noted() -> Iterator[list[int]]:
     """Within, Ctrl-C does no more than to be in the list that this yields."""
     caught = []
-    with _unless_ignored(lambda number, frame: caught.append(number)):
+    with handled(lambda number, frame: caught.append(number), signal.SIGINT):
         yield caught
 
 
 @contextlib.contextmanager
 def handled(handler: Callable, *numbers: int) -> Iterator[None]:
-    """Within, a handler takes the signals of these numbers."""
-    old = {number: signal.signal(number, handler) for number in numbers}
+    """Within, a handler takes the signals of these numbers, but those that are ignored; in another
+    thread than the main one, which cannot handle any, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
         for number, before in old.items():
             signal.signal(number, before)
-
-
-def _unless_ignored(handler):
-    """Ctrl-C handled, but where it is ignored, and in another thread, which cannot handle it."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        return contextlib.nullcontext()
-    return handled(handler, signal.SIGINT)

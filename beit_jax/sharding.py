@@ -6,7 +6,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh() -> Mesh:
-    """All devices on one axis, "data"."""
+    """All devices on one axis, "data".
+
+    Raises:
+      ValueError: they are of several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"There are {jax.process_count()} processes of JAX; expected one, which may have "
+            "several devices."
+        )
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
@@ -21,7 +30,7 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def put(tree, sharding: NamedSharding):
-    """Host arrays to global arrays on the devices, without waiting."""
+    """Host arrays to arrays on the devices, without waiting."""
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
     )

@@ -189,7 +189,7 @@ def _train(config, workdir, mesh, stack):
         facts["seconds_per_step"] = config.batch_size / log.images_per_second
     found = {"val": validated[step]} if step in validated else {}
     return evaluate.finish(
-        config, workdir, task, step, params, model_state, splits, evaluator, log, facts, found
+        workdir, task, step, params, model_state, splits, evaluator, log, facts, found
     )
 
 

@@ -70,6 +70,7 @@ def _set_objective(config, objective, kind, large):
         config.optim.b2 = 0.95
         config.optim.clip_norm = 0.0
     if objective == "data2vec":
+        config.keep_best = 0  # its targets change, so that losses of two steps do not compare
         config.model.drop_path_rate = 0.2 if large else 0.25
         config.model.layer_scale_init_value = 1e-5 if large else 1e-4
         config.model.attention_probs_dropout_prob = 0.15 if large else 0.05

@@ -435,6 +435,14 @@ def test_export_refuses_what_does_not_fit(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("positions", ["absolute_position_embeddings", "relative_position_bias"])
+def test_export_refuses_pictures_that_are_not_square(tmp_path, positions):
+    architecture = {"image_size": (16, 24), "patch_size": 8, "use_relative_position_bias": False}
+    beit.architecture_to_hf(architecture)
+    with pytest.raises(ValueError, match="pictures of 16 x 24, which are not square, .*export"):
+        beit.architecture_to_hf(architecture | {f"use_{positions}": True})
+
+
 def test_config_json_defaults_are_those_of_transformers():
     ours = beit.architecture_from_hf({"architectures": ["BeitModel"]}, {})
     theirs = transformers.BeitConfig()

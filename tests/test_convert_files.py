@@ -370,6 +370,11 @@ def test_the_shorter_side_comes_back(shorter_side):
     assert written["size"] == {"shortest_edge": shorter_side}
 
 
+def test_one_number_for_all_channels():
+    written = preprocessor.to_hf({**preprocessor.DEFAULT, "mean": [0.4]}, 224, num_channels=4)
+    assert written["image_mean"] == [0.4] * 4 and written["image_std"] == [0.5] * 3
+
+
 def test_a_centre_that_transformers_would_cut_otherwise():
     image = {**preprocessor.DEFAULT, "crop": "center", "crop_pct": 0.875}
     with pytest.warns(UserWarning, match="cannot cover 192 x 256 as this model does"):

@@ -318,6 +318,20 @@ def test_timm_names_of_dinov2_with_registers(tmp_path):
     np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
+def test_a_class_token_without_a_position(tmp_path):
+    """As in timm's DeiT-3."""
+    tensors = timm_names(hf_model("vit", **WIDE))
+    positions = tensors["pos_embed"]
+    own = {**tensors, "pos_embed": np.ascontiguousarray(positions[:, 1:])}
+    own["cls_token"] = tensors["cls_token"] + positions[:, :1]
+    outputs = []
+    for name, state in (("original", tensors), ("deit3", own)):
+        safetensors.numpy.save_file(state, tmp_path / f"{name}.safetensors")
+        loaded = convert.load(tmp_path / f"{name}.safetensors")
+        outputs.append(our_output(loaded, pictures(loaded)))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
 def test_swiglu_is_refused(tmp_path):
     hf_model("dinov2", use_swiglu_ffn=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_swiglu_ffn .of the giant DINOv2. is not read"):
@@ -445,7 +459,7 @@ def test_norm_of_the_mean_and_a_decoder_in_names_of_timm(tmp_path):
     [
         ({"reg_token": (1, 4, 128)}, "wrong shape: pos_embed"),
         ({"pos_embed_extra": (1, 4, 128)}, "unexpected: pos_embed_extra"),
-        ({"pos_embed": (1, 16, 128)}, "wrong shape: pos_embed"),
+        ({"pos_embed": (1, 15, 128)}, "wrong shape: pos_embed"),
         ({"pos_embed": (16,)}, "the architecture is read off"),
     ],
 )

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import types
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -246,6 +247,32 @@ def test_signal_handlers_are_restored():
         os.kill(os.getpid(), signal.SIGTERM)
         assert caught == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_in_another_thread_signals_are_left_alone():
+    def catch():
+        with catch_signals() as stopped:
+            return stopped, signal.getsignal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(catch).result() == ([], before)
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catch_signals() as stopped:
+            signal.raise_signal(signal.SIGINT)
+        assert not stopped and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_several_processes_are_refused(tmp_path, train, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="There are 2 processes of JAX; expected one"):
+        train(tmp_path)
 
 
 def test_devices_agree(tmp_path, start, flags, uninterrupted):

@@ -144,8 +144,7 @@ def save_hf(
 ) -> None:
     """Writes config.json, preprocessor_config.json, model.safetensors and export_manifest.json.
 
-    The directory appears when it is complete. HuggingFace's BEiT transposes the position tables of
-    pictures that are not square, so only square ones give the same logits there.
+    The directory appears when it is complete.
 
     Args:
       dst: a new directory, or that of an earlier export, which is replaced.
@@ -160,7 +159,7 @@ def save_hf(
     Raises:
       FileExistsError: `dst` holds anything but an earlier export.
       ValueError: the parameters, class names and architecture do not fit together, or the family
-        has no such model_type.
+        has no such model_type; or it is a BEiT for pictures that are not square.
     """
     available = [kind for kind, family in MODEL_TYPES.items() if family == model_name]
     if model_type is not None and model_type not in available:
@@ -170,7 +169,7 @@ def save_hf(
     family = modules.load("convert", model_name)
     config = family.architecture_to_hf(architecture, class_names, model_type)
     tensors = family.to_hf(params, architecture, model_type)
-    processor = image and preprocessor.to_hf(image, config["image_size"])
+    processor = image and preprocessor.to_hf(image, config["image_size"], config["num_channels"])
     files.write(dst, tensors, config, processor)
 
 

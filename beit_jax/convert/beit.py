@@ -303,9 +303,22 @@ def architecture_to_hf(
 
     Raises:
       ValueError: a classifier has another number of classes than there are names, or the head is
-        not one that the `model_type` ("beit" by default) has.
+        not one that the `model_type` ("beit" by default) has; or the network has positions of a
+        grid that is not square, which transformers mixes up.
     """
     model = beit.Model(**architecture).config
+    has_positions = (
+        model.use_absolute_position_embeddings
+        or model.use_relative_position_bias
+        or model.use_shared_relative_position_bias
+    )
+    if has_positions and len(set(model.grid)) > 1:
+        height, width = model.image_size
+        raise ValueError(
+            f"Of pictures of {height} x {width}, which are not square, transformers' BEiT computes "
+            "something else: it takes the rows of the positions for columns. `python -m "
+            "beit_jax.export` writes a program for them instead."
+        )
     model_type = model_type or "beit"
     classes = HF_CLASSES if model_type == "beit" else _DATA2VEC_CLASSES
     if model.head not in classes:

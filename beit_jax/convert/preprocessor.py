@@ -53,8 +53,13 @@ def from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"preprocessor_config.json cannot be read: {error!r}") from error
 
 
-def to_hf(image: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str, Any]:
+def to_hf(
+    image: Mapping[str, Any], image_size: int | Sequence[int], num_channels: int = 3
+) -> dict[str, Any]:
     """Writes the preprocessor_config.json of a BeitImageProcessor; the inverse of `from_hf`.
+
+    Of a picture whose middle is not a whole number of pixels from its edge, transformers takes the
+    one a pixel further up or left than ours and torchvision's.
 
     Raises:
       ValueError: Pillow has no such interpolation.
@@ -81,10 +86,15 @@ def to_hf(image: Mapping[str, Any], image_size: int | Sequence[int]) -> dict[str
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image["mean"]),
-        "image_std": list(image["std"]),
+        "image_mean": _per_channel(image["mean"], num_channels),
+        "image_std": _per_channel(image["std"], num_channels),
         "do_reduce_labels": False,
     }
+
+
+def _per_channel(values: Sequence[float], num_channels: int) -> list[float]:
+    """A number for each channel, where one may stand for all."""
+    return list(values) * num_channels if len(values) == 1 else list(values)
 
 
 def seen_size(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -251,14 +251,17 @@ def _is_timm(names: Iterable[str]) -> bool:
 
 
 def _as_the_original(tensors: Tensors) -> Tensors:
-    """timm's DINOv2 with registers under the original's names: its class token has no position, or
-    that in it already."""
-    if "reg_token" not in tensors or np.ndim(tensors.get("pos_embed")) != 3:
+    """timm's networks whose class token has no position, or that in it already, as DeiT-3's and of
+    DINOv2 those with registers, under the original's names and with a position of zeros."""
+    if "cls_token" not in tensors or np.ndim(tensors.get("pos_embed")) != 3:
         return tensors
-    own = {name: x for name, x in tensors.items() if name != "reg_token"}
-    blank = np.zeros_like(tensors["pos_embed"][:, :1])
-    positions = np.concatenate([blank, tensors["pos_embed"]], 1)
-    return {**own, "register_tokens": tensors["reg_token"], "pos_embed": positions}
+    own, positions = dict(tensors), tensors["pos_embed"]
+    patches = positions.shape[1]  # at most: one more with a class token would be no square
+    if "reg_token" in tensors or math.isqrt(patches) ** 2 == patches:
+        own["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], 1)
+    if "reg_token" in tensors:
+        own["register_tokens"] = own.pop("reg_token")
+    return own
 
 
 def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:

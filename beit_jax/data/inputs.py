@@ -130,7 +130,7 @@ def _tell(found, config):
         folder.tell_mixed(first.name, first.mixed)
     _tell_splits(first, found, config)
     if "train" in found:
-        _tell_shared(found, config)
+        _tell_shared(found)
     _tell_classes(found)
 
 
@@ -164,7 +164,7 @@ def _tell_splits(first, found, config):
         )
 
 
-def _tell_shared(found, config):
+def _tell_shared(found):
     train = found["train"]
     for name in ("val", "test"):
         if name in found and (shared := found[name].shared_with(train)):

@@ -1,5 +1,6 @@
 """Data sets that TFDS has prepared as array_record, read without TensorFlow."""
 
+import logging
 import os
 import pathlib
 
@@ -7,7 +8,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from beit_jax.data import cifar
-from beit_jax.data.source import CHUNK, Record, Source, find_column, select
+from beit_jax.data.source import THREADS, Record, Source, find_column, in_chunks, select
+
+_MANY = 100_000  # pictures whose labels take a while to be read
 
 
 class TfdsSource(Source):
@@ -47,8 +50,15 @@ class TfdsSource(Source):
     def labels(self):
         if self.class_names is None:
             return None
-        chunks = (range(i, min(i + CHUNK, len(self))) for i in range(0, len(self), CHUNK))
-        return np.array([record.label for chunk in chunks for record in self.fetch(chunk)], int)
+        if len(self) > _MANY:
+            logging.info("Reads %s for the labels of its %d pictures.", self.name, len(self))
+        labels = np.zeros(len(self), int)
+
+        def read(indices):
+            labels[indices] = [record.label for record in self.fetch(indices)]
+
+        in_chunks(read, len(self), threads=THREADS)
+        return labels
 
     def shape_of(self, indices):
         height, width = self._shape[:2]

@@ -129,7 +129,9 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
     "balanced" is the number of pictures / (K * number of the class), as scikit-learn's
     `class_weight="balanced"`; a class without a picture has weight 0. The mean over all pictures is
     1 where every class has some, so that the loss of a batch is a mean over its pictures, and not
-    over their weights as torch's: it is the same in however many parts a batch comes.
+    over their weights as torch's: it is the same in however many parts a batch comes. With label
+    smoothing all of a picture's loss has the weight of its label; in torch's the part that is
+    spread has those of the classes that it falls on, and what is rare is favoured.
 
     Raises:
       ValueError: it is neither "none" nor "balanced".
