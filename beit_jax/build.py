@@ -135,6 +135,12 @@ def check(config) -> None:
     ):
         if value not in known:
             raise ValueError(f"config.{key} is {value!r}; available: {', '.join(known)}.")
+    for names, mode in (("loss|error|distance", "min"), ("accuracy|precision|recall|f1", "max")):
+        if re.search(f"({names})$", config.best_metric) and config.best_mode != mode:
+            raise ValueError(
+                f"config.best_mode is {config.best_mode!r}, by which the worst "
+                f"{config.best_metric} is the best; expected {mode!r}."
+            )
     if config.data.fold and not config.data.folds:
         raise ValueError(
             f"config.data.fold is {config.data.fold}, and config.data.folds is 0: say of how many."

@@ -97,17 +97,28 @@ def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
 
 
 class _ArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's, but that an array that cannot be read is an error only when the others are read:
-    each of these would find the event loop closed, and print a traceback."""
+    """Orbax's, but that an array that cannot be read or written is an error only when the others
+    are done: each of these would find the event loop closed, and print a traceback."""
 
     async def deserialize(self, infos, args=None):
+        read = super().deserialize
         pairs = zip(infos, args or [ocp.RestoreArgs()] * len(infos), strict=True)
-        read = (super(_ArrayHandler, self).deserialize([info], [arg]) for info, arg in pairs)
-        found = await asyncio.gather(*read, return_exceptions=True)
-        for error in found:
-            if isinstance(error, BaseException):
-                raise error
+        found = await _all_of(read([info], [arg]) for info, arg in pairs)
         return [array for (array,) in found]
+
+    async def _background_serialize(self, values, infos, args=None):
+        write = super()._background_serialize
+        triples = zip(values, infos, args, strict=True)
+        await _all_of(write([value], [info], [arg]) for value, info, arg in triples)
+
+
+async def _all_of(coroutines) -> list:
+    """What they return; the first error is raised when all have ended."""
+    found = await asyncio.gather(*coroutines, return_exceptions=True)
+    for error in found:
+        if isinstance(error, BaseException):
+            raise error
+    return found
 
 
 def _make_manager(directory, options=None) -> ocp.CheckpointManager:
@@ -439,7 +450,10 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence or so; tensorstore's errors go on with pages of JSON."""
+    """The first sentence or so; tensorstore's errors go on with pages of JSON, and of a full disk
+    their first word is that of a device whose memory is."""
+    if "No space left on device" in str(error):
+        return "No space left on device. Free some, then give the same command again"
     return str(error).split(" [")[0][:500] or type(error).__name__
 
 

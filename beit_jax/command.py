@@ -77,6 +77,7 @@ def check_out(parser, out: str) -> None:
 def guard(parser, function: Callable[[], int]) -> int:
     """The exit status that a function returns; 2, and a message, where its input is bad."""
     logging.basicConfig()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # of orbax, whose errors are raised too
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:  # perhaps of the import of orbax
             handler.setFormatter(logging.Formatter("%(message)s"))
@@ -108,6 +109,9 @@ def run(
 
     def call():
         found = pictures.find(args.images)
+        given = {os.path.realpath(path) for path in [*args.images, *found]}
+        if os.path.realpath(args.out) in given:
+            raise ValueError(f"--out {args.out} is one of the --images, which it would replace.")
         count = min(args.max_images or len(found), len(found))
         paths = [found[i * len(found) // count] for i in range(count)]  # of all folders
         bad = act(args, paths)

@@ -90,9 +90,14 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
 
     Raises:
       FileNotFoundError: a run has no results yet.
-      ValueError: results.json or data.json is damaged, or there is no accuracy.
+      ValueError: results.json or data.json is damaged, or there is no accuracy; or the runs are of
+        different kinds.
     """
     results = [_results(workdir) for workdir in workdirs]
+    for key in ("num_parameters", "num_trainable_parameters"):
+        if len(sizes := {r.get(key) for r in results}) > 1:
+            found = ", ".join(map(str, sorted(sizes, key=str)))
+            raise ValueError(f"{name} is of runs of different kinds: {key} is {found}.")
     tests = [_evaluated(workdir, r, split) for workdir, r in zip(workdirs, results, strict=True)]
     if len(splits := {test["split"] for test in tests}) > 1:
         raise ValueError(f"{name}: some of these runs have a test and some a validation only.")
@@ -283,8 +288,10 @@ def compare(args) -> int:
     runs, made = parse_runs(args.workdirs), {}
     for text in args.run:
         name, _, flags = (part.strip() for part in text.partition(":"))
-        if not flags or name in runs:
+        if not flags or name in runs or os.path.basename(name) in ("", os.pardir, os.curdir):
             raise ValueError(f"--run {text!r}: expected NAME: FLAGS with a name of its own.")
+        if os.path.basename(name) != name:
+            raise ValueError(f"--run {text!r}: the name {name} would be a path.")
         runs[name] = [os.path.join(args.out, name)]
         made[name] = _split(args.common) + _split(flags)
     for name, flags in made.items():  # of all, before the first one takes its time
@@ -315,6 +322,10 @@ def main(argv=None) -> int:
     parser.add_argument("--split", choices=["test", "val"], help="that is compared")
     parser.add_argument("--run", action="append", default=[], metavar="NAME: FLAGS")
     parser.add_argument("--common", default="", metavar="FLAGS", help="of every --run")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--common" in argv[:-1]:  # argparse takes one flag alone for one of its own
+        place = argv.index("--common")
+        argv[place : place + 2] = [f"--common={argv[place + 1]}"]
     args = parser.parse_args(argv)
     return command.guard(parser, functools.partial(compare, args))
 

@@ -4,6 +4,8 @@ import pathlib
 import traceback
 from collections.abc import Sequence
 
+import jax
+
 KINDS = (OSError, ValueError, RuntimeError, FloatingPointError)  # that may be messages
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -17,7 +19,7 @@ def message(error: BaseException) -> str:
       error: it is a bug, of ours or of a library.
     """
     text = str(error)
-    if _OUT_OF_MEMORY in text:
+    if _OUT_OF_MEMORY in text and isinstance(error, jax.errors.JaxRuntimeError):
         text = (
             f"{text.splitlines()[0]}\nThe device has too little memory: take a smaller batch (in "
             "training perhaps with config.accumulate_steps, which keeps a step's number of "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import build, compiler, fileio, plots, pretrained, report, sharding
+from beit_jax import build, compiler, plots, pretrained, report, sharding
 from beit_jax import workdir as workdirs
 from beit_jax.data import folder, inputs
 from beit_jax.state import take
@@ -157,23 +157,26 @@ def finish(
                 if name not in found:
                     found[name] = evaluator(splits[name], params, model_state)
             metrics, outputs = found[name]
-            if task.choose and name == "test" and "val" in results:
-                metrics = task.choose(results["val"], metrics)
+            if task.choose and name == "test":
+                metrics = task.choose(results.get("val"), metrics)
             results[name] = {k: v for k, v in metrics.items() if not isinstance(v, np.ndarray)}
             log.metrics_table(f"{name} ({splits[name].source.split})", scalars_of(metrics))
-            if name == "test" or "test" not in splits:
-                task.draw(workdir, metrics, outputs, splits[name], params, model_state)
+            last = metrics, outputs, splits[name]
     if "test" in results:
         log.test(step, scalars_of(results["test"]))
-    lines = report.read_metrics(workdir)
-    if len({line["step"] for line in lines}) > 1:  # more than an evaluation
-        plots.curves(lines, os.path.join(workdir, "curves.png"))
     skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
     results["pictures"] = {name: s.source.fingerprint for name, s in splits.items()}
     results["num_skipped"] = max(skipped, facts.get("num_skipped") or 0)  # an earlier start's
-    results["seconds"] = facts.get("seconds") or log.times()
     results["environment"] = facts.get("environment") or report.environment()
-    fileio.write_json(os.path.join(workdir, "results.json"), results)
+    report.write_results(workdir, results, facts.get("seconds") or log.times(), complete=False)
+    if results.keys() & {"val", "test"}:
+        task.draw(workdir, *last, params, model_state)
+    lines = report.read_metrics(workdir)
+    if len({line["step"] for line in lines}) > 1:  # more than an evaluation
+        plots.curves(lines, os.path.join(workdir, "curves.png"))
+    results = report.write_results(
+        workdir, results, facts.get("seconds") or log.times(), complete=facts["complete"]
+    )
     log.info(f"Results and figures are in {workdir}.")
     return results
 

@@ -32,9 +32,11 @@ def writing(path: str | os.PathLike, *, binary: bool = False) -> Iterator[IO]:
         with open(part, "wb") if binary else open(part, "w", **text) as file:
             yield file
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(part)
+        if isinstance(error, OSError) and error.filename is None:  # such as of a full disk
+            error.filename = os.fspath(path)
         raise
 
 

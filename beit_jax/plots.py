@@ -1,7 +1,9 @@
 """Pictures of a run. Each function takes plain numbers, writes a PNG and returns its figure."""
 
 import math
+import os
 import textwrap
+import warnings
 from collections.abc import Sequence
 
 import matplotlib
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from PIL import Image
 
+from beit_jax import fileio
 from beit_jax.metrics import wilson_interval
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Okabe-Ito
@@ -320,6 +323,11 @@ def _wrap(caption, width=24):
 
 
 def _save(figure, path):
+    """Writes a figure, whole or not at all; letters that matplotlib's font does not have are drawn
+    as boxes."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+    with warnings.catch_warnings(), fileio.writing(path, binary=True) as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        kind = os.path.splitext(path)[1][1:]
+        figure.savefig(file, format=kind, facecolor="white", bbox_inches="tight", pad_inches=0.15)
     return figure

@@ -379,6 +379,20 @@ def read_facts(workdir: str | os.PathLike) -> dict[str, Any]:
     return {name: results.get(name) for name in _FACTS} | {"complete": is_complete(results)}
 
 
+def write_results(
+    workdir: str | os.PathLike,
+    results: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    """Writes results.json, and returns its content: the results, where the time went, and whether
+    the run has come to its end with all that it leaves."""
+    results = {**results, "seconds": seconds, "complete": complete}
+    fileio.write_json(os.path.join(workdir, "results.json"), results)
+    return results
+
+
 def is_complete(results: Mapping[str, Any]) -> bool:
     """Whether the content of a results.json is of a run that has come to its end; else it was
     measured on the way."""

@@ -187,6 +187,8 @@ def _train(config, workdir, mesh, stack):
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = config.batch_size / log.images_per_second
+    if start_step < plan.total_steps:  # what a start that only evaluates would not know
+        report.write_results(workdir, {"step": step, **facts}, log.times(), complete=False)
     found = {"val": validated[step]} if step in validated else {}
     return evaluate.finish(
         workdir, task, step, params, model_state, splits, evaluator, log, facts, found
@@ -196,14 +198,14 @@ def _train(config, workdir, mesh, stack):
 def not_finite(step, scalars, saver, config) -> str:
     """What to say when a step's loss or gradient is not finite."""
     last = saver.latest_step()
-    kept = "There is no checkpoint yet"
+    kept, place = "There is no checkpoint yet", ""
     if last is not None:
-        kept = f"The last good checkpoint is of step {last}"
+        kept, place = f"The last good checkpoint is of step {last}", ", in a new workdir"
     clip = "" if config.optim.clip_norm else ", or set config.optim.clip_norm=1.0"
     return (
         f"Loss {scalars['loss']} and gradient norm {scalars['gradient_norm']} at step {step}, with "
         f"learning rate {scalars['learning_rate']:.3g}: the run stops without this update. "
-        f"{kept}; lower config.optim.learning_rate{clip}, in a new workdir."
+        f"{kept}; lower config.optim.learning_rate{clip}{place}."
     )
 
 

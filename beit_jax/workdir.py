@@ -172,11 +172,12 @@ def _compare(workdir, stored, given, allow_change):
     if drift:
         rows = [f"  {key}: {stored.get(key)!r} -> {given.get(key)!r}" for key in drift]
         where = f", where --config.pretrained={workdir} begins with the weights of this one"
+        begins = _has_begun(workdir) and stored.get("task_name") in ("classify", "pretrain")
         raise ValueError(
             f"The workdir {workdir} belongs to a run with another config:\n"
             + "\n".join(rows)
             + "\nGive the same config to go on with it, or use another workdir"
-            + (f"{where}." if _has_begun(workdir) else ".")
+            + (f"{where}." if begins else ".")
         )
 
 

@@ -4,7 +4,8 @@
 
 DATA is digits, cifar10, cifar100, imagenet, folder:PATH, hf:NAME or tfds:NAME. AdamW with
 weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024 (64 of a folder),
-100 epochs, random resized crops and flips. results.json has the accuracy of each layer.
+100 epochs, random resized crops and flips; --config.batch_size=512 alone leaves the learning rate
+as it is. results.json has the accuracy of each layer.
 `python -m beit_jax.knn` asks the same of the nearest neighbours, without training.
 """
 

@@ -150,6 +150,15 @@ def test_command(classifier_directory, photos, tmp_path, capsys):
     assert "The layer is 9; the network has layers 0 to 3" in capsys.readouterr().err
 
 
+def test_command_replaces_no_picture(classifier_directory, photos, capsys):
+    photo, arguments = photos / "1.png", ["--checkpoint", str(classifier_directory)]
+    before = photo.read_bytes()
+    for images in (photos, photo):
+        assert attention_maps.main([*arguments, "--images", str(images), "--out", str(photo)]) == 2
+        assert f"--out {photo} is one of the --images" in capsys.readouterr().err
+    assert photo.read_bytes() == before
+
+
 def test_batches_change_nothing(classifier_directory, photos):
     start, paths = pretrained.load(str(classifier_directory)), sorted(photos.iterdir())
     whole = attention_maps.look(start, paths)

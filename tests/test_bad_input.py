@@ -219,6 +219,8 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"model.patch_size": 0}, ["patch_size must be above 0"]),
         ({"model.hidden_size": 0}, ["hidden_size must be above 0"]),
         ({"best_mode": "Max"}, ["config.best_mode is 'Max'"]),
+        ({"best_metric": "loss"}, ["config.best_mode is 'max'", "worst loss", "expected 'min'"]),
+        ({"best_mode": "min"}, ["config.best_mode is 'min'", "worst accuracy", "expected 'max'"]),
         (
             {"best_metric": "acuracy", "data.val": "train[400:450]"},
             ["'acuracy'", "available: loss, accuracy"],

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from beit_jax import checkpoint, optim, state
+from beit_jax import checkpoint, errors, optim, state
 from beit_jax.checkpoint import Checkpointer, CheckpointError, load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -530,8 +530,8 @@ def limit(size):  # of every file that is written
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 def state(i):
-    kernel = np.full(100_000, i) + np.random.rand(100_000)
-    return {"params": {"kernel": kernel}, "step": np.int32(i)}
+    kernels = {f"kernel_{n}": np.full(100_000, i) + np.random.rand(100_000) for n in range(8)}
+    return {"params": kernels, "step": np.int32(i)}
 
 with Checkpointer(sys.argv[1]) as saver:
     saver.save(1, state(1))
@@ -573,6 +573,7 @@ def test_full_disk(run_python, tmp_path):
     ], result.stderr[-2000:]
     assert "MiB free" in lines[1] and "File too large" in lines[1]
     assert f"ERROR:root:Saving to {tmp_path}/checkpoints failed" in result.stderr
+    assert "Event loop is closed" not in result.stderr
     with Checkpointer(tmp_path) as saver:
         assert saver.restore()["step"] == 5
     assert listing(tmp_path) == ["2", "5"]
@@ -643,6 +644,15 @@ def test_failure_at_once(tmp_path, broken, caplog):
         broken(False)
         saver.save(4, simple(4))
     assert listing(tmp_path) == ["3", "4"]
+
+
+def test_a_full_disk_is_no_device_without_memory():
+    text = 'RESOURCE_EXHAUSTED: Error writing "a": No space left on device [source locations'
+    reason = checkpoint._reason(ValueError(text))
+    assert reason == "No space left on device. Free some, then give the same command again"
+    assert errors.message(OSError("RESOURCE_EXHAUSTED: quota")) == "RESOURCE_EXHAUSTED: quota"
+    told = errors.message(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert "The device has too little memory" in told
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -71,6 +71,22 @@ def test_other_pictures_are_told(tmp_path, make_run, capsys):
     assert told not in capsys.readouterr().out
 
 
+def test_runs_of_different_kinds_have_no_mean(tmp_path, make_run, capsys):
+    paths = [make_run(str(size), 0.5, num_parameters=size) for size in (10, 20)]
+    assert compare.main([f"A={','.join(paths)}", "--out", str(tmp_path / "out")]) == 2
+    assert "A is of runs of different kinds: num_parameters is 10, 20." in capsys.readouterr().err
+
+
+def test_one_common_flag_is_no_option_of_its_own(tmp_path, monkeypatch):
+    flags = []
+    monkeypatch.setattr(compare, "check", lambda name, given: flags.extend(given))
+    monkeypatch.setattr(compare, "run", lambda *args: None)
+    common = ["--common", "--config=configs/quickstart.py"]
+    run = ["--run", "a: --config.seed=1"]
+    assert compare.main([*common, *run, "--out", str(tmp_path)]) == 2  # nothing was run
+    assert flags == ["--config=configs/quickstart.py", "--config.seed=1"]
+
+
 def test_the_validation_is_compared_where_it_is_asked_for(tmp_path, make_run, capsys):
     """Which is what a choice between runs should go by."""
     val = {"accuracy": 0.6, "accuracy_low": 0.5, "accuracy_high": 0.7}
@@ -165,6 +181,7 @@ def test_runs_that_cannot_be_compared(tmp_path, make_run, capsys, spoil, message
         ([], "Nothing to compare"),
         (["a=x", "a=y"], "The name 'a' is given twice"),
         (["--run", "no flags"], "expected NAME: FLAGS"),
+        (["--run", "../a: --config.seed=1"], "the name ../a would be a path"),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, arguments, message):

@@ -356,7 +356,7 @@ def test_csv_errors(tmp_path):
     path = tmp_path / "list.csv"
     with pytest.raises(FileNotFoundError, match="no file .*list.csv"):
         sources.get_source(f"folder:{path}")
-    with pytest.raises(ValueError, match="columns image, file_name, path; got 0.png, dog"):
+    with pytest.raises(ValueError, match="columns image, file_name, path, .* got 0.png, dog"):
         sources.get_source(write_csv(path, "0.png,dog"))
     with pytest.raises(ValueError, match="no rows"):
         sources.get_source(write_csv(path, "image,label"))
@@ -530,6 +530,13 @@ def test_a_picture_that_is_listed_in_two_splits_is_counted(tmp_path):
     assert test.shared_with(train) == 2
 
 
+def test_splits_of_a_list_in_capitals_are_told(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("image,label,split\n1.png,a,train\n2.png,b,Val\n3.png,b,fold1\n4.png,b,TEST\n")
+    with pytest.raises(ValueError, match="the splits TEST, Val look like train, val, .*small"):
+        sources.get_source(f"folder:{path}")
+
+
 def test_folds_cover_every_example_once_and_evenly():
     whole = sources.get_source("digits", "train")
     pairs = [stratified_fold(whole, fold, 5) for fold in range(5)]
@@ -555,7 +562,9 @@ def test_folds_of_unlabelled_pictures(tmp_path):
 
 @pytest.mark.parametrize(("fold", "folds"), [(5, 5), (-1, 5), (0, 1), (0, 2000)])
 def test_there_is_no_such_fold(fold, folds):
-    with pytest.raises(ValueError, match=f"data.fold={fold} of data.folds={folds}: expected 2 to"):
+    with pytest.raises(
+        ValueError, match=f"data.fold={fold} of config.data.folds={folds}: expected 2 to"
+    ):
         stratified_fold(sources.get_source("digits", "train"), fold, folds)
 
 

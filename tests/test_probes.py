@@ -154,6 +154,12 @@ def test_probes_learn_and_the_network_does_not(tmp_path, workdir):
     assert (tmp_path / "layers.png").stat().st_size > 5000
 
 
+def test_without_a_validation_the_test_chooses_and_says_so(tmp_path, workdir, caplog):
+    test = probe(tmp_path, workdir, {"data.val": "", "data.test": "test[:100]"})["test"]
+    assert test["accuracy"] == max(test[f"accuracy_layer_{i}"] for i in range(3))
+    assert test["chosen_by"] == "the test" and "chosen by the test itself" in caplog.text
+
+
 def test_probes_resume(tmp_path, workdir):
     """A run that ended halfway, by its number of steps, has the same bits as one that did not."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -17,7 +17,7 @@ import pytest
 from flax import traverse_util
 from scipy import special
 
-from beit_jax import architecture, build, checkpoint, evaluate, pretrained, report
+from beit_jax import architecture, build, checkpoint, evaluate, fileio, plots, pretrained, report
 from beit_jax.data import sources
 from beit_jax.tasks import classify
 from beit_jax.train import catch_signals
@@ -213,7 +213,8 @@ def test_a_signal_after_the_last_step_ends_the_run(tmp_path, start, flags, numbe
     os.kill(program.pid, number)
     status, output = program.wait()
     assert status == (128 + number if number == signal.SIGINT else -number), output
-    assert "Traceback" not in output and not (tmp_path / "results.json").exists()
+    assert "Traceback" not in output
+    assert not json.loads((tmp_path / "results.json").read_text())["complete"]
     status, output = start("main.py", *arguments).wait()
     assert status == 0 and "The run is complete, with 2 steps" in output, output
 
@@ -345,6 +346,23 @@ def test_a_validation_is_not_computed_again(tmp_path, train, monkeypatch, keep_b
     monkeypatch.undo()
     again = train(tmp_path, ALL | changes)
     assert (again["step"], again["val"]) == (results["step"], results["val"])
+
+
+def test_a_run_that_is_stopped_as_it_is_evaluated_keeps_what_it_knows(tmp_path, train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, ALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "curves", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, ALL)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    results = train(tmp_path, ALL)
+    assert (stored.pop("complete"), results.pop("complete")) == (False, True)
+    assert stored == fileio.jsonable(results)
+    assert results["images_per_second"] > 0 and results["step_memory_bytes"] > 0
+    assert results["seconds"]["compile"] > 0
 
 
 def test_validation_on_a_fold(tmp_path, train, capsys):

@@ -8,6 +8,7 @@ python -m beit_jax.convert from-peft adapter_directory workdir
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Sequence
 
@@ -120,6 +121,7 @@ def _to_hf(args) -> int:
     if info.task == "pretrain" and architecture["head"] == "tokens":
         params, architecture = beit.backbone(params, architecture)
         print("note: the network alone is written, without what predicted pixels or features")
+    place = ", in the place of an earlier export" if os.path.exists(args.dst) else ""
     convert.save_hf(
         args.dst,
         params,
@@ -129,7 +131,7 @@ def _to_hf(args) -> int:
         model_name=info.model_name,
         model_type=args.model_type,
     )
-    print(f"{args.dst}: written")
+    print(f"{args.dst}: written{place}")
     if not args.verify:
         return 0
     difference, largest = verify.max_difference(args.dst, params, architecture)

@@ -90,9 +90,11 @@ def write(
         fileio.write_json(directory / CONFIG, config)
         if preprocessor is not None:
             fileio.write_json(directory / PREPROCESSOR, preprocessor)
-        safetensors.numpy.save_file(
-            dict(tensors), directory / _SAFETENSORS, metadata={"format": "pt"}
-        )
+        path = directory / _SAFETENSORS
+        try:
+            safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{dst} cannot be written: {_first_line(error)}") from error
         shutil.copymode(directory / CONFIG, directory / _SAFETENSORS)  # not for the owner alone
         digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
         fileio.write_json(directory / MANIFEST, {"sha256": digests})
@@ -121,11 +123,15 @@ def new_directory(dst: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
       FileExistsError: `dst` holds anything but an earlier export.
+      OSError: it cannot be made.
     """
     dst = Path(dst).resolve()
     _check_replaceable(dst)
     building = dst.parent / f".{dst.name}.{os.getpid()}.tmp"
-    building.mkdir(parents=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{dst} cannot be made: {error.strerror}") from error
     old = None
     try:
         yield building

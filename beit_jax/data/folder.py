@@ -153,7 +153,10 @@ def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
         ):
             if not is_there:
                 found = ", ".join(columns) or "nothing"
-                raise ValueError(f"{path}: the header must name {wanted}; got {found}")
+                raise ValueError(
+                    f"{path}: the header must name {wanted}, in these letters and between commas; "
+                    f"got {found}"
+                )
         has_labels = label_column in columns
         labelled = labelled and has_labels
         needed = [image_column, *[label_column] * labelled, *["split"] * ("split" in columns)]
@@ -171,6 +174,11 @@ def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
             groups.setdefault(split, []).append(group or "")
     if not ids:
         raise ValueError(f"{path} has a header and no rows")
+    if alike := sorted(name for name in ids if _is_nearly_a_split(name)):
+        raise ValueError(
+            f"{path}: the splits {', '.join(alike)} look like {', '.join(SPLIT_FOLDERS)}; name "
+            "them so, in small letters"
+        )
     return ids, labels if labelled else dict.fromkeys(ids), groups
 
 
@@ -242,17 +250,21 @@ def tell_ignored(path: str | os.PathLike, ignored: Sequence[tuple[str, int]]) ->
 def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:
     """Raises ValueError where all folders have the names of splits, but not quite."""
     tops = sorted({id.partition("/")[0] for id in ids})
-    alike = {"training", "testing", *SPLIT_FOLDERS}
     if (
         len(tops) > 1
-        and not set(tops) <= set(SPLIT_FOLDERS)
-        and all(name.lower() in alike for name in tops)
+        and any(map(_is_nearly_a_split, tops))
+        and all(name in SPLIT_FOLDERS or _is_nearly_a_split(name) for name in tops)
         and any(id.count("/") > 1 for id in ids)
     ):
         raise ValueError(
             f"the folders {', '.join(tops)} of {root} look like splits; name them "
             f"{', '.join(SPLIT_FOLDERS)}, in small letters"
         )
+
+
+def _is_nearly_a_split(name: str) -> bool:
+    alike = "training", "testing", *SPLIT_FOLDERS
+    return name not in SPLIT_FOLDERS and name.lower() in alike
 
 
 def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None:

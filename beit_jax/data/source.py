@@ -249,8 +249,8 @@ def stratified_fold(source: Source, fold: int, folds: int) -> tuple[Source, Sour
     """
     if not (2 <= folds <= len(source) and 0 <= fold < folds):
         raise ValueError(
-            f"data.fold={fold} of data.folds={folds}: expected 2 to {len(source)} folds, one for "
-            f"each example of {source.name} at most, and a fold from 0 to folds - 1"
+            f"config.data.fold={fold} of config.data.folds={folds}: expected 2 to {len(source)} "
+            f"folds, one for each example of {source.name} at most, and a fold from 0 to folds - 1"
         )
     labels = source.labels()
     order = np.arange(len(source)) if labels is None else np.argsort(labels, kind="stable")

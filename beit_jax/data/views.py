@@ -98,7 +98,10 @@ def check(config) -> None:
                     f"config.augment.{key} is {config.augment[key]}; expected a {kind}."
                 )
     if config.augment.randaugment not in ("", "trivial"):
-        randaugment.parse(config.augment.randaugment)
+        try:
+            randaugment.parse(config.augment.randaugment)
+        except ValueError as error:
+            raise ValueError(f"config.augment.randaugment: {error}") from None
     for key in ("mean", "std"):
         values = config.image[key] or ()
         if not all(isinstance(x, int | float) for x in values):

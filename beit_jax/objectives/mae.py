@@ -48,6 +48,11 @@ def _fix_positions(params):
 def make(config, model) -> Objective:
     """The objective for a network with head "tokens" and absolute positions."""
     c, d = model.config, config.decoder
+    if d.hidden_size % d.num_attention_heads:
+        raise ValueError(
+            f"config.decoder.hidden_size is {d.hidden_size}; expected a multiple of "
+            f"config.decoder.num_attention_heads, {d.num_attention_heads}."
+        )
     patches = c.grid[0] * c.grid[1]
     decoder = Decoder(
         BeitConfig(

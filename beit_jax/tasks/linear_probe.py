@@ -6,6 +6,7 @@ patch tokens of each layer, raw, and a linear classifier on them that starts nea
 B batch, L layers, K classes.
 """
 
+import logging
 import os
 
 import jax
@@ -158,8 +159,14 @@ def _of_layer(metrics, layer) -> dict[str, float]:
     return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "loss": loss}
 
 
-def choose(validation: dict, test: dict) -> dict:
-    """The test of the layer that is best in the validation."""
+def choose(validation: dict | None, test: dict) -> dict:
+    """The test of the layer that is best in the validation, or without one in the test itself."""
+    if validation is None:
+        logging.warning(
+            "Without a validation the layer is chosen by the test itself, in which it does better "
+            "than on other pictures."
+        )
+        return {**test, "chosen_by": "the test"}
     best = validation["best_layer"]
     return {**test, **_of_layer(test, best), "best_layer": best, "chosen_by": "the validation"}
 

@@ -175,7 +175,7 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
     a = config.augment
     if split.resident is None:
         raise ValueError(
-            "config.cache_tokens needs pictures that stay on the device, see "
+            "config.cache_tokens needs pictures of one size that stay on the device, see "
             "config.data.resident_bytes."
         )
     if a.crop != "squash" or a.flip or a.randaugment or a.color_jitter:
