@@ -168,15 +168,18 @@ def finish(
     results["pictures"] = {name: s.source.fingerprint for name, s in splits.items()}
     results["num_skipped"] = max(skipped, facts.get("num_skipped") or 0)  # an earlier start's
     results["environment"] = facts.get("environment") or report.environment()
-    report.write_results(workdir, results, facts.get("seconds") or log.times(), complete=False)
+
+    def write(complete):
+        seconds = facts.get("seconds") or log.times()
+        return report.write_results(workdir, results, seconds, complete=complete)
+
+    write(complete=False)  # for figures there may be no room
     if results.keys() & {"val", "test"}:
         task.draw(workdir, *last, params, model_state)
     lines = report.read_metrics(workdir)
     if len({line["step"] for line in lines}) > 1:  # more than an evaluation
         plots.curves(lines, os.path.join(workdir, "curves.png"))
-    results = report.write_results(
-        workdir, results, facts.get("seconds") or log.times(), complete=facts["complete"]
-    )
+    results = write(complete=facts["complete"])
     log.info(f"Results and figures are in {workdir}.")
     return results
 

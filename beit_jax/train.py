@@ -159,11 +159,8 @@ def _train(config, workdir, mesh, stack):
                 if not validated or step == plan.total_steps:
                     validated[step] = found
             periods = plan.save_every, plan.keep_every
-            if (
-                stopped
-                or is_best
-                or any(is_time(step, every, plan.total_steps) for every in periods)
-            ):
+            is_due = any(is_time(step, every, plan.total_steps) for every in periods)
+            if stopped or is_best or is_due:
                 read(keep=0)
                 with log.timer("save"):
                     saver.save(step, state, metrics=scores)

@@ -187,6 +187,7 @@ def test_unigram_baseline():
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
     expected = {"loss": 0.5, "accuracy": 0.25, "unigram_loss": entropy, "unigram_accuracy": 0.75}
     assert scalars == pytest.approx(expected)
+    assert float(tokens.summarize(sums, heads=2)["unigram_loss"]) == pytest.approx(2 * entropy)
 
 
 def test_tokens_are_drawn_where_masked(tokenizer, config, image, masks):

@@ -3,6 +3,8 @@
 B batch, N patches, M masked ones, V visual tokens.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -103,7 +105,7 @@ def make(config, model) -> Objective:
         init=lambda rng: (init_params(model, rng), {}),
         frozen={"tokenizer": tokenizer.variables},
         loss=loss,
-        summarize=summarize,
+        summarize=functools.partial(summarize, heads=2 if c.early_layers else 1),
         reconstruct=reconstruct,
         target=images.Rendering(
             tuple(t.image_size), config.tokenizer_interpolation or tokenizer.interpolation
@@ -114,13 +116,14 @@ def make(config, model) -> Objective:
     )
 
 
-def summarize(sums) -> dict:
-    """Means over masked tokens, and what knowing no more than their frequencies would give."""
+def summarize(sums, heads: int = 1) -> dict:
+    """Means over masked tokens, and what knowing no more than their frequencies would give. The
+    loss is the sum of so many `heads`, two with patch aggregation."""
     total = jnp.maximum(sums["weight"], 1)
     share = sums["counts"] / total
     return {
         "loss": sums["loss"] / total,
         "accuracy": sums["correct"] / total,
-        "unigram_loss": jax.scipy.special.entr(share).sum(),
+        "unigram_loss": heads * jax.scipy.special.entr(share).sum(),
         "unigram_accuracy": share.max(),
     }
