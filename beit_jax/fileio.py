@@ -35,7 +35,7 @@ def writing(path: str | os.PathLike, *, binary: bool = False) -> Iterator[IO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(part)
-        if isinstance(error, OSError) and error.filename is None:  # such as of a full disk
+        if isinstance(error, OSError) and error.errno and not error.filename:  # as of a full disk
             error.filename = os.fspath(path)
         raise
 
