@@ -135,11 +135,13 @@ def check(config) -> None:
     ):
         if value not in known:
             raise ValueError(f"config.{key} is {value!r}; available: {', '.join(known)}.")
+    chooses = config.keep_best > 0 and not config.eval_only
     for names, mode in (("loss|error|distance", "min"), ("accuracy|precision|recall|f1", "max")):
-        if re.search(f"({names})$", config.best_metric) and config.best_mode != mode:
+        if chooses and config.best_mode != mode and re.search(names, config.best_metric):
             raise ValueError(
                 f"config.best_mode is {config.best_mode!r}, by which the worst "
-                f"{config.best_metric} is the best; expected {mode!r}."
+                f"{config.best_metric} is the best; expected {mode!r}, or config.keep_best=0, "
+                "which chooses nothing."
             )
     if config.data.fold and not config.data.folds:
         raise ValueError(

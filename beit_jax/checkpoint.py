@@ -278,7 +278,8 @@ class Checkpointer:
             self._manager.close()
         self._open()  # forgets the step, and removes what is left of it
         if self._failures >= self._max_failures:
-            raise self._error from error
+            fix = ". With room for it, the same command goes on from the last checkpoint"
+            raise CheckpointError(f"{self._error}{fix}") from error
 
     def restore(self, target=None, step: int | str | None = None):
         """Restores the newest checkpoint that can be read, or that of `step`.
@@ -337,12 +338,12 @@ class Checkpointer:
         return next(iter(_best(self._scores, self.all_steps())), None)
 
     def is_best(self, metrics: Mapping[str, float], among: int = 1) -> bool:
-        """Whether fewer than `among` of the steps saved so far are as good as `metrics`."""
+        """Whether fewer than `among` of the steps saved so far are better than `metrics`."""
         score = self._score(metrics)
         if score is None:
             return False
         scores = (self._scores.get(step) for step in self.all_steps())
-        return sum(s is not None and s >= score for s in scores) < among
+        return sum(s is not None and s > score for s in scores) < among
 
     def close(self) -> None:
         """Waits, and raises CheckpointError if the last save failed."""
@@ -453,7 +454,7 @@ def _reason(error: Exception) -> str:
     """The first sentence or so; tensorstore's errors go on with pages of JSON, and of a full disk
     their first word is that of a device whose memory is."""
     if "No space left on device" in str(error):
-        return "No space left on device. Free some, then give the same command again"
+        return "No space left on device"
     return str(error).split(" [")[0][:500] or type(error).__name__
 
 

@@ -95,8 +95,9 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
     """
     results = [_results(workdir) for workdir in workdirs]
     for key in ("num_parameters", "num_trainable_parameters"):
-        if len(sizes := {r.get(key) for r in results}) > 1:
-            found = ", ".join(map(str, sorted(sizes, key=str)))
+        sizes = {r[key] for r in results if r.get(key) is not None}
+        if len(sizes) > 1:
+            found = " and ".join(map(str, sorted(sizes)))
             raise ValueError(f"{name} is of runs of different kinds: {key} is {found}.")
     tests = [_evaluated(workdir, r, split) for workdir, r in zip(workdirs, results, strict=True)]
     if len(splits := {test["split"] for test in tests}) > 1:

@@ -77,7 +77,8 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     try:
         splits = inputs.open_splits(config.data, mesh, ("val", "test"), class_names)
     except folder.UnknownClassesError as error:
-        error.add_note(pretrained.BY_NUMBERS)
+        if error.same_number:
+            error.add_note(pretrained.BY_NUMBERS)
         raise
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
@@ -164,24 +165,29 @@ def finish(
             last = metrics, outputs, splits[name]
     if "test" in results:
         log.test(step, scalars_of(results["test"]))
-    skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
     results["pictures"] = {name: s.source.fingerprint for name, s in splits.items()}
-    results["num_skipped"] = max(skipped, facts.get("num_skipped") or 0)  # an earlier start's
+    results["num_skipped"] = num_skipped(splits, facts)
     results["environment"] = facts.get("environment") or report.environment()
 
-    def write(complete):
+    def write():
         seconds = facts.get("seconds") or log.times()
-        return report.write_results(workdir, results, seconds, complete=complete)
+        return report.write_results(workdir, {**results, "seconds": seconds})
 
-    write(complete=False)  # for figures there may be no room
+    write()  # for figures there may be no room
     if results.keys() & {"val", "test"}:
         task.draw(workdir, *last, params, model_state)
     lines = report.read_metrics(workdir)
     if len({line["step"] for line in lines}) > 1:  # more than an evaluation
         plots.curves(lines, os.path.join(workdir, "curves.png"))
-    results = write(complete=facts["complete"])
+    results = write()
     log.info(f"Results and figures are in {workdir}.")
     return results
+
+
+def num_skipped(splits, facts) -> int:
+    """How many pictures cannot be decoded, of those that this start or an earlier one has met."""
+    skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
+    return max(skipped, facts.get("num_skipped") or 0)
 
 
 def check_best_metric(task, config, mesh, split, state) -> None:

@@ -148,6 +148,8 @@ def main(argv=None) -> int:
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args(argv)
     if args.out:
+        if not args.out.endswith(".json"):
+            parser.error(f"--out {args.out}: expected a file ending in .json")
         command.check_out(parser, args.out)
     return command.guard(parser, functools.partial(run, args))
 

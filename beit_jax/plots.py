@@ -328,6 +328,6 @@ def _save(figure, path):
     FigureCanvasAgg(figure)
     with warnings.catch_warnings(), fileio.writing(path, binary=True) as file:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        kind = os.path.splitext(path)[1][1:]
+        kind = os.path.splitext(path)[1][1:] or "png"
         figure.savefig(file, format=kind, facecolor="white", bbox_inches="tight", pad_inches=0.15)
     return figure

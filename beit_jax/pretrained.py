@@ -210,6 +210,12 @@ def with_head_for(start: Pretrained, class_names: Sequence[str], by: str = "name
     old = real_names(start.info.class_names) if by == "names" else None
     heads = [name for name in start.params if name.endswith("classifier")]
     fits = all(np.shape(start.params[head]["bias"]) == (len(class_names),) for head in heads)
+    if by == "numbers" and not fits:
+        raise ValueError(
+            "config.pretrained_classes is 'numbers', and the classifier of "
+            f"{start.info.pretrained or 'the checkpoint'} is of another number of classes than "
+            f"{len(class_names)}."
+        )
     if heads and fits and old is None and real_names(class_names):
         logging.info(
             "The classes of %s are taken for %s, in this order, whatever they are called there.",

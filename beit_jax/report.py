@@ -39,6 +39,7 @@ _FACTS = (
     "seconds_per_step",
     "seconds",
 )
+_FIX = "Remove it"
 _HEADLINES = ("loss", "accuracy", "top5_accuracy")  # of an evaluation, for the console
 
 
@@ -379,24 +380,23 @@ def read_facts(workdir: str | os.PathLike) -> dict[str, Any]:
     return {name: results.get(name) for name in _FACTS} | {"complete": is_complete(results)}
 
 
-def write_results(
-    workdir: str | os.PathLike,
-    results: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    *,
-    complete: bool,
-) -> dict[str, Any]:
-    """Writes results.json, and returns its content: the results, where the time went, and whether
-    the run has come to its end with all that it leaves."""
-    results = {**results, "seconds": seconds, "complete": complete}
+def write_results(workdir: str | os.PathLike, results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Writes results.json, and returns the results."""
     fileio.write_json(os.path.join(workdir, "results.json"), results)
     return results
 
 
+def reopen_results(workdir: str | os.PathLike) -> None:
+    """What results.json says is no longer of the end of a run, which is to go on."""
+    results = fileio.read_json(os.path.join(workdir, "results.json"), _FIX)
+    if results is not None and is_complete(results):
+        write_results(workdir, {**results, "complete": False})
+
+
 def is_complete(results: Mapping[str, Any]) -> bool:
     """Whether the content of a results.json is of a run that has come to its end; else it was
-    measured on the way."""
-    return results.get("complete", True)  # once only the end of a run left results
+    measured on the way. Older ones do not say, and are taken to be."""
+    return results.get("complete", True)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:

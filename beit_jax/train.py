@@ -104,6 +104,8 @@ def _train(config, workdir, mesh, stack):
         evaluate.check_best_metric(task, config, mesh, splits["val"], state)
     build.warn_of_few_steps(config, plan)
     steps = range(start_step, plan.total_steps)
+    if steps:
+        report.reopen_results(workdir)
     stream = inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)
     stream = stack.enter_context(contextlib.closing(inputs.one_ahead(stream)))
     train_step, facts = None, report.read_facts(workdir)
@@ -145,7 +147,7 @@ def _train(config, workdir, mesh, stack):
             step += 1
             queue.append((step, scalars))
             read(keep=LAG)
-            scores, is_best = None, False
+            scores, is_kept = None, False
             if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
                 read(keep=0)
                 with log.timer("evaluate"):
@@ -153,14 +155,15 @@ def _train(config, workdir, mesh, stack):
                 scores = evaluate.scalars_of(found[0])
                 log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
                 with log.timer("save"):  # perhaps it waits for the last one
-                    is_best = saver.is_best(scores, among=config.keep_best)
-                    if saver.is_best(scores):
-                        validated.clear()
-                if not validated or step == plan.total_steps:
+                    is_best = saver.is_best(scores)
+                    is_kept = saver.is_best(scores, among=config.keep_best)
+                if is_best:
+                    validated.clear()
+                if is_best or step == plan.total_steps:
                     validated[step] = found
             periods = plan.save_every, plan.keep_every
             is_due = any(is_time(step, every, plan.total_steps) for every in periods)
-            if stopped or is_best or is_due:
+            if stopped or is_kept or is_due:
                 read(keep=0)
                 with log.timer("save"):
                     saver.save(step, state, metrics=scores)
@@ -185,7 +188,9 @@ def _train(config, workdir, mesh, stack):
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = config.batch_size / log.images_per_second
     if start_step < plan.total_steps:  # what a start that only evaluates would not know
-        report.write_results(workdir, {"step": step, **facts}, log.times(), complete=False)
+        facts["num_skipped"] = evaluate.num_skipped(splits, facts)
+        known = {"step": step, **facts, "seconds": log.times(), "complete": False}
+        report.write_results(workdir, known)
     found = {"val": validated[step]} if step in validated else {}
     return evaluate.finish(
         workdir, task, step, params, model_state, splits, evaluator, log, facts, found

@@ -14,7 +14,7 @@ import time
 
 from beit_jax.fileio import write_json
 from benchmarks.runs import run_main
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import RESULTS, environment, machine
 
 RUN = {
     "data.val": "",
@@ -63,6 +63,7 @@ def main():
     content = {
         "command": " ".join(["python -m benchmarks.startup", *flags]),
         "machine": machine(),
+        "environment": environment(),
         "seconds": median,
         "ratio_of_compilation": median["cached"]["compile"] / median["cold"]["compile"],
     }

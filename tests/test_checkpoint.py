@@ -268,7 +268,7 @@ def test_saving_what_is_among_the_best_keeps_the_best(tmp_path):
             if saver.is_best({"accuracy": accuracy}, among=3) or step == 7:
                 saver.save(step, simple(step), metrics={"accuracy": accuracy})
         assert saver.all_steps() == [1, 4, 5, 7]
-        assert not saver.is_best({"accuracy": 0.9}) and saver.is_best({"accuracy": 0.95})
+        assert saver.is_best({"accuracy": 0.9}) and not saver.is_best({"accuracy": 0.89})
         assert not saver.is_best({"accuracy": 0.95}, among=0)
 
 
@@ -633,7 +633,7 @@ def test_failure_at_once(tmp_path, broken, caplog):
         saver.save(2, simple(2))
         assert "No space left on device" in caplog.text
         assert saver.all_steps() == [1]
-        with pytest.raises(CheckpointError, match="No space left on device"):
+        with pytest.raises(CheckpointError, match="No space left on device. With room for it, the"):
             saver.save(3, simple(3))
         broken(False)
         saver.save(3, simple(3))  # a success counts anew
@@ -649,7 +649,7 @@ def test_failure_at_once(tmp_path, broken, caplog):
 def test_a_full_disk_is_no_device_without_memory():
     text = 'RESOURCE_EXHAUSTED: Error writing "a": No space left on device [source locations'
     reason = checkpoint._reason(ValueError(text))
-    assert reason == "No space left on device. Free some, then give the same command again"
+    assert reason == "No space left on device"
     assert errors.message(OSError("RESOURCE_EXHAUSTED: quota")) == "RESOURCE_EXHAUSTED: quota"
     told = errors.message(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
     assert "The device has too little memory" in told

@@ -74,7 +74,9 @@ def test_other_pictures_are_told(tmp_path, make_run, capsys):
 def test_runs_of_different_kinds_have_no_mean(tmp_path, make_run, capsys):
     paths = [make_run(str(size), 0.5, num_parameters=size) for size in (10, 20)]
     assert compare.main([f"A={','.join(paths)}", "--out", str(tmp_path / "out")]) == 2
-    assert "A is of runs of different kinds: num_parameters is 10, 20." in capsys.readouterr().err
+    assert (
+        "A is of runs of different kinds: num_parameters is 10 and 20." in capsys.readouterr().err
+    )
 
 
 def test_one_common_flag_is_no_option_of_its_own(tmp_path, monkeypatch):

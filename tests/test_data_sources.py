@@ -533,8 +533,10 @@ def test_a_picture_that_is_listed_in_two_splits_is_counted(tmp_path):
 def test_splits_of_a_list_in_capitals_are_told(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("image,label,split\n1.png,a,train\n2.png,b,Val\n3.png,b,fold1\n4.png,b,TEST\n")
-    with pytest.raises(ValueError, match="the splits TEST, Val look like train, val, .*small"):
-        sources.get_source(f"folder:{path}")
+    names = sources.split_names(f"folder:{path}")
+    with pytest.raises(ValueError, match="The splits TEST, Val are not called train, val, valid"):
+        sources.own_test(names)
+    assert len(sources.get_source(f"folder:{path}", "Val")) == 1
 
 
 def test_folds_cover_every_example_once_and_evenly():

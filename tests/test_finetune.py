@@ -185,6 +185,19 @@ def test_classes_by_number(tmp_path, picture_folder, finetuned, caplog):
     results = train.run(config, str(tmp_path / "numbers"))
     assert results["test"]["count"] == 60 and results["test"]["accuracy"] == 1.0
 
+    for name in ("n1", "n2"):
+        pictures.joinpath(name).rename(tmp_path / name)
+    with pytest.raises(ValueError, match="classes n0 that are not among the 3") as error:
+        config.pretrained_classes = "names"
+        train.run(config, str(tmp_path / "one"))
+    assert "numbers" not in errors.message(error.value)
+    (tmp_path / "n1").rename(pictures / "n1")
+    with pytest.raises(ValueError, match="is of another number of classes than 2"):
+        finetune(
+            tmp_path / "two", pictures, finetuned[0], STILL | {"pretrained_classes": "numbers"}
+        )
+    (tmp_path / "n2").rename(pictures / "n2")
+
     caplog.clear()
     finetune(tmp_path / "new", pictures, finetuned[0], STILL)
     assert "is left out: it is of other classes, such as blue. Where the same" in caplog.text

@@ -171,13 +171,16 @@ def test_export_leaves_patch_aggregation_out(tmp_path):
 
 
 def test_aggregation_adds_its_loss(tokenizer, config, image, masks):
-    losses = []
+    losses, unigrams = [], []
     for early in (0, 2):
         model, params = network("mim", early_layers=early)
         objective = tokens.make(config, model)
         sums, _ = objective.loss(params, {}, objective.frozen, views(image), masks, None)
-        losses.append(float(objective.summarize(sums)["loss"]))
+        scalars = objective.summarize(sums)
+        losses.append(float(scalars["loss"]))
+        unigrams.append(float(scalars["unigram_loss"]))
     assert 1.5 * losses[0] < losses[1]
+    assert unigrams[1] == pytest.approx(2 * unigrams[0])
 
 
 def test_unigram_baseline():

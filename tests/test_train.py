@@ -359,10 +359,30 @@ def test_a_run_that_is_stopped_as_it_is_evaluated_keeps_what_it_knows(tmp_path, 
             train(tmp_path, ALL)
     stored = json.loads((tmp_path / "results.json").read_text())
     results = train(tmp_path, ALL)
-    assert (stored.pop("complete"), results.pop("complete")) == (False, True)
-    assert stored == fileio.jsonable(results)
+    assert stored == fileio.jsonable(results) and stored["complete"]
     assert results["images_per_second"] > 0 and results["step_memory_bytes"] > 0
     assert results["seconds"]["compile"] > 0
+
+
+def test_the_best_two_steps_are_kept(tmp_path, train, monkeypatch):
+    scores = iter([0.5, 0.9, 0.8, 0.7, 0.6, 0.5])
+    monkeypatch.setattr(evaluate, "scalars_of", lambda metrics: {"accuracy": next(scores)})
+    monkeypatch.setattr(evaluate, "check_best_metric", lambda *args: None)
+    monkeypatch.setattr(evaluate, "finish", lambda *args: {})
+    changes = {"eval_every": "1", "save_every": "0", "keep_best": 2, "keep_last": 1}
+    train(tmp_path, ALL | changes | {"total_steps": 6, "data.test": ""})
+    steps = [name for name in os.listdir(tmp_path / "checkpoints") if name.isdecimal()]
+    assert sorted(steps) == ["2", "3", "6"]
+
+
+def test_a_measurement_is_no_end_of_the_run_that_follows(tmp_path, train, finished, monkeypatch):
+    changes = ALL | {"pretrained": str(finished[0])}
+    assert train(tmp_path, changes | {"eval_only": True})["complete"]
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "compile_step", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, changes)
+    assert not report.read_facts(tmp_path)["complete"]
 
 
 def test_validation_on_a_fold(tmp_path, train, capsys):

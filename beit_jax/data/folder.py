@@ -40,7 +40,11 @@ class EmptyFoldersError(ValueError):
 
 
 class UnknownClassesError(ValueError):
-    """Classes that are not those expected."""
+    """Classes that are not those expected, perhaps the `same_number` of them."""
+
+    def __init__(self, message: str, *, same_number: bool):
+        super().__init__(message)
+        self.same_number = same_number
 
 
 class Listing(NamedTuple):
@@ -174,11 +178,6 @@ def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
             groups.setdefault(split, []).append(group or "")
     if not ids:
         raise ValueError(f"{path} has a header and no rows")
-    if alike := sorted(name for name in ids if _is_nearly_a_split(name)):
-        raise ValueError(
-            f"{path}: the splits {', '.join(alike)} look like {', '.join(SPLIT_FOLDERS)}; name "
-            "them so, in small letters"
-        )
     return ids, labels if labelled else dict.fromkeys(ids), groups
 
 
@@ -252,8 +251,8 @@ def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:
     tops = sorted({id.partition("/")[0] for id in ids})
     if (
         len(tops) > 1
-        and any(map(_is_nearly_a_split, tops))
-        and all(name in SPLIT_FOLDERS or _is_nearly_a_split(name) for name in tops)
+        and any(map(is_nearly_a_split, tops))
+        and all(name in SPLIT_FOLDERS or is_nearly_a_split(name) for name in tops)
         and any(id.count("/") > 1 for id in ids)
     ):
         raise ValueError(
@@ -262,7 +261,8 @@ def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:
         )
 
 
-def _is_nearly_a_split(name: str) -> bool:
+def is_nearly_a_split(name: str) -> bool:
+    """Whether it is the name of a split but for its letters, such as Test or training."""
     alike = "training", "testing", *SPLIT_FOLDERS
     return name not in SPLIT_FOLDERS and name.lower() in alike
 
@@ -330,6 +330,7 @@ def _number_classes(found, class_names, where) -> tuple[tuple[str, ...], dict[st
     if unknown := sorted(found - number.keys()):
         raise UnknownClassesError(
             f"{where} has the classes {', '.join(unknown)} that are not among the "
-            f"{len(class_names)} expected: {', '.join(class_names)}"
+            f"{len(class_names)} expected: {', '.join(class_names)}",
+            same_number=len(found) == len(class_names),
         )
     return tuple(class_names), number

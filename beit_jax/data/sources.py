@@ -15,7 +15,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from beit_jax.data import cifar, digits, files, hub, tfds_source
+from beit_jax.data import cifar, digits, files, folder, hub, tfds_source
 from beit_jax.data.source import Source
 
 VALIDATIONS = ("val", "valid", "validation")  # names of a split
@@ -88,7 +88,17 @@ def get_source(
 
 def own_test(names: Sequence[str]) -> str | None:
     """Of the splits that a data set has, the one that is the test: a validation where none is
-    called so."""
+    called so.
+
+    Raises:
+      ValueError: some have such names but for their letters.
+    """
+    if alike := sorted(filter(folder.is_nearly_a_split, names)):
+        raise ValueError(
+            f"The splits {', '.join(alike)} are not called {', '.join(folder.SPLIT_FOLDERS)}: "
+            "rename them, or say what each is for, by --config.data.train=, --config.data.val= and "
+            "--config.data.test= (of knn --train and --test)."
+        )
     return next((name for name in ("test", *VALIDATIONS) if name in names), None)
 
 

@@ -93,7 +93,7 @@ def check(config) -> None:
         (("mixup", "cutmix", "noise_std", "color_jitter", "pad"), np.inf, "number from 0 up"),
     ):
         for key in keys:
-            if not 0 <= config.augment[key] <= most:
+            if not 0 <= config.augment[key] <= most or config.augment[key] == np.inf:
                 raise ValueError(
                     f"config.augment.{key} is {config.augment[key]}; expected a {kind}."
                 )
