@@ -256,8 +256,8 @@ def _as_the_original(tensors: Tensors) -> Tensors:
     if "cls_token" not in tensors or np.ndim(tensors.get("pos_embed")) != 3:
         return tensors
     own, positions = dict(tensors), tensors["pos_embed"]
-    patches = positions.shape[1]  # at most: one more with a class token would be no square
-    if "reg_token" in tensors or math.isqrt(patches) ** 2 == patches:
+    count = positions.shape[1]  # a square where they are of the patches of a square alone
+    if "reg_token" in tensors or math.isqrt(count) ** 2 == count:
         own["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], 1)
     if "reg_token" in tensors:
         own["register_tokens"] = own.pop("reg_token")
