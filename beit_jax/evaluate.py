@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import build, compiler, plots, pretrained, report, sharding
+from beit_jax import build, compiler, errors, plots, pretrained, report, sharding
 from beit_jax import workdir as workdirs
 from beit_jax.data import folder, inputs
 from beit_jax.state import take
@@ -82,6 +82,12 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         raise
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
+    found = build.check_classes(config, splits)
+    if class_names is not None and len(found) != len(names):
+        raise ValueError(
+            f"{config.pretrained} tells {len(names)} classes, and {config.data.name} has "
+            f"{len(found)} ({errors.few(found, 4)}): evaluate on pictures of its classes."
+        )
     if last is None and not config.pretrained:
         raise FileNotFoundError(
             f"{workdir} has no checkpoint to evaluate: train first, or set config.pretrained."

@@ -207,22 +207,26 @@ def with_head_for(start: Pretrained, class_names: Sequence[str], by: str = "name
     Names such as LABEL_0 say nothing and are taken for the same classes in the same order; so are
     all where `by` is "numbers", see `config.pretrained_classes`.
     """
-    old = real_names(start.info.class_names) if by == "names" else None
     heads = [name for name in start.params if name.endswith("classifier")]
-    fits = all(np.shape(start.params[head]["bias"]) == (len(class_names),) for head in heads)
+    if not heads:
+        return start
+    label, count = (
+        start.info.pretrained or "the checkpoint",
+        np.size(start.params[heads[0]]["bias"]),
+    )
+    old, fits = real_names(start.info.class_names), count == len(class_names)
     if by == "numbers" and not fits:
         raise ValueError(
-            "config.pretrained_classes is 'numbers', and the classifier of "
-            f"{start.info.pretrained or 'the checkpoint'} is of another number of classes than "
+            f"config.pretrained_classes is 'numbers', and {label} has {count} classes, not "
             f"{len(class_names)}."
         )
-    if heads and fits and old is None and real_names(class_names):
-        logging.info(
-            "The classes of %s are taken for %s, in this order, whatever they are called there.",
-            start.info.pretrained or "the checkpoint",
-            errors.few(class_names, 4),
-        )
-    if not heads or old is None or list(old) == list(class_names):
+    if by == "numbers" or old is None:
+        if fits and real_names(class_names):
+            theirs = old or [f"number {i}" for i in range(count)]
+            pairs = [f"{a} is {b}" for a, b in zip(theirs, class_names, strict=True)]
+            logging.info("Of %s by the order of its classes: %s.", label, errors.few(pairs, 4))
+        return start
+    if list(old) == list(class_names):
         return start
     params = {name: value for name, value in start.params.items() if name not in heads}
     if sorted(old) == sorted(class_names) and len(set(old)) == len(old):
@@ -232,7 +236,7 @@ def with_head_for(start: Pretrained, class_names: Sequence[str], by: str = "name
     else:
         logging.info(
             "The classifier of %s is left out: it is of other classes, such as %s.%s",
-            start.info.pretrained or "the checkpoint",
+            label,
             next(iter(sorted(set(old) - set(class_names))), old[0]),
             f" {BY_NUMBERS}" if fits else "",
         )

@@ -40,7 +40,13 @@ _FACTS = (
     "seconds",
 )
 _FIX = "Remove it"
-_HEADLINES = ("loss", "accuracy", "top5_accuracy")  # of an evaluation, for the console
+_HEADLINES = (  # of an evaluation, for the console
+    "loss",
+    "baseline_loss",
+    "unigram_loss",
+    "accuracy",
+    "top5_accuracy",
+)
 
 
 _LOG = logging.getLogger(__name__)  # what the console shows otherwise
@@ -217,7 +223,7 @@ class Report:
 
     def info(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         _LOG.info("%s", text)
 
     def metrics_table(self, title: str, metrics: Mapping[str, float]) -> None:
@@ -406,8 +412,9 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
 
 
 def _stdout():
-    """The console of rich, in which a pipe stays a pipe also where FORCE_COLOR is set."""
-    return Console(force_interactive=None if sys.stdout.isatty() else False)
+    """The console of rich, in which a pipe stays a pipe also where FORCE_COLOR is set, and
+    folder:cat a folder."""
+    return Console(force_interactive=None if sys.stdout.isatty() else False, emoji=False)
 
 
 @contextlib.contextmanager

@@ -156,7 +156,13 @@ def _to_peft(args) -> int:
     params = lora.flat(checkpoint.load_params(workdir, step=step))
     with files.new_directory(args.dst) as directory:
         peft.save(directory, params, info.lora, args.transformers, info.class_names)
-    print(f"{args.dst}: adapters of {info.lora['base']} written")
+    base = info.lora["base"]
+    print(f"{args.dst}: adapters of {base} written")
+    if pretrained.workdir_and_step(base)[0]:
+        print(
+            f"note: {base} is a workdir, which PEFT does not read: `convert to-hf` writes it for "
+            "transformers, and base_model_name_or_path in adapter_config.json is to name that"
+        )
     return 0
 
 
