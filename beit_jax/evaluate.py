@@ -82,8 +82,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         raise
     if not splits:
         raise ValueError("Nothing to evaluate: config.data.val and config.data.test are empty.")
-    found = build.check_classes(config, splits)
-    if class_names is not None and len(found) != len(names):
+    if class_names and len(found := build.check_classes(config, splits)) != len(names):
         raise ValueError(
             f"{config.pretrained} tells {len(names)} classes, and {config.data.name} has "
             f"{len(found)} ({errors.few(found, 4)}): evaluate on pictures of its classes."

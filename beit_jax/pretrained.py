@@ -210,10 +210,8 @@ def with_head_for(start: Pretrained, class_names: Sequence[str], by: str = "name
     heads = [name for name in start.params if name.endswith("classifier")]
     if not heads:
         return start
-    label, count = (
-        start.info.pretrained or "the checkpoint",
-        np.size(start.params[heads[0]]["bias"]),
-    )
+    label = start.info.pretrained or "the checkpoint"
+    count = np.size(start.params[heads[0]]["bias"])
     old, fits = real_names(start.info.class_names), count == len(class_names)
     if by == "numbers" and not fits:
         raise ValueError(

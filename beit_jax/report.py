@@ -39,7 +39,6 @@ _FACTS = (
     "seconds_per_step",
     "seconds",
 )
-_FIX = "Remove it"
 _HEADLINES = (  # of an evaluation, for the console
     "loss",
     "baseline_loss",
@@ -223,7 +222,7 @@ class Report:
 
     def info(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
-        self._console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         _LOG.info("%s", text)
 
     def metrics_table(self, title: str, metrics: Mapping[str, float]) -> None:
@@ -378,9 +377,7 @@ class _Events:
 def read_facts(workdir: str | os.PathLike) -> dict[str, Any]:
     """What an earlier results.json says of the training itself, such as whether it is "complete";
     None where nothing is known."""
-    results = None
-    with contextlib.suppress(OSError, ValueError):
-        results = fileio.read_json(os.path.join(workdir, "results.json"), "")
+    results = _read_results(workdir)
     if results is None:
         return dict.fromkeys(_FACTS)
     return {name: results.get(name) for name in _FACTS} | {"complete": is_complete(results)}
@@ -394,9 +391,15 @@ def write_results(workdir: str | os.PathLike, results: Mapping[str, Any]) -> Map
 
 def reopen_results(workdir: str | os.PathLike) -> None:
     """What results.json says is no longer of the end of a run, which is to go on."""
-    results = fileio.read_json(os.path.join(workdir, "results.json"), _FIX)
+    results = _read_results(workdir)
     if results is not None and is_complete(results):
         write_results(workdir, {**results, "complete": False})
+
+
+def _read_results(workdir):
+    """What an earlier results.json holds; None where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return fileio.read_json(os.path.join(workdir, "results.json"))
 
 
 def is_complete(results: Mapping[str, Any]) -> bool:

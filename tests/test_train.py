@@ -383,6 +383,8 @@ def test_a_measurement_is_no_end_of_the_run_that_follows(tmp_path, train, finish
         with pytest.raises(ZeroDivisionError):
             train(tmp_path, changes)
     assert not report.read_facts(tmp_path)["complete"]
+    (tmp_path / "results.json").write_text("{")  # damaged, it is no obstacle
+    assert train(tmp_path, changes)["complete"]
 
 
 def test_validation_on_a_fold(tmp_path, train, capsys):

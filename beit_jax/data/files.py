@@ -13,11 +13,11 @@ from beit_jax.data.source import Record, Source, balanced_order, select
 
 
 class FileSource(Source):
-    """Pictures in files, whose ids are relative to `root`."""
+    """Pictures in files, whose ids are relative to `root`, of a folder or a list."""
 
-    def __init__(self, *args, root, ignored=(), mixed=(), **kwargs):
+    def __init__(self, *args, root, is_list=False, ignored=(), mixed=(), **kwargs):
         super().__init__(*args, **kwargs)
-        self._root, self.ignored, self.mixed = root, ignored, mixed
+        self._root, self._is_list, self.ignored, self.mixed = root, is_list, ignored, mixed
 
     def id(self, index):
         return str(self._root / self._ids[index])
@@ -26,7 +26,9 @@ class FileSource(Source):
         return [Record(self._root / self._ids[i], self._label(i)) for i in indices]
 
     def _places(self):
-        """By the files, as a list may have one in two splits."""
+        if not self._is_list:
+            return super()._places()
+        # by the files, of which a list may have one in two splits
         paths = (os.path.normpath(self._root / id) for id in self._ids)
         digests = (hashlib.sha256(os.fsencode(path)).digest() for path in paths)
         return np.array([int.from_bytes(digest[:8], signed=True) for digest in digests], np.int64)
@@ -49,7 +51,8 @@ def open_source(
 ) -> FileSource:
     """Opens a folder or CSV file; see `sources.get_source`."""
     options = {"labelled": labelled, "class_names": class_names}
-    if path.suffix.lower() == ".csv":
+    is_list = path.suffix.lower() == ".csv"
+    if is_list:
         listing = folder.list_csv(path, **options, **columns)
     elif columns:
         given = ", ".join(f"{key}={value!r}" for key, value in columns.items())
@@ -75,6 +78,7 @@ def open_source(
         None if unlabelled[0] else listing.class_names,
         on_bad_image,
         root=listing.root,
+        is_list=is_list,
         ids=ids,
         labels=None if unlabelled[0] else np.concatenate(labels),
         ignored=listing.ignored,

@@ -93,10 +93,9 @@ def check(config) -> None:
         (("mixup", "cutmix", "noise_std", "color_jitter", "pad"), np.inf, "number from 0 up"),
     ):
         for key in keys:
-            if not 0 <= config.augment[key] <= most or config.augment[key] == np.inf:
-                raise ValueError(
-                    f"config.augment.{key} is {config.augment[key]}; expected a {kind}."
-                )
+            value = config.augment[key]
+            if not (0 <= value <= most and np.isfinite(value)):
+                raise ValueError(f"config.augment.{key} is {value}; expected a {kind}.")
     if config.augment.randaugment not in ("", "trivial"):
         try:
             randaugment.parse(config.augment.randaugment)
