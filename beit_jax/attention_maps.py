@@ -1,9 +1,9 @@
 """Draws what a network looks at: python -m beit_jax.attention_maps --checkpoint WORKDIR --images
 PATH --out FILE.png
 
-Each picture as the network sees it, how the attention of one layer weighs its patches, and the
+Each image as the network sees it, how the attention of one layer weighs its patches, and the
 attention rolled out through all layers (arXiv:2005.00928). The weights are those of what the head
-reads: of the class token, or of the mean of all patches. Pictures that cannot be read are named on
+reads: of the class token, or of the mean of all patches. Images that cannot be read are named on
 stderr, left out, and make the exit status 3; bad arguments make it 2.
 """
 
@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import architecture, command, plots, pretrained
-from beit_jax.data import images, pictures, views
+from beit_jax.data import image_files, images, views
 from beit_jax.models import features
 
 
 class Maps(NamedTuple):
-    """Of B pictures that a network sees as h x w patches.
+    """Of B images that a network sees as h x w patches.
 
     Attributes:
       image: as it is seen, uint8 [B, H, W, 3].
       layers: the weight of each patch in each layer and head, float32 [L, B, heads, h, w].
       rollout: its weight through all layers, [B, h, w].
-      bad: an error for each picture that could not be read, and is not among the B.
+      bad: an error for each image that could not be read, and is not among the B.
     """
 
     image: np.ndarray
@@ -39,15 +39,15 @@ class Maps(NamedTuple):
 def look(
     start: pretrained.Pretrained, paths: list[pathlib.Path], *, batch_size: int = 4, dtype="auto"
 ) -> Maps:
-    """The attention maps of picture files.
+    """The attention maps of image files.
 
     Raises:
-      ValueError: no picture can be read, or the network has no attention from all patches to all.
+      ValueError: no image can be read, or the network has no attention from all patches to all.
     """
     info = start.info
     model = architecture.make_model(info, dtype=dtype)
     rendering = views.rendering(info.image, model.config.image_size)
-    found, bad = pictures.read(paths, views.host_crop(info.image, {"image": rendering}))
+    found, bad = image_files.read(paths, views.host_crop(info.image, {"image": rendering}))
     image = views.as_batch(found)["image"]
 
     @jax.jit
@@ -66,7 +66,7 @@ def look(
 
 
 def act(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
-    """Writes `args.out`; returns the pictures that could not be read."""
+    """Writes `args.out`; returns the images that could not be read."""
     start = pretrained.load(args.checkpoint)
     layer = features.check_layer(args.layer, architecture.make_model(start.info))
     maps = look(start, paths)

@@ -180,7 +180,7 @@ def make_plan(config, num_examples: int) -> Plan:
         size = 2 ** max(int(np.log2(num_examples / 3)), 0)  # three steps an epoch, or more
         raise ValueError(
             f"config.batch_size is {config.batch_size}, and {config.data.train!r} of "
-            f"{config.data.name} has {num_examples} pictures; expected at most as many, such as "
+            f"{config.data.name} has {num_examples} images; expected at most as many, such as "
             f"--config.batch_size={size}."
         )
     steps_per_epoch = num_examples / config.batch_size
@@ -216,8 +216,8 @@ def warn_of_few_steps(config, plan: Plan) -> None:
     """Warns of a run whose epochs make few steps."""
     if config.total_steps is None and plan.total_steps < FEW_STEPS:
         logging.warning(
-            "%d steps are few to learn from: a smaller config.batch_size than %d, or more than "
-            "%g config.num_epochs, makes more of them.",
+            "%d training steps are few: use a smaller config.batch_size than %d, or more than %g "
+            "config.num_epochs.",
             plan.total_steps,
             config.batch_size,
             config.num_epochs,

@@ -52,7 +52,7 @@ class ModelInfo(NamedTuple):
       task: module in `beit_jax.tasks`.
       architecture: keyword arguments of the model.
       class_names: in the order of the logits, or None.
-      image: how pictures are prepared: "mean" and "std" per channel for pixels in [0, 1],
+      image: how images are prepared: "mean" and "std" per channel for pixels in [0, 1],
         "interpolation", "crop" ("squash" or "center") and "crop_pct"; or None.
       pretrained: what the run started from, or None.
       lora: of adapters, see `lora.py`: rank, alpha, targets, and the base they belong to; or None.
@@ -416,7 +416,7 @@ def _load(workdir, step, choose):
                 problem = f"{directory}/{candidate} is damaged: {_reason(error)}"
                 if candidate == candidates[-1]:
                     raise CheckpointError(problem) from error
-                logging.warning("%s; another checkpoint is taken", problem)
+                logging.warning("%s; trying another checkpoint", problem)
 
 
 def _chooses(workdir) -> bool:

@@ -1,4 +1,4 @@
-"""What commands have in common, those above all that make one file of pictures."""
+"""What commands have in common, those above all that make one file of images."""
 
 import argparse
 import logging
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from beit_jax import errors, interrupt
-from beit_jax.data import images, pictures
+from beit_jax.data import image_files, images
 
 CHECKPOINT = "a workdir, HuggingFace directory or id"
 
@@ -30,7 +30,7 @@ def make_parser(name: str, doc: str, out: str) -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         action="extend",
-        help="pictures, folders of them and CSV lists",
+        help="images, folders of them and CSV lists",
     )
     parser.add_argument("--out", required=True, help=out)
     parser.set_defaults(max_images=None)
@@ -94,13 +94,13 @@ def run(
     argv,
     act: Callable[..., list[images.BadImageError]],
     *endings: str,
-    unit: str = "pictures",
+    unit: str = "images",
 ) -> int:
-    """Parses the arguments and calls act(args, paths of pictures), which writes `args.out`, a file
-    with one of the `endings`, and returns the pictures that it could not read.
+    """Parses the arguments and calls act(args, paths of images), which writes `args.out`, a file
+    with one of the `endings`, and returns the images that it could not read.
 
     Returns:
-      The exit status: 0, 2 for bad arguments, or 3 where not all pictures could be read.
+      The exit status: 0, 2 for bad arguments, or 3 where not all images could be read.
     """
     args = parser.parse_args(argv)
     if not args.out.endswith(endings):
@@ -108,7 +108,7 @@ def run(
     check_out(parser, args.out)
 
     def call():
-        found = pictures.find(args.images)
+        found = image_files.find(args.images)
         given = {os.path.realpath(path) for path in [*args.images, *found]}
         if os.path.realpath(args.out) in given:
             raise ValueError(f"--out {args.out} is one of the --images, which it would replace.")

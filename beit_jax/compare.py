@@ -3,7 +3,7 @@
 Writes DIR/comparison.md, .csv and .png: accuracy with its confidence interval, curves, parameters,
 memory and speed, side by side. NAME=WORKDIR,WORKDIR,... are runs of one kind (seeds, folds), of
 which the mean is taken. Low and high are a 95 % interval: Wilson's of one run, Student's of the
-mean of several, with the error of the choice of pictures where it is the same for all; of the test,
+mean of several, with the error of the choice of images where it is the same for all; of the test,
 or of the validation with `--split val` or where there is no test.
 `--run "NAME: FLAGS"` first makes a run, or goes on with it, in DIR/NAME: FLAGS are those of
 main.py, after the ones given by --common.
@@ -34,7 +34,7 @@ class Row(NamedTuple):
       split: that it is measured on: test, or else val.
       accuracy: the mean of several runs.
       low, high: a 95 % interval: Wilson's of one run; of the mean of several Student's, and where
-        all were measured on the same pictures with the error of that choice besides.
+        all were measured on the same images with the error of that choice besides.
       num_runs: how many.
       num_parameters, num_trainable_parameters: of the network.
       step_memory_mib: that the compiled training step needs, on one device.
@@ -42,8 +42,8 @@ class Row(NamedTuple):
       images_per_second: trained on, without compilation, evaluation and saving.
       curve: (step, validation accuracy), the mean of the runs: of the k-th validation of each, or
         where some have more of them, at the steps that all have.
-      num_pictures: that each run was measured on.
-      pictures: checksums of what the runs were measured on, where they left them.
+      num_images: that each run was measured on.
+      images: checksums of what the runs were measured on, where they left them.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Row(NamedTuple):
     step_ms: float | None
     images_per_second: float | None
     curve: list[tuple[int, float]]
-    num_pictures: int | None = None
-    pictures: frozenset[str] = frozenset()
+    num_images: int | None = None
+    images: frozenset[str] = frozenset()
 
 
 COLUMNS = {  # title: (field of Row, format)
@@ -67,7 +67,7 @@ COLUMNS = {  # title: (field of Row, format)
     "low": ("low", "{:.4f}"),
     "high": ("high", "{:.4f}"),
     "runs": ("num_runs", "{}"),
-    "pictures": ("num_pictures", "{:,}"),
+    "images": ("num_images", "{:,}"),
     "parameters": ("num_parameters", "{:,}"),
     "trainable": ("num_trainable_parameters", "{:,}"),
     "step memory (MiB)": ("step_memory_mib", "{:,.0f}"),
@@ -80,7 +80,7 @@ _ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
 _FIX = "Restore it, or leave that run out"
 INTERVALS = (
     "Low and high: 95 % interval, Wilson's of one run; of the mean of several Student's, with the "
-    "error of the choice of pictures besides where it is the same for all."
+    "error of the choice of images besides where it is the same for all."
 )
 
 
@@ -105,12 +105,12 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
     accuracy = np.array([test["accuracy"] for test in tests])
     low, high = tests[0]["accuracy_low"], tests[0]["accuracy_high"]
     split, counts = splits.pop(), {test.get("count") for test in tests}
-    pictures = {_pictures(*pair, split) for pair in zip(workdirs, results, strict=True)}
+    images = {_images(*pair, split) for pair in zip(workdirs, results, strict=True)}
     if len(accuracy) > 1:
         error = accuracy.std(ddof=1) / len(accuracy) ** 0.5
         half = scipy.stats.t.ppf(0.975, len(accuracy) - 1) * error
         below = above = half
-        if len(pictures) == 1 and None not in pictures:  # a choice that no difference shows
+        if len(images) == 1 and None not in images:  # a choice that no difference shows
             below = math.hypot(half, accuracy[0] - low)
             above = math.hypot(half, high - accuracy[0])
         low, high = max(0.0, accuracy.mean() - below), min(1.0, accuracy.mean() + above)
@@ -132,8 +132,8 @@ def read(name: str, workdirs: list[str], split: str | None = None) -> Row:
         step_ms=mean("seconds_per_step", 1e3),
         images_per_second=mean("images_per_second"),
         curve=_curve(workdirs),
-        num_pictures=round(min(counts)) if len(counts) == 1 and None not in counts else None,
-        pictures=frozenset(filter(None, pictures)),
+        num_images=round(min(counts)) if len(counts) == 1 and None not in counts else None,
+        images=frozenset(filter(None, images)),
     )
 
 
@@ -165,9 +165,9 @@ def _results(workdir):
     return results
 
 
-def _pictures(workdir, results, split):
-    """The checksum of the pictures that a run was measured on; None where it left none."""
-    content = results.get("pictures") or fileio.read_json(Path(workdir, "data.json"), _FIX)
+def _images(workdir, results, split):
+    """The checksum of the images that a run was measured on; None where it left none."""
+    content = results.get("images") or fileio.read_json(Path(workdir, "data.json"), _FIX)
     return (content or {}).get(split)
 
 
@@ -211,12 +211,12 @@ def write(rows: list[Row], directory: str) -> None:
         for line in (header, ruler, *lines):
             file.write(f"| {' | '.join(line)} |\n")
         file.write(f"\nAccuracy on {split}. {INTERVALS}\n")
-        differ = len({row.pictures for row in rows if row.pictures}) > 1
-        if differ or len({row.num_pictures for row in rows}) > 1:
-            file.write("\nNot all rows were measured on the same pictures.\n")
+        differ = len({row.images for row in rows if row.images}) > 1
+        if differ or len({row.num_images for row in rows}) > 1:
+            file.write("\nNot all rows were measured on the same images.\n")
     with fileio.writing(f"{path}.csv") as file:
         writer = csv.writer(file)
-        fields = [field for field in Row._fields if field not in ("curve", "pictures")]
+        fields = [field for field in Row._fields if field not in ("curve", "images")]
         writer.writerow(fields)
         writer.writerows([getattr(row, field) for field in fields] for row in rows)
     plots.comparison(rows, f"{path}.png")

@@ -23,8 +23,8 @@ def message(error: BaseException) -> str:
         text = (
             f"{text.splitlines()[0]}\nThe device has too little memory: take a smaller batch (in "
             "training perhaps with config.accumulate_steps, which keeps a step's number of "
-            "pictures), config.model.remat=dots or full, or, where they are large, do not keep "
-            "pictures on the device: config.data.resident_bytes=0."
+            "images), config.model.remat=dots or full, or, where they are large, do not keep "
+            "images on the device: config.data.resident_bytes=0."
         )
     elif not isinstance(error, OSError) and not _is_raised_here(error):
         raise error

@@ -70,7 +70,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         load = pretrained.load_classifier if classifies else pretrained.load
         start = load(config.pretrained, config.pretrained_revision)
         if classifies:
-            names = pretrained.class_names(start)  # some may be in no picture
+            names = pretrained.class_names(start)  # some may be in no image
             class_names = len(names)
             if config.pretrained_classes == "names":
                 class_names = pretrained.real_names(names) or len(names)
@@ -85,7 +85,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
     if class_names and len(found := build.check_classes(config, splits)) != len(names):
         raise ValueError(
             f"{config.pretrained} tells {len(names)} classes, and {config.data.name} has "
-            f"{len(found)} ({errors.few(found, 4)}): evaluate on pictures of its classes."
+            f"{len(found)} ({errors.few(found, 4)}): evaluate on images of its classes."
         )
     if last is None and not config.pretrained:
         raise FileNotFoundError(
@@ -104,7 +104,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         except ValueError as error:
             error.add_note(
                 "An evaluation trains nothing, so that nothing may be left out here: evaluate on "
-                "pictures of the checkpoint's classes, or train first, in the workdir to evaluate."
+                "images of the checkpoint's classes, or train first, in the workdir to evaluate."
             )
             raise
         if any(np.isnan(x).any() for x in jax.tree.leaves(params)):
@@ -134,7 +134,7 @@ def evaluate_only(config, workdir, mesh, stack) -> dict:
         )
     )
     for name in workdirs.changed_data(workdir, splits):
-        log.info(f"The pictures of {name} are others than those of the run.")
+        log.info(f"The images of {name} are others than those of the run.")
     log.info(f"Evaluates step {step}." if step is not None else f"Evaluates {config.pretrained}.")
     evaluator = make_evaluator(task, config, mesh)
     step, facts = step or 0, report.read_facts(workdir)
@@ -152,7 +152,7 @@ def load_best(saver, mesh):
 def finish(
     workdir, task, step, params, model_state, splits, evaluator, log, facts, found=()
 ) -> dict:
-    """Evaluates parameters on val and test; writes results.json, with the facts, and pictures.
+    """Evaluates parameters on val and test; writes results.json, with the facts, and images.
     `found` is what the evaluator has said of a split already."""
     found = dict(found)
     num_parameters = sum(x.size for x in jax.tree.leaves(params)) + task.num_frozen
@@ -170,7 +170,7 @@ def finish(
             last = metrics, outputs, splits[name]
     if "test" in results:
         log.test(step, scalars_of(results["test"]))
-    results["pictures"] = {name: s.source.fingerprint for name, s in splits.items()}
+    results["images"] = {name: s.source.fingerprint for name, s in splits.items()}
     results["num_skipped"] = num_skipped(splits, facts)
     results["environment"] = facts.get("environment") or report.environment()
 
@@ -190,7 +190,7 @@ def finish(
 
 
 def num_skipped(splits, facts) -> int:
-    """How many pictures cannot be decoded, of those that this start or an earlier one has met."""
+    """How many images cannot be decoded, of those that this start or an earlier one has met."""
     skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
     return max(skipped, facts.get("num_skipped") or 0)
 

@@ -1,14 +1,14 @@
-"""Writes a classifier as one program: preparation of the pictures, network and weights.
+"""Writes a classifier as one program: preparation of the images, network and weights.
 
     python -m beit_jax.export --checkpoint WORKDIR --out DIRECTORY
 
-DIRECTORY/program.bin is StableHLO for CPU, CUDA and TPU, for any number of pictures. It runs
+DIRECTORY/program.bin is StableHLO for CPU, CUDA and TPU, for any number of images. It runs
 where JAX and flatbuffers are installed, without this package:
 
     program = jax.export.deserialize(open("DIRECTORY/program.bin", "rb").read())
-    logits = program.call(pictures)  # uint8 [n, height, width, channels] -> float32 [n, classes]
+    logits = program.call(images)  # uint8 [n, height, width, channels] -> float32 [n, classes]
 
-By default the pictures are of the size that the network sees, cropped and resized already, as
+By default the images are of the size that the network sees, cropped and resized already, as
 "image" in DIRECTORY/program.json describes it; with --size they are of that size, and the program
 crops and resizes them as an evaluation does. The JSON also has the class names.
 
@@ -42,12 +42,12 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest logit; bfloat
 def make_classifier(
     model: pretrained.Pretrained, *, size: tuple[int, int] | None = None, dtype: str = "float32"
 ) -> tuple[Callable[[jax.Array], jax.Array], tuple[int, int, int]]:
-    """The function that is exported: uint8 pictures [N, H, W, C] to float32 logits [N, K].
+    """The function that is exported: uint8 images [N, H, W, C] to float32 logits [N, K].
 
     Args:
       model: parameters and description of a classifier.
-      size: (H, W) of the pictures, which are then cropped and resized as in an evaluation; None
-        is for pictures that have been, to the size that the network sees.
+      size: (H, W) of the images, which are then cropped and resized as in an evaluation; None
+        is for images that have been, to the size that the network sees.
       dtype: of the computation and of the kernels, "float32" or "bfloat16".
 
     Returns:
@@ -64,7 +64,7 @@ def make_classifier(
 
 
 def serialize(function: Callable, shape: tuple[int, int, int], platforms=PLATFORMS) -> bytearray:
-    """A jitted function of uint8 pictures [N, *shape], for any N, as a program of StableHLO."""
+    """A jitted function of uint8 images [N, *shape], for any N, as a program of StableHLO."""
     (number,) = jax_export.symbolic_shape("n")
     image = jax.ShapeDtypeStruct((number, *shape), np.uint8)
     with _without_source_paths():
@@ -91,7 +91,7 @@ def difference(
     Args:
       program: as `serialize` returns it.
       model: what was exported.
-      shape: (H, W, C) of the pictures that the program takes; it is given two random ones.
+      shape: (H, W, C) of the images that the program takes; it is given two random ones.
       resized: whether they count as cropped and resized.
 
     Raises:
@@ -167,7 +167,7 @@ def main(argv=None) -> int:
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="of pictures that the program is to crop and resize itself",
+        help="of images that the program is to crop and resize itself",
     )
     parser.add_argument("--dtype", choices=_TOLERANCE, default="float32")
     parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=PLATFORMS)

@@ -1,4 +1,4 @@
-"""What a network says of every picture of a source, batch by batch."""
+"""What a network says of every image of a source, batch by batch."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from beit_jax.models import packed
 
 
 class Outputs(NamedTuple):
-    """Of the M pictures of a source that could be read, in its order.
+    """Of the M images of a source that could be read, in its order.
 
     Attributes:
       values: a pytree of arrays [M, ...].
@@ -31,16 +31,16 @@ class Outputs(NamedTuple):
 def make(
     function: Callable, start: pretrained.Pretrained, *, batch_size: int, dtype: str = "auto"
 ) -> Callable[[Source], Outputs]:
-    """Returns apply(source), which calls a function on all pictures, prepared as the model wants
+    """Returns apply(source), which calls a function on all images, prepared as the model wants
     them.
 
     What the source skips is in no output. On a terminal a bar on stderr tells how far it is.
 
     Args:
-      function: (model, params, pictures float [B, H, W, C], normalised) -> a pytree of arrays
+      function: (model, params, images float [B, H, W, C], normalised) -> a pytree of arrays
         [B, ...]; is compiled.
       start: the model.
-      batch_size: of pictures, at most.
+      batch_size: of images, at most.
       dtype: of the computation, as `config.model.dtype`.
     """
     info = start.info
@@ -55,7 +55,7 @@ def make(
 
     def apply(source):
         if not len(source):
-            raise ValueError("There are no pictures.")
+            raise ValueError("There are no images.")
         result, read, label = None, np.zeros(len(source), bool), np.zeros(len(source), np.int32)
         rows = min(batch_size, len(source))
         with pipeline.eval_batches(

@@ -1,6 +1,6 @@
 """Nearest neighbours in every layer: python -m beit_jax.knn --checkpoint WORKDIR --data cifar10
 
-Classifies each test picture by a vote of the most similar training pictures, whose weights are
+Classifies each test image by a vote of the most similar training images, whose weights are
 exp(cosine similarity / 0.07), as in Wu et al. (arXiv:1805.01978) and DINO. Prints the accuracy of
 each layer, and writes it to --out as JSON. To choose a layer, --test names a validation split: the
 highest of the accuracies of a test is too good. Of data without a test the validation is taken, or
@@ -22,19 +22,19 @@ from beit_jax.models import features
 
 
 def describe(model, params, image):
-    """The features of every layer, unit length, [L][B, F], of normalised pictures [B, H, W, C]."""
+    """The features of every layer, unit length, [L][B, F], of normalised images [B, H, W, C]."""
     layers = features.layer_outputs(model, params, image)
     pooled = (features.pool(x, model.config.num_prefix) for x in layers)
     return [x / jnp.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in pooled]
 
 
 def extract(apply, source: Source) -> tuple[list[np.ndarray], np.ndarray]:
-    """The features [L][N, F] and labels [N] of a source; pictures that are skipped are in neither.
+    """The features [L][N, F] and labels [N] of a source; images that are skipped are in neither.
 
     `apply` is what `inference.make` makes of `describe`.
 
     Raises:
-      ValueError: no picture is left.
+      ValueError: no image is left.
     """
     found = apply(source)
     if not len(found.index):
@@ -93,7 +93,7 @@ def run(args) -> int:
         )
     _check_k(args, len(splits[0]))
     if shared := splits[1].shared_with(splits[0]):
-        print(f"{shared:,} pictures are their own neighbours: {args.test} shares them.")
+        print(f"{shared:,} images are their own neighbours: {args.test} shares them.")
     apply = inference.make(describe, start, batch_size=args.batch_size)
     (train, train_labels), (test, test_labels) = (extract(apply, source) for source in splits)
     _check_k(args, len(train_labels))  # without those that were skipped
@@ -103,7 +103,7 @@ def run(args) -> int:
     test, train = f"{len(test_labels):,} of {args.test}", f"{len(train_labels):,} of {args.train}"
     print(f"{test} by their {args.k} nearest of {train}")
     for i, value in enumerate(found):
-        told = "  highest, on these very pictures" if i == best else ""
+        told = "  highest, on these very images" if i == best else ""
         print(f"layer {i:2}  accuracy {value:.4f}{told}")
     if args.out:
         count = {"num_train": len(train_labels), "num_test": len(test_labels)}
@@ -124,7 +124,7 @@ def _choose_splits(args, options):
 
 def _check_k(args, count):
     if args.k > count:
-        raise ValueError(f"--k is {args.k}, and {args.train} has {count} pictures.")
+        raise ValueError(f"--k is {args.k}, and {args.train} has {count} images.")
 
 
 def main(argv=None) -> int:

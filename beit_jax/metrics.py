@@ -103,7 +103,7 @@ def summarize_classification(sums, class_names=None) -> dict:
     if (unlabelled := count - support.sum()) > 0.5:
         raise ValueError(
             f"{unlabelled:g} of {count:g} examples have a label outside "
-            f"[0, {len(support)}); check the data set's labels against num_labels"
+            f"[0, {len(support)}); check the dataset's labels against num_labels"
         )
     if class_names is None:
         class_names = [str(i) for i in range(len(support))]

@@ -1,4 +1,4 @@
-"""Pictures of a run. Each function takes plain numbers, writes a PNG and returns its figure."""
+"""Images of a run. Each function takes plain numbers, writes a PNG and returns its figure."""
 
 import math
 import os
@@ -165,7 +165,7 @@ def contact_sheet(
     title: str = "",
     columns: int = 6,
 ) -> Figure:
-    """Draws pictures uint8 [H, W, 3] in rows of `columns`, each over its caption."""
+    """Draws images uint8 [H, W, 3] in rows of `columns`, each over its caption."""
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     captions = [_wrap(caption) for caption in captions]
@@ -184,7 +184,7 @@ def contact_sheet(
 
 
 def heat(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A picture uint8 [H, W, 3] under the colours of weights [h, w] of its parts, from the smallest
+    """An image uint8 [H, W, 3] under the colours of weights [h, w] of its parts, from the smallest
     to the largest of them."""
     height, width, _ = image.shape
     weights = (weights - weights.min()) / max(np.ptp(weights), 1e-12)
@@ -220,7 +220,7 @@ def reliability_diagram(calibration: Sequence[dict], path: str) -> Figure:
     axes.set_title(f"Expected calibration error {error:.2%}")
     shares.vlines(confidence, 0, share, color=_BLUE, lw=7)
     shares.set_xlabel("confidence")
-    shares.set_ylabel("pictures")
+    shares.set_ylabel("images")
     shares.set_ylim(0, None)
     shares.yaxis.set_major_locator(MaxNLocator(3))
     for each in (axes, shares):
@@ -256,6 +256,9 @@ def comparison(rows: Sequence, path: str) -> Figure:
     for axes in right:
         for row, color in zip(rows, colors, strict=True):
             axes.plot(*np.array(row.curve, float).reshape(-1, 2).T, color=color, label=row.name)
+        legend = axes.legend(axes.lines[::-1], [_short(row.name) for row in rows[::-1]])
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         axes.set_title("validation accuracy")
         axes.set_xlabel("step")
         axes.set_xlim(left=0)

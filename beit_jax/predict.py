@@ -1,7 +1,7 @@
-"""Classifies pictures: python -m beit_jax.predict --checkpoint WORKDIR --images PATH --out FILE
+"""Classifies images: python -m beit_jax.predict --checkpoint WORKDIR --images PATH --out FILE
 
-Writes one row a picture, CSV or JSON by the ending of FILE: the path, the label and the k most
-probable classes with their probabilities. Pictures that cannot be read are named on stderr, have
+Writes one row an image, CSV or JSON by the ending of FILE: the path, the label and the k most
+probable classes with their probabilities. Images that cannot be read are named on stderr, have
 an error in their row, and make the exit status 3; bad arguments make it 2.
 """
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from beit_jax import command, fileio, inference, pretrained
-from beit_jax.data import images, pictures
+from beit_jax.data import image_files, images
 
 
 def predict(
@@ -25,10 +25,10 @@ def predict(
     batch_size: int = 64,
     dtype: str = "auto",
 ) -> list[dict]:
-    """Returns a dict for each picture: "path", "label", "probability", "top", "error".
+    """Returns a dict for each image: "path", "label", "probability", "top", "error".
 
     "top" is [(class name, probability)], the most probable first.
-    Probabilities are the mean of the models'. A picture that cannot be read has label and
+    Probabilities are the mean of the models'. An image that cannot be read has label and
     probability None, an empty top and the reason as "error".
 
     Raises:
@@ -39,7 +39,7 @@ def predict(
         _columns(pretrained.class_names(model), names, f"model {number}")
         for number, model in enumerate(models, 1)
     ]
-    source = pictures.as_source(paths)
+    source = image_files.as_source(paths)
     mean = np.zeros((len(paths), len(names)), np.float32)
     for model, column in zip(models, columns, strict=True):
         found = inference.make(_softmax, model, batch_size=batch_size, dtype=dtype)(source)
@@ -90,7 +90,7 @@ def write(path: str, rows: list[dict], top_k: int) -> None:
 
 
 def act(args, paths: list[pathlib.Path]) -> list[images.BadImageError]:
-    """Writes `args.out`; returns the pictures that could not be read."""
+    """Writes `args.out`; returns the images that could not be read."""
     models = [pretrained.load_classifier(checkpoint) for checkpoint in args.checkpoint]
     top_k = min(args.top_k, len(pretrained.class_names(models[0])))
     rows = predict(models, paths, top_k=top_k, batch_size=args.batch_size, dtype=args.dtype)

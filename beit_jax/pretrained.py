@@ -56,7 +56,7 @@ def load(source: str, revision: str = "") -> Pretrained:
     loaded = convert.load(source, revision=revision or None)
     if loaded.image is None:
         logging.warning(
-            "%s does not say how its pictures are prepared; taking %s", source, preprocessor.DEFAULT
+            "%s does not specify its preprocessing; assuming %s", source, preprocessor.DEFAULT
         )
     info = ModelInfo(
         model_name=loaded.model_name,
@@ -119,7 +119,7 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
     params = checkpoint.load_params(workdir, step)
     of_a_run = os.path.exists(os.path.join(workdir, "config.json"))
     if of_a_run and not report.read_facts(workdir)["complete"]:
-        logging.warning("The run of %s has not ended; what it has saved is taken.", workdir)
+        logging.warning("The run of %s has not finished; using what it has saved so far.", workdir)
     if not info.lora:
         return Pretrained(params, info)
     try:
@@ -222,7 +222,7 @@ def with_head_for(start: Pretrained, class_names: Sequence[str], by: str = "name
         if fits and real_names(class_names):
             theirs = old or [f"number {i}" for i in range(count)]
             pairs = [f"{a} is {b}" for a, b in zip(theirs, class_names, strict=True)]
-            logging.info("Of %s by the order of its classes: %s.", label, errors.few(pairs, 4))
+            logging.info("Classes of %s by their order: %s.", label, errors.few(pairs, 4))
         return start
     if list(old) == list(class_names):
         return start
@@ -233,7 +233,7 @@ def with_head_for(start: Pretrained, class_names: Sequence[str], by: str = "name
             params[head] = {k: np.asarray(v)[..., order] for k, v in start.params[head].items()}
     else:
         logging.info(
-            "The classifier of %s is left out: it is of other classes, such as %s.%s",
+            "The classifier of %s is not used: it has other classes, such as %s.%s",
             label,
             next(iter(sorted(set(old) - set(class_names))), old[0]),
             f" {BY_NUMBERS}" if fits else "",

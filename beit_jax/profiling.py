@@ -37,7 +37,7 @@ def at_steps(
             f"FIRST < LAST < {total_steps}, the steps of the run."
         )
     if first < start_step:
-        logging.warning("Nothing is traced: the run goes on from step %d.", start_step)
+        logging.warning("Nothing is traced: the run resumes at step %d.", start_step)
         yield {}
         return
     trace = contextlib.ExitStack()

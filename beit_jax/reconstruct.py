@@ -1,9 +1,9 @@
 """Draws what pre-training predicts: python -m beit_jax.reconstruct --checkpoint WORKDIR --images
 PATH --out FILE.png
 
-Each picture as the network sees it, with the masked patches grey, and with them predicted, as
-pixels or as visual tokens. The tokenizer draws all tokens of a picture, those that it finds itself
-and again with the masked ones predicted. Pictures that cannot be read are named on
+Each image as the network sees it, with the masked patches grey, and with them predicted, as
+pixels or as visual tokens. The tokenizer draws all tokens of an image, those that it finds itself
+and again with the masked ones predicted. Images that cannot be read are named on
 stderr, left out, and make the exit status 3; bad arguments make it 2.
 """
 
@@ -14,17 +14,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, command, fileio, pretrained
-from beit_jax.data import images, pictures, views
+from beit_jax.data import image_files, images, views
 from beit_jax.tasks import pretrain
 
 
 def reconstruct(
     workdir, paths: list[pathlib.Path], *, step="best"
 ) -> tuple[dict[str, np.ndarray], list[images.BadImageError]]:
-    """Originals, masked and predicted pictures, each uint8 [B, h, w, C], of picture files, by
+    """Originals, masked and predicted images, each uint8 [B, h, w, C], of image files, by
     caption.
 
-    Those that cannot be read are left out; beside the pictures are their errors.
+    Those that cannot be read are left out; beside the images are their errors.
 
     Args:
       workdir: of a pre-training run.
@@ -32,7 +32,7 @@ def reconstruct(
       step: as of `checkpoint.load_params`.
 
     Raises:
-      FileNotFoundError, ValueError: no such run, no picture that can be read, or nothing to draw.
+      FileNotFoundError, ValueError: no such run, no image that can be read, or nothing to draw.
     """
     info = checkpoint.read_model_info(workdir)
     if info.task != "pretrain":
@@ -41,10 +41,10 @@ def reconstruct(
     config.mask.bank = len(paths)
     info, model, objective, bank = pretrain.make_parts(config, info=info)
     if objective.reconstruct is None:
-        raise ValueError(f"The objective {config.objective!r} predicts features, not pictures.")
+        raise ValueError(f"The objective {config.objective!r} predicts features, not images.")
     size = model.config.image_size
     crop = views.host_crop(info.image, pretrain.make_renderings(info, objective, size))
-    found, bad = pictures.read(paths, crop)
+    found, bad = image_files.read(paths, crop)
     batch = views.as_batch(found)
     draw = pretrain.make_reconstruction(info, objective, size, True)
     params = pretrained.load_workdir(workdir, step).params
@@ -66,7 +66,7 @@ def _config(workdir) -> ConfigDict:
 
 
 def act(args, paths) -> list[images.BadImageError]:
-    """Writes `args.out`; returns the pictures that could not be read."""
+    """Writes `args.out`; returns the images that could not be read."""
     found, bad = reconstruct(args.checkpoint, paths)
     pretrain.draw_reconstructions(found, args.out)
     return bad

@@ -285,7 +285,7 @@ class Report:
 
     @property
     def images_per_second(self) -> float | None:
-        """Training pictures a second, without compilation, evaluation and saving; None at first."""
+        """Training images a second, without compilation, evaluation and saving; None at first."""
         return self._speed(self._first) if self._first else None
 
     def _speed(self, since):

@@ -49,7 +49,7 @@ def create(params, model_state, tx: optax.GradientTransformation, *, ema: bool) 
 
 
 def take(resident, batch):
-    """The batch itself; or, from a data set on the device, the examples that `index` names."""
+    """The batch itself; or, from a dataset on the device, the examples that `index` names."""
     if resident is None:
         return batch
     examples = {key: value[batch["index"]] for key, value in resident.items()}

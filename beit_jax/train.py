@@ -94,7 +94,7 @@ def _train(config, workdir, mesh, stack):
         )
     )
     sizes = (f"{name} {split.num_examples:,}" for name, split in splits.items())
-    log.info(f"{config.data.name}: {', '.join(sizes)} pictures.")
+    log.info(f"{config.data.name}: {', '.join(sizes)} images.")
     num_trainable = build.num_trainable(config, task, state.params)
     log.parameters(state.params, task.num_frozen, num_trainable)
     if start_step >= plan.total_steps:

@@ -17,8 +17,8 @@ FROZEN = "frozen weights"  # the name of their fingerprint
 
 
 def check_place(workdir: str | os.PathLike, data: str, data_dir: str = "") -> None:
-    """Raises ValueError where the workdir lies among the pictures of the data set "folder:PATH",
-    PATH from `data_dir` on, or "hf:PATH": the figures that a run leaves would be pictures of the
+    """Raises ValueError where the workdir lies among the images of the dataset "folder:PATH",
+    PATH from `data_dir` on, or "hf:PATH": the figures that a run leaves would be images of the
     next."""
     kind, _, path = data.partition(":")
     path = os.path.expanduser(os.path.join(data_dir, path) if kind == "folder" else path)
@@ -29,7 +29,7 @@ def check_place(workdir: str | os.PathLike, data: str, data_dir: str = "") -> No
         return
     if not any(name.startswith(".") for name in pathlib.PurePath(place).relative_to(path).parts):
         raise ValueError(
-            f"The workdir {workdir} lies in {path}, whose pictures would be joined by those that a "
+            f"The workdir {workdir} lies in {path}, whose images would be joined by those that a "
             "run leaves: name a workdir elsewhere, or move this one there."
         )
 
@@ -80,7 +80,7 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
         if changed := _changed(path, fingerprints):
             raise ValueError(
                 f"The data of {', '.join(changed)} have changed since {workdir} was begun: "
-                "pictures were added, removed or replaced, or a tokenizer or teacher trained on. "
+                "images were added, removed or replaced, or a tokenizer or teacher trained on. "
                 "Restore them, or use another workdir."
             )
     fileio.write_json(path, dict(fingerprints))

@@ -3,7 +3,7 @@
     python -m benchmarks                     sizes for a CPU, benchmarks/results/cpu.json
     python -m benchmarks --device gpu        sizes for a GPU, benchmarks/results/gpu.json
 
-Every contender gets the same architecture, uint8 pictures, labels, AdamW with clipping and number
+Every contender gets the same architecture, uint8 images, labels, AdamW with clipping and number
 of threads. Each peer that `benchmarks/peers.py` lists is timed in turns with ours, forth and back,
 in blocks of steps that end with one wait for the device, while no other peer holds memory; its
 ratio is the median over pairs of blocks, and its speed, as ours, the median over all of its blocks;

@@ -155,8 +155,8 @@ def compile_for(size, kind, batch, options):
             tree,
         )
 
-    *held, pictures = program.args
-    args = (*describe(held, sharding.replicated(mesh)), describe(pictures, sharding.split(mesh)))
+    *held, images = program.args
+    args = (*describe(held, sharding.replicated(mesh)), describe(images, sharding.split(mesh)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas of the GPU
         lowered = program.function.trace(*args).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options=flags)
@@ -186,7 +186,7 @@ def row(size, kind, batch, options) -> dict:
 def table(rows: list[dict]) -> str:
     """The table of docs/step.md, in Markdown."""
     lines = [
-        "| | batch | kernels | memory, GB | beside products, MB/image | images/s, estimate |",
+        "| | batch | kernels | memory, GB | other traffic, MB/image | images/s, estimate |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for r in rows:

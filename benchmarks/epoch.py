@@ -7,7 +7,7 @@
 main.py trains the ViT of 8 M parameters of `configs/vit_cifar10.py:modern` (crops, flips,
 RandAugment, mixup, CutMix, erasing, averaged weights) for some steps, once for each batch size. The
 speed is that of its results.json: wall time of training and input, without the first step,
-compilation and saving. An epoch is 50,000 pictures at that speed. Further flags are those of
+compilation and saving. An epoch is 50,000 images at that speed. Further flags are those of
 main.py. A batch size that fails, for want of memory perhaps, leaves a gap.
 """
 
@@ -19,7 +19,7 @@ from beit_jax.fileio import write_json
 from benchmarks.runs import run_main
 from benchmarks.timing import RESULTS, SEED, environment, machine, use
 
-PICTURES = 50_000  # of CIFAR-10's training split
+IMAGES = 50_000  # of CIFAR-10's training split
 DEFAULT = {"cpu": ((64,), 12), "gpu": ((256, 1024), 1500)}  # batches and steps
 SETTINGS = {
     "seed": SEED,
@@ -42,7 +42,7 @@ def row(batch: int, steps: int, data_dir: str, flags: list[str]) -> dict:
         "steps": steps,
         "parameters": results["num_parameters"],
         "images_per_second": speed,
-        "seconds_per_epoch": PICTURES / speed,
+        "seconds_per_epoch": IMAGES / speed,
         "step_memory_bytes": results["step_memory_bytes"],
         "seconds": results["seconds"],
     }

@@ -31,12 +31,12 @@ SEEN = {"image": images.Rendering(SIZE)}
 
 
 def make_files(folder: pathlib.Path, number: int) -> None:
-    """Pictures with the detail of photographs, in two classes."""
+    """Images with the detail of photographs, in two classes."""
     rng = np.random.default_rng(SEED)
     for i in range(number):
         coarse = rng.integers(0, 256, (24, 32, 3), np.uint8)
-        picture = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
-        noisy = np.asarray(picture).astype(np.int16) + rng.integers(-12, 13, (375, 500, 3))
+        image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+        noisy = np.asarray(image).astype(np.int16) + rng.integers(-12, 13, (375, 500, 3))
         path = folder / str(i % 2) / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
@@ -49,7 +49,7 @@ def ours(folder, workers):
     return pipeline.train_batches(source, order, renderings=SEEN, seed=SEED, threads=workers)
 
 
-class Pictures(torch.utils.data.Dataset):
+class Crops(torch.utils.data.Dataset):
     """A map-style dataset as torchvision's ImageFolder with RandomResizedCrop."""
 
     def __init__(self, folder):
@@ -72,7 +72,7 @@ class Pictures(torch.utils.data.Dataset):
 def torch_loader(folder, workers):
     """Batches of a DataLoader with as many worker processes as cores, without end."""
     loader = torch.utils.data.DataLoader(
-        Pictures(folder),
+        Crops(folder),
         BATCH,
         shuffle=True,
         drop_last=True,

@@ -1,10 +1,10 @@
-"""The main job on real pictures: fine-tune, be killed, go on, evaluate, export, predict.
+"""The main job on real images: fine-tune, be killed, go on, evaluate, export, predict.
 
     python -m beit_jax.data cifar10 --data-dir DATA_DIR
     python -m benchmarks.main_job --data_dir DATA_DIR
 
 Writes a BEiT of 1.2 million random parameters with transformers, fine-tunes it on a fifth of
-CIFAR-10's training pictures with main.py, ends that with `kill -9` once a checkpoint is complete,
+CIFAR-10's training images with main.py, ends that with `kill -9` once a checkpoint is complete,
 and starts the same command again. What comes out goes to transformers and through `predict`.
 Minutes on a CPU.
 """
@@ -45,7 +45,7 @@ RECIPE = {
     "compile_cache": "",
 }
 LIMIT = 3600  # seconds of a command
-PREDICTED = 200  # pictures that transformers and `predict` both name
+PREDICTED = 200  # images that transformers and `predict` both name
 
 
 def write_checkpoint(path: str | os.PathLike) -> None:
@@ -80,14 +80,14 @@ def run(data_dir: str, directory: pathlib.Path, recipe: dict) -> dict:
     Returns:
       "killed_at": step of the checkpoint that the second start went on from; "val_accuracy" of each
       epoch; "test" of results.json; "test_accuracy_again" of --config.eval_only; "difference" of
-      logits from transformers, on random pictures; "agreement", the share of pictures to which
+      logits from transformers, on random images; "agreement", the share of images to which
       transformers and `predict` give the same class.
 
     Raises:
       RuntimeError: a command failed; it has its output.
     """
     pretrained, workdir = directory / "checkpoint", directory / "run"
-    exported, pictures = directory / "exported", directory / "pictures"
+    exported, images = directory / "exported", directory / "images"
     write_checkpoint(pretrained)
     settings = recipe | {"data.data_dir": data_dir, "pretrained": pretrained}
     command = ["main.py", "--config=configs/cifar10.py", f"--workdir={workdir}"]
@@ -98,11 +98,11 @@ def run(data_dir: str, directory: pathlib.Path, recipe: dict) -> dict:
     _output(*command, "--config.eval_only=True")
     again = json.loads((workdir / "results.json").read_text())
     told = _output("-m", "beit_jax.convert", "to-hf", workdir, exported, "--verify")
-    theirs = _labels_of_transformers(exported, pictures, data_dir)
+    theirs = _labels_of_transformers(exported, images, data_dir)
     table = directory / "predictions.csv"
     _output(
         *("-m", "beit_jax.predict", "--checkpoint", workdir),
-        *("--images", pictures, "--out", table),
+        *("--images", images, "--out", table),
     )
     with open(table, newline="") as file:
         ours = [line["label"] for line in csv.DictReader(file)]
@@ -145,15 +145,15 @@ def _kill_after_a_checkpoint(command, workdir):
         process.wait()
 
 
-def _labels_of_transformers(exported, pictures, data_dir):
-    """Classes that transformers sees in the first test pictures, which become files."""
+def _labels_of_transformers(exported, images, data_dir):
+    """Classes that transformers sees in the first test images, which become files."""
     model = transformers.BeitForImageClassification.from_pretrained(exported).eval()
     processor = transformers.BeitImageProcessorPil.from_pretrained(exported)
     source = sources.get_source("cifar10", f"test[:{PREDICTED}]", data_dir=data_dir)
     pixels = [source[i]["image"] for i in range(len(source))]
-    pictures.mkdir()
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture).save(pictures / f"{i:03}.png")
+    images.mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(images / f"{i:03}.png")
     with torch.no_grad():
         logits = model(**processor(pixels, return_tensors="pt")).logits
     return [model.config.id2label[i] for i in logits.argmax(-1).tolist()]

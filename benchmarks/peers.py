@@ -63,7 +63,7 @@ def transformers_model(architecture: dict, kind: str = "training", *, fused: boo
 
 def make_target(kind: str, architecture: dict, batch: int) -> dict[str, np.ndarray]:
     """What the step is to learn: "label" [B]; or "token" [B, N], and the "mask" [N] of all
-    pictures, of 40 % of the patches."""
+    images, of 40 % of the patches."""
     rng = np.random.default_rng(SEED)
     if not kind.startswith("mim"):
         return {"label": rng.integers(0, architecture["num_labels"], batch).astype(np.int32)}
@@ -201,7 +201,7 @@ def _keep_index(side):
 
 
 class _Normalised(torch.nn.Module):
-    """A network that is given uint8 pictures, so that a compiler sees them normalised."""
+    """A network that is given uint8 images, so that a compiler sees them normalised."""
 
     def __init__(self, network, dtype):
         super().__init__()

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """An architecture (as `transformers.BeitConfig`) and how many pictures a step takes."""
+    """An architecture (as `transformers.BeitConfig`) and how many images a step takes."""
 
     architecture: dict
     training: tuple[int, ...]
@@ -61,8 +61,8 @@ def title(row: dict) -> str:
 
 
 def flops(architecture: dict, kind: str) -> float:
-    """Floating-point operations for one picture, two per multiply-add; training is three times a
-    forward pass but for the gradient of the pictures. With adapters the kernels have no gradient,
+    """Floating-point operations for one image, two per multiply-add; training is three times a
+    forward pass but for the gradient of the images. With adapters the kernels have no gradient,
     and their own products are left out. The head of masked patches and the last MLP see 40 % of
     them, and a tokenizer is OpenAI's, which sees 8 x 8 pixels of each."""
     width, layers = architecture["hidden_size"], architecture["num_hidden_layers"]

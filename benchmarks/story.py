@@ -78,7 +78,7 @@ def main():
         "command": "python -m benchmarks.story " + shlex.join(_given(args)),
         "machine": machine(),
         "test_accuracy": accuracy,
-        "test_pictures": results(runs["scratch"][0])["test"]["count"],
+        "test_images": results(runs["scratch"][0])["test"]["count"],
         "margin": margin,
         "margin_mean": statistics.mean(margin),
         "margin_stdev": statistics.stdev(margin) if len(margin) > 1 else None,

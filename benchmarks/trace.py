@@ -20,19 +20,19 @@ from beit_jax import command
 from beit_jax.fileio import write_json
 
 KINDS = {  # of kernels, by the first of these that is found in their names
-    "attention": r"^(forward|shifting|backward|query)_kernel|^sum_of_pictures|fmha|sdpa",
+    "attention": r"^(forward|shifting|backward|query)_kernel|^sum_over_batch|fmha|sdpa",
     "norms": r"^norm(_gradient)?$",
     "GELU": r"^gelu_",
     "convolutions": r"fprop|dgrad|wgrad|conv2d",
-    "products": r"gemm|nvjet|cutlass|cublas",
-    "sums": r"reduce",
+    "matmuls": r"gemm|nvjet|cutlass|cublas",
+    "reductions": r"reduce",
     "copies": r"(?i)memcpy|memset|nccl",
 }
 
 
 def kind_of(kernel: str) -> str:
-    """The kind of a kernel, by its name; "others" besides those of `KINDS`."""
-    return next((kind for kind, name in KINDS.items() if re.search(name, kernel)), "others")
+    """The kind of a kernel, by its name; "other" besides those of `KINDS`."""
+    return next((kind for kind, name in KINDS.items() if re.search(name, kernel)), "other")
 
 
 def summarize(profile: jax.profiler.ProfileData, steps: int) -> dict:

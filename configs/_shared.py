@@ -74,13 +74,13 @@ def own_data(path: str) -> str:
 
 def set_splits(config: ConfigDict, *shares: str) -> None:
     """Leaves training, validation and test to the splits that data of one's own have, or else to
-    these shares of its pictures."""
+    these shares of its images."""
     config.data.train = config.data.val = config.data.test = None
     config.data.shares = shares
 
 
 def unlabelled(data: str, task_name: str) -> ConfigDict:
-    """A config for a task that looks at pictures only."""
+    """A config for a task that looks at images only."""
     config = common.get_config()
     config.task_name = task_name
     config.data.name = data
@@ -91,7 +91,7 @@ def unlabelled(data: str, task_name: str) -> ConfigDict:
 
 
 def set_size(config: ConfigDict, kind: str, size: str) -> None:
-    """The preset of a size, in the place of the recipe's; small pictures keep small patches.
+    """The preset of a size, in the place of the recipe's; small images keep small patches.
 
     Raises:
       ValueError: a size of digits, which have one network.
@@ -106,7 +106,7 @@ def set_size(config: ConfigDict, kind: str, size: str) -> None:
 
 
 def shrink(config: ConfigDict) -> None:
-    """Makes a recipe a two-minute check on CPU: few pictures, a small network, two epochs."""
+    """Makes a recipe a two-minute check on CPU: few images, a small network, two epochs."""
     config.preset = "cifar"
     config.data.train = "train[:2000]"
     config.data.val = "train[-500:]"

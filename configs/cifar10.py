@@ -5,15 +5,16 @@
     python main.py --config=configs/cifar10.py:runlocal   two minutes on a CPU, from scratch
     python main.py --config=configs/cifar10.py:small      a BEiT of 5.4 M parameters for 32 x 32
 
-Adam, cross-entropy, batch 32, 15 epochs, cosine from 2e-5 to 1e-6, 224 x 224 pixels, a checkpoint
-kept every 10 epochs, validation after each. The report gives test accuracies of 0.9855 (CIFAR-10)
-and 0.9714 (CIFAR-100), its baseline 0.9528 and 0.8554; they are its figures, not measured here.
+Adam, cross-entropy, batch 32, 15 epochs, cosine from 2e-5 to 1e-6, 224 x 224 pixels, validation
+after every epoch, a checkpoint kept for good every 10. The report gives test accuracies of 0.9855
+(CIFAR-10) and 0.9714 (CIFAR-100), its baseline 0.9528 and 0.8554; they are its figures, not
+measured here.
 Noise and flips, which it tried: --config.augment.noise_std=0.05 --config.augment.flip=0.5.
 
 `small` starts from nothing, or from a run of configs/pretrain.py (--config.pretrained=WORKDIR): the
 fine-tuning of Gani et al. (arXiv:2210.07240), 100 epochs at batch 256, AdamW 1e-3, weight decay
 0.05, mixup and CutMix of alpha 1, erasing 0.25, drop path 0.1, label smoothing 0.1; RandAugment in
-the place of AutoAugment, and each picture once an epoch, not three times.
+the place of AutoAugment, and each image once an epoch, not three times.
 """
 
 from configs import _shared, common

@@ -1,23 +1,27 @@
-"""Fine-tunes a BEiT checkpoint on pictures of your own, one folder per class.
+"""Fine-tunes a BEiT checkpoint on images of your own, one folder per class.
 
     python main.py --config=configs/image_folder.py:PATH --workdir=workdirs/mine
     python main.py --config=configs/image_folder.py:PATH,lora --workdir=workdirs/adapted
 
 PATH holds `class/*.jpg`, or `train/class/*.jpg` and `test/class/*.jpg`, or is a CSV file with the
 columns image and label, and perhaps split. Classes are the folders' names. PATH may also be hf:NAME
-or tfds:NAME, a data set of these libraries. Splits of its own are kept: train, val and test; of
-train and one other, that one is the test and a tenth of train is for validation. Otherwise train is
+or tfds:NAME, a dataset of these libraries. Its own splits are kept: train, val and test; of train
+and one other, that one is the test set and 10 % of train is for validation. Otherwise train is
 split 80 % / 10 % / 10 %, the same way on every machine. --config.data.train, val and test choose
-others. With fewer than some thousand pictures a smaller --config.batch_size leaves enough steps.
+others. With fewer than some thousand images a smaller --config.batch_size leaves enough steps.
 
-The whole network is trained, after BEiT's own fine-tuning from a checkpoint that was fine-tuned
-before. `,lora`, `,bias` and `,head` train a part of it, at the higher learning rates that parts
-want; `,pretrained` is for a checkpoint that has seen no labels yet, such as a run of
-configs/pretrain.py: BEiT's rate for that (4e-3 for 1024 pictures of a batch) and layer decay, and
-more epochs. `,scratch` begins with nothing, at a rate for that, and --config.preset=tiny, small or
-base decides the size. None of these rates was chosen on data here. `,test` trains nothing: it
-measures the classifier of --config.pretrained, such as a finished workdir, on the test of PATH, or
-on all pictures of data without one.
+    after PATH   trains                          from a checkpoint        learning rate  epochs
+                 everything, layer decay 0.85    fine-tuned before        5e-5           20
+    lora         adapters of rank 16, the head   likewise                 5e-4           20
+    bias         biases, the head                likewise                 1e-3           20
+    head         the head                        likewise                 5e-3           20
+    pretrained   everything, layer decay 0.65    never fine-tuned         2.5e-4         50
+    scratch      everything                      none: --config.preset    5e-4           100
+    test         nothing: evaluates on the test split, or on all images of one split
+
+The first is BEiT's own fine-tuning after an intermediate one. The rate of `pretrained` is BEiT's
+4e-3 for a batch of 1024; it is for a run of configs/pretrain.py, or a checkpoint such as
+microsoft/beit-base-patch16-224-pt22k, its default. None of the rates was chosen on data here.
 """
 
 from configs import _shared, common

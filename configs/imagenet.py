@@ -1,12 +1,14 @@
 """Fine-tunes BEiT on ImageNet-1k by the official recipes (microsoft/unilm, beit and beit2).
 
-    python main.py --config=configs/imagenet.py:base_pt22k --config.pretrained=...
+    python main.py --config=configs/imagenet.py:base_pt22k --workdir=workdirs/imagenet
 
-The first column is the argument. The batch sizes are effective ones: --config.accumulate_steps=N
-makes N micro-batches of each. From 384 pixels on the whole picture is evaluated, not its middle:
---config.model.image_size=384 --config.image.crop=squash --config.image.crop_pct=1.0.
+The arguments are the keys of the table below, and start from the checkpoint of that name; those of
+v2_*_pt1k are unilm's .pth files, expected in the current directory. Batch sizes are effective ones:
+--config.accumulate_steps=N splits each into N micro-batches. From 384 pixels on the whole image is
+evaluated, not its middle: --config.model.image_size=384 --config.image.crop=squash
+--config.image.crop_pct=1.0.
 
-The data set is TFDS's imagenet2012 (--config.data.data_dir), prepared as array_record.
+The dataset is TFDS's imagenet2012 (--config.data.data_dir), prepared as array_record.
 None of these recipes was run here: they are the published ones.
 """
 

@@ -3,7 +3,7 @@
     python main.py --config=configs/linear_probe.py:DATA --config.pretrained=RUN --workdir=DIR
 
 DATA is digits, cifar10, cifar100, imagenet, folder:PATH, hf:NAME or tfds:NAME. AdamW with
-weight decay 1e-4, 1e-3 per 256 pictures of a batch, cosine to zero, batch 1024 (64 of a folder),
+weight decay 1e-4, 1e-3 per 256 images of a batch, cosine to zero, batch 1024 (64 of a folder),
 100 epochs, random resized crops and flips; --config.batch_size=512 alone leaves the learning rate
 as it is. results.json has the accuracy of each layer.
 `python -m beit_jax.knn` asks the same of the nearest neighbours, without training.
@@ -21,7 +21,7 @@ _SHARES = ("train[:80%]", "train[80%:90%]", "train[90%:]")  # of data without sp
 
 
 def get_config(arg=None):
-    """`arg`: the data set, cifar10 by default."""
+    """`arg`: the dataset, cifar10 by default."""
     kind, data = _shared.parse_data(arg, tuple(_SPLITS))
     config = common.get_config()
     config.task_name = "linear_probe"

@@ -1,4 +1,4 @@
-"""Pre-trains BEiT on pictures without labels.
+"""Pre-trains BEiT on images without labels.
 
     python main.py --config=configs/pretrain.py:digits --workdir=workdirs/mim
     python main.py --config=configs/pretrain.py:cifar10 --config.tokenizer=workdirs/tokenizer ...
@@ -8,7 +8,7 @@ and then fine-tunes: python main.py --config=configs/quickstart.py
 --config.pretrained=workdirs/mim ...
 
 Of these, digits predicts pixels (SimMIM); the others predict visual tokens and need
---config.tokenizer, or another objective as a further argument: simmim, mae or data2vec. Pictures of
+--config.tokenizer, or another objective as a further argument: simmim, mae or data2vec. Images of
 a folder are found at any depth; the tenth that configs/image_folder.py tests on, if it is given the
 same folder, is left out. A size may follow the data: imagenet,large or folder:PATH,tiny,simmim;
 other sizes are flags: --config.model.image_size=192, --config.num_epochs=300.
@@ -81,13 +81,13 @@ def _as_published(config, objective):
     if objective == "v2":
         config.num_epochs = 1600.0
     if objective == "simmim":
-        config.optim.learning_rate = 4e-4  # 1e-4 for each 512 pictures
+        config.optim.learning_rate = 4e-4  # 1e-4 for each 512 images
         config.optim.end_value = 4e-5
         config.optim.warmup_init = 2e-6
         config.optim.clip_norm = 5.0
     if objective == "mae":
         config.batch_size = 4096
-        config.optim.learning_rate = 2.4e-3  # 1.5e-4 for each 256 pictures
+        config.optim.learning_rate = 2.4e-3  # 1.5e-4 for each 256 images
         config.optim.end_value = 0.0
         config.optim.warmup = "40ep"
     if objective == "data2vec":

@@ -4,7 +4,7 @@
 
 scikit-learn's 1,797 digits of 8 x 8 pixels, an 80 % / 20 % split, trained from scratch.
 
-And the whole story of BEiT: a tokenizer, pre-training on pictures without labels, fine-tuning on
+And the whole story of BEiT: a tokenizer, pre-training on images without labels, fine-tuning on
 50 labels, beside the same network from scratch (`make story` does it with five seeds):
 
     python main.py --config=configs/quickstart.py:tokenizer --workdir=workdirs/tokenizer

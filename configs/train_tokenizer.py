@@ -63,7 +63,7 @@ def _imagenet(config):
     config.codebook.revive = 0.0
     config.batch_size = 512
     config.num_epochs = 100.0
-    config.optim.learning_rate = 2e-4  # 5e-5 for each 128 pictures
+    config.optim.learning_rate = 2e-4  # 5e-5 for each 128 images
     config.optim.end_value = 1e-5
     config.optim.warmup = "10ep"
 

@@ -10,7 +10,7 @@ layers of 9 heads, 8,223,306 parameters. Adam, 1.5e-4, betas 0.9 and 0.999, 300 
 two convolutions with pooling and three dense layers, 44,110 parameters, 500 epochs (see
 `beit_jax/models/cnn.py`). The report names neither the number of layers and heads, nor the CNN's
 widths, nor the batch size and augmentation: layers and widths are chosen for its counts, batches
-are of 128, and the pictures stay as they are. `modern` has the same size with norms before, AdamW,
+are of 128, and the images stay as they are. `modern` has the same size with norms before, AdamW,
 warm-up and cosine, crops, flips, RandAugment, mixup, CutMix, erasing, label smoothing, drop path
 and averaged weights.
 

@@ -172,9 +172,9 @@ def state_of():
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory):
-    """A folder of 3 x 20 pictures in two sizes; the classes differ in colour."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def image_dir(tmp_path_factory):
+    """A folder of 3 x 20 images in two sizes; the classes differ in colour."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for channel, name in enumerate(("blue", "green", "red")):
         (root / name).mkdir()
         for i in range(20):

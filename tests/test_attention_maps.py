@@ -20,7 +20,7 @@ SIZES = {
 
 
 def network(family=beit, **changes):
-    """A network, random parameters for it and normalised pictures."""
+    """A network, random parameters for it and normalised images."""
     model, rng = family.Model(**SIZES | {"num_labels": 3} | changes), np.random.default_rng(0)
     image = jnp.asarray(rng.standard_normal((2, 16, 8, 3)), jnp.float32)
     params = model.init(jax.random.key(0), image)["params"]
@@ -139,18 +139,18 @@ def test_command(classifier_directory, photos, tmp_path, capsys):
     out = tmp_path / "maps.png"
     arguments = ["--checkpoint", str(classifier_directory), "--images", str(photos)]
     assert attention_maps.main([*arguments, "--out", str(out), "--heads", "--layer", "0"]) == 0
-    assert capsys.readouterr().out == f"3 pictures, 0 not read: {out}\n"
+    assert capsys.readouterr().out == f"3 images, 0 not read: {out}\n"
     with Image.open(out) as sheet:
-        assert sheet.width > sheet.height  # a row for each picture
+        assert sheet.width > sheet.height  # a row for each image
     broken = photos / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     assert attention_maps.main([*arguments, "--out", str(out)]) == 3
     assert f"not read: {broken}" in capsys.readouterr().err
     assert attention_maps.main([*arguments, "--out", str(out), "--layer", "9"]) == 2
     assert "The layer is 9; the network has layers 0 to 3" in capsys.readouterr().err
 
 
-def test_command_replaces_no_picture(classifier_directory, photos, capsys):
+def test_command_replaces_no_image(classifier_directory, photos, capsys):
     photo, arguments = photos / "1.png", ["--checkpoint", str(classifier_directory)]
     before = photo.read_bytes()
     for images in (photos, photo):

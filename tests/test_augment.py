@@ -106,12 +106,12 @@ def test_center_crop_without_resizing_is_a_slice():
 @pytest.mark.parametrize(
     ("shape", "box"), [((4, 200), (0, 97, 4, 5)), ((200, 4), (97, 0, 5, 4)), ((1, 1), (0, 0, 1, 1))]
 )
-def test_random_resized_crop_of_extreme_pictures_is_the_middle(shape, box):
+def test_random_resized_crop_of_extreme_images_is_the_middle(shape, box):
     boxes = augment.random_resized_crop_boxes(KEY, 3, *shape, scale=(0.5, 1.0))
     np.testing.assert_array_equal(boxes, [box] * 3)
 
 
-def test_pad_crop_equals_slices_of_the_padded_picture():
+def test_pad_crop_equals_slices_of_the_padded_image():
     image = np.repeat(NOISE[:1], 100, axis=0)
     padded = np.pad(NOISE[0], ((2, 2), (2, 2), (0, 0)))
     windows = np.stack([padded[i : i + H, j : j + W] for i in range(5) for j in range(5)])
@@ -131,7 +131,7 @@ GRAY = np.asarray([0.299, 0.587, 0.114], np.float32)
 
 
 def slope(y, x, axis=(1, 2, 3)):
-    """Of y against x, per picture, both with the mean removed."""
+    """Of y against x, per image, both with the mean removed."""
     x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
     return (x * y).sum(axis, keepdims=True) / (x * x).sum(axis, keepdims=True)
 
@@ -199,7 +199,7 @@ def pillow(image, name, arg, interpolation="bicubic", fill=(10, 20, 30)):
 
 
 def ours(image, *ops, interpolation="bicubic"):
-    """The operations, pairs of name and argument, on every picture."""
+    """The operations, pairs of name and argument, on every image."""
     kind = np.tile([randaugment.OPS.index(name) for name, _ in ops], (B, 1))
     arg = np.tile(np.float32([arg for _, arg in ops]), (B, 1))
     return np.asarray(apply_ops(image, kind, arg, fill=(10, 20, 30), interpolation=interpolation))
@@ -216,7 +216,7 @@ ARGS = {
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 FLAT = np.full((1, H, W, 3), 77, np.uint8)
 TWO_TONE = np.where(np.arange(W)[:, None] < 9, np.uint8(40), np.uint8(90))
-PICTURES = np.concatenate(
+IMAGES = np.concatenate(
     [NOISE[:2], SMOOTH[:2], FLAT, np.broadcast_to(TWO_TONE, (1, H, W, 3))]  # of B in all
 )
 
@@ -226,8 +226,8 @@ def test_operation_equals_pillow(name):
     interpolations = ("bilinear", "bicubic") if name in GEOMETRIC else ("bicubic",)
     for arg in ARGS.get(name, (0.0,)):
         for interpolation in interpolations:
-            result = ours(PICTURES, (name, arg), interpolation=interpolation).astype(int)
-            expected = [pillow(image, name, arg, interpolation) for image in PICTURES]
+            result = ours(IMAGES, (name, arg), interpolation=interpolation).astype(int)
+            expected = [pillow(image, name, arg, interpolation) for image in IMAGES]
             difference = np.abs(result - expected)
             # A level off where a float that Pillow truncates is next to a whole number; which the
             # highest level often is in autocontrast.
@@ -249,8 +249,8 @@ def test_operation_equals_pillow(name):
     ids=lambda ops: "-".join(name for name, _ in ops),
 )
 def test_two_operations_equal_pillow_one_after_the_other(ops):
-    result = ours(PICTURES, *ops).astype(int)
-    expected = np.asarray([pillow(pillow(image, *ops[0]), *ops[1]) for image in PICTURES])
+    result = ours(IMAGES, *ops).astype(int)
+    expected = np.asarray([pillow(pillow(image, *ops[0]), *ops[1]) for image in IMAGES])
     difference = np.abs(result - expected)
     assert difference.max() <= 2
     assert (difference > 0).mean() < 0.02
@@ -273,18 +273,18 @@ def test_two_geometric_operations_are_interpolated_once():
 
 def test_three_operations_equal_one_at_a_time():
     ops = ("Rotate", 20.0), ("Solarize", 90), ("ShearY", 0.2)
-    expected = PICTURES
+    expected = IMAGES
     for op in ops:
         expected = ours(expected, op)
-    np.testing.assert_array_equal(ours(PICTURES, *ops), expected)
+    np.testing.assert_array_equal(ours(IMAGES, *ops), expected)
 
 
 KIND, ARG = np.full((B, 2), randaugment.NO_OP), np.full((B, 2), 0.7, np.float32)
 
 
 def test_no_operation_changes_nothing():
-    result = apply_ops(PICTURES, KIND, ARG, fill=(10, 20, 30), interpolation="bicubic")
-    np.testing.assert_array_equal(result, PICTURES)
+    result = apply_ops(IMAGES, KIND, ARG, fill=(10, 20, 30), interpolation="bicubic")
+    np.testing.assert_array_equal(result, IMAGES)
 
 
 def test_parse_reads_timms_notation():
@@ -387,7 +387,7 @@ def test_shares_have_the_distribution(alpha):
 
 
 def timm_cutmix_area(rng, height, width):
-    """Pasted share of the picture, by timm's `rand_bbox` with its alpha 1."""
+    """Pasted share of the image, by timm's `rand_bbox` with its alpha 1."""
     ratio = math.sqrt(1 - rng.beta(1, 1))
     area = 1
     for side in (height, width):
@@ -458,7 +458,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_train_view_is_a_function_of_the_key_and_differs_between_pictures(options):
+def test_train_view_is_a_function_of_the_key_and_differs_between_images(options):
     image = np.repeat(NOISE[:1], 16, axis=0)
     view = train_view(**options)
     result = np.asarray(view(KEY, image))
@@ -494,7 +494,7 @@ def test_train_view_noise_has_its_deviation():
     assert abs(float(noise.std()) - 0.1 / 0.5) < 0.01
 
 
-def test_train_view_resizes_the_whole_picture():
+def test_train_view_resizes_the_whole_image():
     view = train_view(crop="squash", image_size=(30, 31))(KEY, NOISE)
     expected = torch_resize(NOISE, (30, 31), "bicubic").clip(0, 255) / 127.5 - 1
     np.testing.assert_allclose(view, expected, atol=1e-5)
@@ -513,7 +513,7 @@ def test_eval_view_resizes_and_normalizes(crop):
     np.testing.assert_allclose(view, (pixels.clip(0, 255) / 255 - MEAN) / STD, atol=2e-5)
 
 
-def test_views_of_grey_pictures():
+def test_views_of_grey_images():
     view = augment.eval_view(NOISE[..., :1], image_size=(H, W))
     assert view.shape == (B, H, W, 1)
     with pytest.raises(ValueError, match="channels"):

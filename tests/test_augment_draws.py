@@ -14,7 +14,7 @@ from beit_jax.data import augment, randaugment, resize
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
-PICTURE = RNG.integers(40, 216, (8, 9, 3), np.uint8)  # far enough from black and white to scale
+IMAGE = RNG.integers(40, 216, (8, 9, 3), np.uint8)  # far enough from black and white to scale
 OPS = randaugment.OPS
 
 
@@ -23,8 +23,8 @@ def call(function, *arrays, **options):
     return np.asarray(jax.jit(functools.partial(function, **options))(*arrays))
 
 
-def copies(n, picture=PICTURE):
-    return np.broadcast_to(picture, (n, *picture.shape))
+def copies(n, image=IMAGE):
+    return np.broadcast_to(image, (n, *image.shape))
 
 
 def is_same_distribution(a, b):
@@ -103,7 +103,7 @@ def test_random_resized_crop_takes_the_middle_where_nothing_fits(height, width, 
 
 
 def test_train_view_shows_the_box_that_it_drew():
-    """Rows and columns of a ramp tell from where to where a picture goes."""
+    """Rows and columns of a ramp tell from where to where an image goes."""
     y, x = np.meshgrid(np.arange(40), np.arange(50), indexing="ij")
     ramp = 4 * np.stack([y, x, 0 * x], -1).astype(np.uint8)
     options = {"image_size": (16, 16), "scale": (0.2, 0.4), "interpolation": "bilinear"}
@@ -117,7 +117,7 @@ def test_train_view_shows_the_box_that_it_drew():
 
 
 def test_pad_crop_shifts_equally_often_to_everywhere():
-    padded = np.pad(PICTURE, ((2, 2), (2, 2), (0, 0)))
+    padded = np.pad(IMAGE, ((2, 2), (2, 2), (0, 0)))
     shifts = {padded[i : i + 8, j : j + 9].tobytes(): 5 * i + j for i in range(5) for j in range(5)}
     shifted = call(augment.pad_crop, KEY, copies(2000), pad=2)
     assert is_uniform([shifts[x.tobytes()] for x in shifted], 25)
@@ -126,8 +126,8 @@ def test_pad_crop_shifts_equally_often_to_everywhere():
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_random_flip_has_its_probability(probability):
     flipped = call(augment.random_flip, KEY, copies(2000), probability=probability)
-    assert is_frequency((flipped == PICTURE[:, ::-1]).all((1, 2, 3)), probability)
-    assert is_frequency((flipped == PICTURE).all((1, 2, 3)), 1 - probability)
+    assert is_frequency((flipped == IMAGE[:, ::-1]).all((1, 2, 3)), probability)
+    assert is_frequency((flipped == IMAGE).all((1, 2, 3)), 1 - probability)
 
 
 # Colours
@@ -140,26 +140,26 @@ def gray_of(image):
 @pytest.mark.parametrize("strength", [0.4, 1.5])
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_jitter_colors_draws_factors_and_changes_as_pillow(name, strength):
-    picture = PICTURE / np.float32(255)
-    gray = gray_of(picture)
+    image = IMAGE / np.float32(255)
+    gray = gray_of(image)
     start = {"brightness": 0 * gray, "contrast": 0 * gray + gray.mean(), "saturation": gray}[name]
-    jittered = call(augment.jitter_colors, KEY, copies(500, picture), **{name: strength})
+    jittered = call(augment.jitter_colors, KEY, copies(500, image), **{name: strength})
     is_inner = (jittered > 0) & (jittered < 1)
-    step = np.where(is_inner, picture - start, 0)
+    step = np.where(is_inner, image - start, 0)
     factors = (step * (jittered - start)).sum((1, 2, 3)) / (step**2).sum((1, 2, 3)).clip(1e-9)
     low = max(0, 1 - strength)
     assert is_distribution(factors, stats.uniform(low, 1 + strength - low))
     enhance = getattr(ImageEnhance, "Color" if name == "saturation" else name.capitalize())
     for result, factor in zip(jittered[:20], factors, strict=False):
-        expected = np.asarray(enhance(Image.fromarray(PICTURE)).enhance(factor))
+        expected = np.asarray(enhance(Image.fromarray(IMAGE)).enhance(factor))
         assert np.abs(255 * result - expected).max() < 2.5  # Pillow rounds greys, and the result
 
 
 def test_jitter_colors_draws_either_order_equally_often():
     """Red that gets darker and more saturated stays redder where it gets darker first."""
-    picture = np.asarray([[[0.5, 0.5, 0.5], [0.5, 0.4, 0.4], [1, 0, 0]]], np.float32)
+    image = np.asarray([[[0.5, 0.5, 0.5], [0.5, 0.4, 0.4], [1, 0, 0]]], np.float32)
     options = {"brightness": 0.3, "saturation": 0.3}
-    jittered = call(augment.jitter_colors, KEY, copies(2000, picture), **options)
+    jittered = call(augment.jitter_colors, KEY, copies(2000, image), **options)
     gray, pale, red = (jittered[:, 0, i] for i in range(3))
     darker = gray[:, 0] / 0.5
     saturation = (pale[:, 0] - pale[:, 1]) / (0.1 * darker)
@@ -243,7 +243,7 @@ def test_arguments_equal_those_of_timm(sign, increasing):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Draws of a policy for many pictures: the names and arguments of their operations."""
+    """Draws of a policy for many images: the names and arguments of their operations."""
     monkeypatch.setattr(randaugment, "apply_ops", lambda image, kind, arg, **_: (kind, arg))
 
     def draw(function, *policy):
@@ -333,7 +333,7 @@ def test_train_view_with_all_off_is_the_eval_view():
 
 
 @pytest.mark.parametrize("method", resize.FILTERS)
-def test_train_view_of_white_pictures_is_white(method):
+def test_train_view_of_white_images_is_white(method):
     options = {"image_size": (16, 16), "interpolation": method}
     view = call(augment.train_view, KEY, np.full((4, 12, 9, 3), 255, np.uint8), **options)
     np.testing.assert_allclose(view, 1, atol=1e-5)

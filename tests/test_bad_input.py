@@ -34,9 +34,9 @@ def refuses(tmp_path, flags, fails):
 
 
 @pytest.fixture
-def folder(tmp_path, picture_folder):
-    """A folder of pictures to spoil, and the changes that make it the data."""
-    path = shutil.copytree(picture_folder, tmp_path / "pictures")
+def folder(tmp_path, image_dir):
+    """A folder of images to spoil, and the changes that make it the data."""
+    path = shutil.copytree(image_dir, tmp_path / "images")
     splits = {"data.train": "train[:80%]", "data.val": "train[80%:]", "data.test": ""}
     return path, {"data.name": f"folder:{path}", **splits}
 
@@ -81,9 +81,9 @@ def test_unknown_group_of_config_keys(refuses):
     assert message.startswith("Unknown config key: 'optm'") and '"optim"' in message
 
 
-def test_a_workdir_without_a_model(start, tmp_path, picture_folder):
+def test_a_workdir_without_a_model(start, tmp_path, image_dir):
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    arguments = ["--images", str(picture_folder), "--out", str(tmp_path / "out.csv")]
+    arguments = ["--images", str(image_dir), "--out", str(tmp_path / "out.csv")]
     done = start("beit_jax.predict", "--checkpoint", tmp_path / "begun", *arguments).wait()
     assert done.status == 2 and "whose run has not come to a model yet" in done.output
 
@@ -167,7 +167,7 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"num_epochs": -1.0}, ["config.num_epochs is -1.0"]),
         ({"save_every": "1 epoch"}, ["config.save_every", "10ep"]),
         ({"batch_size": 0}, ["config.batch_size is 0"]),
-        ({"batch_size": 4096}, ["config.batch_size is 4096", "400 pictures", "batch_size=128"]),
+        ({"batch_size": 4096}, ["config.batch_size is 4096", "400 images", "batch_size=128"]),
         ({"optim.learning_rate": -1.0}, ["config.optim.learning_rate is -1.0"]),
         ({"optim.learning_rate": float("nan")}, ["config.optim.learning_rate is nan"]),
         ({"model.initializer_bound": 0.0}, ["initializer_bound must be above 0", "got 0.0"]),
@@ -302,14 +302,14 @@ def test_checkpoint_of_another_shape(refuses, hf_directory):
 
 
 @pytest.mark.parametrize("resident", [0, 1 << 30])
-def test_bad_picture(refuses, folder, resident):
+def test_bad_image(refuses, folder, resident):
     path, changes = folder
     os.truncate(path / "red" / "4.png", 60)
     assert str(path / "red" / "4.png") in refuses(changes | {"data.resident_bytes": resident})
 
 
 @pytest.mark.parametrize("sizes", ["one", "two"])
-def test_bad_picture_is_skipped(tmp_path, start, flags, folder, sizes):
+def test_bad_image_is_skipped(tmp_path, start, flags, folder, sizes):
     path, changes = folder
     if sizes == "one":
         for file in path.glob("*/*[13579].png"):
@@ -321,7 +321,7 @@ def test_bad_picture_is_skipped(tmp_path, start, flags, folder, sizes):
     assert output.count(str(path / "red" / "4.png")) == 1
 
 
-def test_a_bad_picture_of_the_test_does_not_strand_a_run(tmp_path, start, flags, folder):
+def test_a_bad_image_of_the_test_does_not_strand_a_run(tmp_path, start, flags, folder):
     """What the message advises is possible in the same workdir."""
     path, changes = folder
     for file in sorted(path.glob("*/*.png")):
@@ -348,13 +348,13 @@ def test_no_folder(refuses, tmp_path):
 def test_empty_class_folder(refuses, folder):
     path, changes = folder
     (path / "yellow").mkdir()
-    assert "no pictures in the class folders yellow" in refuses(changes)
+    assert "no images in the class folders yellow" in refuses(changes)
 
 
 def test_no_labels(refuses, folder):
     path, changes = folder
     message = refuses(changes | {"data.name": f"folder:{path}/red", "batch_size": 4096})
-    assert "Classification needs labels" in message  # and not how few pictures are in a batch
+    assert "Classification needs labels" in message  # and not how few images are in a batch
 
 
 def test_one_class(refuses, folder):

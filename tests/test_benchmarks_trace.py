@@ -34,12 +34,12 @@ def test_summary_and_table():
     found = trace.summarize(jax.profiler.ProfileData.from_text_proto(GPU), steps=2)
     assert found["device"] == "Some GPU"
     assert found["ms"] == 5 and found["idle_ms"] == 0.5
-    assert found["kinds"]["products"] == {"ms": 2, "count": 0.5}
+    assert found["kinds"]["matmuls"] == {"ms": 2, "count": 0.5}
     assert found["kinds"]["norms"] == {"ms": 0.5, "count": 0.5}
     assert list(found["kernels"])[:2] == ["nvjet_sm90_tst_128x128", "backward_kernel"]
     assert found["kernels"]["loop_add_fusion"] == {"ms": 1, "count": 1}
     lines = trace.table({"a": found}, "kinds").splitlines()
-    assert lines[2:4] == ["| ms | 5.0 |", "| products | 40.0% (0.5) |"]
+    assert lines[2:4] == ["| ms | 5.0 |", "| matmuls | 40.0% (0.5) |"]
     assert lines[-1] == "| idle | 10.0% |"
 
 
@@ -47,13 +47,13 @@ def test_summary_and_table():
     "kernel, kind",
     {
         "shifting_kernel": "attention",
-        "sum_of_pictures": "attention",
+        "sum_over_batch": "attention",
         "norm": "norms",
         "gelu_backward": "GELU",
         "sm90_xmma_fprop_implicit_gemm_bf16bf16": "convolutions",
-        "void cublasLt::splitKreduce_kernel<32, 16, int, float, float": "products",
-        "input_reduce_fusion": "sums",
-        "loop_pad_fusion": "others",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float, float": "matmuls",
+        "input_reduce_fusion": "reductions",
+        "loop_pad_fusion": "other",
     }.items(),
 )
 def test_kinds(kernel, kind):

@@ -56,13 +56,13 @@ def test_table_and_figure(tmp_path, make_run, capsys):
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
 
 
-def test_other_pictures_are_told(tmp_path, make_run, capsys):
+def test_other_images_are_told(tmp_path, make_run, capsys):
     workdirs = [make_run(name, 0.5) for name in "abc"]
     for workdir, checksum in zip(workdirs, ("one", "one", "other"), strict=True):
         with open(f"{workdir}/data.json", "w") as file:
             json.dump({"train": workdir, "test": checksum}, file)
-    told = "Not all rows were measured on the same pictures."
-    measured = make_run("d", 0.5, pictures={"test": "other"})
+    told = "Not all rows were measured on the same images."
+    measured = make_run("d", 0.5, images={"test": "other"})
     assert compare.main([workdirs[0], measured, "--out", str(tmp_path / "out")]) == 0
     assert told in capsys.readouterr().out
     assert compare.main([*workdirs, "--out", str(tmp_path / "out")]) == 0
@@ -114,7 +114,7 @@ def test_several_runs_are_one_row(make_run):
 
 def test_several_runs_on_one_test_know_no_more_of_it_than_one(make_run):
     low, high = wilson_interval(355 / 360, 360)
-    results = {"pictures": {"test": "x"}, "test": {"accuracy": 355 / 360, "count": 360}}
+    results = {"images": {"test": "x"}, "test": {"accuracy": 355 / 360, "count": 360}}
     results["test"] |= {"accuracy_low": low, "accuracy_high": high}
     same = [make_run(f"seed{i}", 0.5, split="val", **results) for i in range(3)]
     one, three = compare.read("one", same[:1]), compare.read("three", same)
@@ -125,7 +125,7 @@ def test_several_runs_on_one_test_know_no_more_of_it_than_one(make_run):
 
 
 def test_the_curve_of_runs_of_other_lengths(make_run, tmp_path):
-    """Folds differ by a picture, and so their steps: the k-th validation of each is the k-th."""
+    """Folds differ by an image, and so their steps: the k-th validation of each is the k-th."""
     workdirs = [make_run(f"fold{i}", 0.3 + 0.3 * i, split="val") for i in range(2)]
     path = tmp_path / "fold1" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -143,6 +143,7 @@ def test_the_figure_shows_each_run(tmp_path, make_run):
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["x", "y"]
     lines = {line.get_label(): line.get_ydata() for line in right.lines}
     np.testing.assert_allclose(lines["y"], [0.2, 0.4, 0.6])
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["y", "x"]  # best first
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,12 @@ def test_options_are_known_to_xla():
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 
-def test_training_evaluation_and_predictions_ask(tmp_path, monkeypatch, train, picture_folder):
+def test_training_evaluation_and_predictions_ask(tmp_path, monkeypatch, train, image_dir):
     asked = []
     monkeypatch.setattr(compiler, "options", lambda: asked.append(True) or {})
     train(tmp_path / "run", {})
     assert len(asked) == 2
-    paths = ["--checkpoint", str(tmp_path / "run"), "--images", str(picture_folder)]
+    paths = ["--checkpoint", str(tmp_path / "run"), "--images", str(image_dir)]
     assert embed.main([*paths, "--out", str(tmp_path / "v.npz")]) == 0
     assert len(asked) == 3
 

@@ -78,7 +78,7 @@ def hf_tensors(directory):
 
 
 def batch(architecture):
-    """Random pictures [2, H, W, C], and masks [2, N] where the model has a mask token."""
+    """Random images [2, H, W, C], and masks [2, N] where the model has a mask token."""
     rng = np.random.default_rng(0)
     (height, width), patch_size = architecture["image_size"], architecture["patch_size"]
     image = rng.standard_normal((2, height, width, architecture["num_channels"]), np.float32)
@@ -436,10 +436,10 @@ def test_export_refuses_what_does_not_fit(saved, tmp_path):
 
 
 @pytest.mark.parametrize("positions", ["absolute_position_embeddings", "relative_position_bias"])
-def test_export_refuses_pictures_that_are_not_square(tmp_path, positions):
+def test_export_refuses_images_that_are_not_square(tmp_path, positions):
     architecture = {"image_size": (16, 24), "patch_size": 8, "use_relative_position_bias": False}
     beit.architecture_to_hf(architecture)
-    with pytest.raises(ValueError, match="pictures of 16 x 24, which are not square, .*export"):
+    with pytest.raises(ValueError, match="images of 16 x 24, which are not square, .*export"):
         beit.architecture_to_hf(architecture | {f"use_{positions}": True})
 
 

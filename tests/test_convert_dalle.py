@@ -112,13 +112,13 @@ def test_it_is_the_network_of_torch(twins, tmp_path, is_zip):
         logits = twins[0](torch.tensor(image.transpose(0, 3, 1, 2)) * 0.8 + 0.1)
         code = nn.functional.one_hot(logits.argmax(1), VOCAB).permute(0, 3, 1, 2).float()
         location = torch.sigmoid(twins[1](code)[:, :3])
-        picture = ((location - 0.1) / 0.8).clamp(0, 1).numpy().transpose(0, 2, 3, 1)
+        decoded = ((location - 0.1) / 0.8).clamp(0, 1).numpy().transpose(0, 2, 3, 1)
     variables = {"params": params}
     found = model.apply(variables, image, method="encode")
     np.testing.assert_allclose(found, logits.numpy().transpose(0, 2, 3, 1), atol=1e-5)
     token = model.apply(variables, image, method="tokenize")
     np.testing.assert_array_equal(token, logits.argmax(1).numpy().reshape(2, -1))
-    np.testing.assert_allclose(model.apply(variables, token, method="decode"), picture, atol=1e-5)
+    np.testing.assert_allclose(model.apply(variables, token, method="decode"), decoded, atol=1e-5)
 
 
 def test_it_is_a_tokenizer_of_any_grid(twins, tmp_path):

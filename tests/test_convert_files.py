@@ -110,12 +110,12 @@ def test_processor_of_transformers(tmp_path, params, image):
     convert.save_hf(tmp_path, params, ARCHITECTURE, NAMES, image)
     processor = transformers.BeitImageProcessorPil.from_pretrained(tmp_path)
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (40, 64, 3), np.uint8))
-    pixels = processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    photo = Image.fromarray(rng.integers(0, 256, (40, 64, 3), np.uint8))
+    pixels = processor(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     if image["crop"] == "squash":
-        expected = picture.resize((16, 16), Image.Resampling.BICUBIC)
+        expected = photo.resize((16, 16), Image.Resampling.BICUBIC)
     else:  # shorter side to 16 / 0.5, then the centre
-        resized = picture.resize((51, 32), Image.Resampling.BILINEAR)
+        resized = photo.resize((51, 32), Image.Resampling.BILINEAR)
         expected = resized.crop((17, 8, 33, 24))
     expected = (np.asarray(expected) / 255 - image["mean"]) / image["std"]
     np.testing.assert_allclose(pixels, expected, atol=1e-5)

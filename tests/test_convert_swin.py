@@ -84,7 +84,7 @@ def tensors_of(directory):
 
 
 def outputs_of(loaded, theirs):
-    """Logits or features on random pictures: ours and transformers'."""
+    """Logits or features on random images: ours and transformers'."""
     model = modules.load("models", loaded.model_name).Model(**loaded.architecture)
     config = model.config
     shape = (2, *config.image_size, config.num_channels)

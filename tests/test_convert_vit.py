@@ -101,7 +101,7 @@ def our_output(loaded, image):
     return np.asarray(model.apply({"params": loaded.params}, jnp.asarray(image)))
 
 
-def pictures(loaded):
+def images(loaded):
     shape = (3, *loaded.architecture["image_size"], 3)
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
@@ -117,7 +117,7 @@ def test_logits_and_round_trip(tmp_path, name):
     model.save_pretrained(tmp_path / "hf")
     loaded = convert.load(tmp_path / "hf")
     assert loaded.model_name == family
-    image = pictures(loaded)
+    image = images(loaded)
     expected = torch_output(model, image)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(our_output(loaded, image), expected, atol=1e-5, rtol=1e-5)
@@ -151,7 +151,7 @@ def test_encoder_of_an_mae_pretraining_checkpoint(tmp_path):
     loaded = convert.load(tmp_path)
     assert loaded.architecture["head"] == "none"
     assert loaded.architecture["use_sincos_position_embeddings"]
-    image = pictures(loaded)
+    image = images(loaded)
     np.testing.assert_allclose(
         our_output(loaded, image), torch_output(model.vit, image), atol=1e-5, rtol=1e-5
     )
@@ -163,7 +163,7 @@ def test_data2vec_encoder_without_a_pooler(tmp_path):
     loaded = convert.load(tmp_path)
     assert set(loaded.unfilled) == {"pooler_layernorm/scale", "pooler_layernorm/bias"}
     assert "relative_position_bias_table" in loaded.params
-    theirs, image = transformers.Data2VecVisionModel.from_pretrained(tmp_path), pictures(loaded)
+    theirs, image = transformers.Data2VecVisionModel.from_pretrained(tmp_path), images(loaded)
     with torch.no_grad():
         tokens = theirs.eval()(torch.from_numpy(image.transpose(0, 3, 1, 2))).last_hidden_state
     expected = tokens[:, 1:].mean(1)
@@ -287,7 +287,7 @@ def test_a_family_without_a_converter(tmp_path):
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov2, registers"])
 def test_dinov2_is_of_the_size_that_its_preprocessor_makes(tmp_path, name):
-    """Its positions are resized as transformers does with each picture."""
+    """Its positions are resized as transformers does with each image."""
     model = hf_model(name)
     model.save_pretrained(tmp_path)
     processor = {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}}
@@ -295,7 +295,7 @@ def test_dinov2_is_of_the_size_that_its_preprocessor_makes(tmp_path, name):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     loaded = convert.load(tmp_path)
     assert loaded.architecture["image_size"] == (8, 8) and loaded.image["crop_pct"] == 0.8
-    image = pictures(loaded)
+    image = images(loaded)
     expected = torch_output(model, image)
     np.testing.assert_allclose(our_output(loaded, image), expected, atol=1e-5, rtol=1e-5)
     assert convert.load(tmp_path, image_size=16).architecture["image_size"] == (16, 16)
@@ -314,7 +314,7 @@ def test_timm_names_of_dinov2_with_registers(tmp_path):
         safetensors.numpy.save_file(state, tmp_path / f"{name}.safetensors")
         loaded = convert.load(tmp_path / f"{name}.safetensors")
         assert loaded.architecture["num_register_tokens"] == 3
-        outputs.append(our_output(loaded, pictures(loaded)))
+        outputs.append(our_output(loaded, images(loaded)))
     np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
@@ -328,7 +328,7 @@ def test_a_class_token_without_a_position(tmp_path):
     for name, state in (("original", tensors), ("deit3", own)):
         safetensors.numpy.save_file(state, tmp_path / f"{name}.safetensors")
         loaded = convert.load(tmp_path / f"{name}.safetensors")
-        outputs.append(our_output(loaded, pictures(loaded)))
+        outputs.append(our_output(loaded, images(loaded)))
     np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
@@ -430,7 +430,7 @@ def test_names_of_timm(tmp_path, name):
     safetensors.numpy.save_file(tensors, tmp_path / "timm.safetensors")
     loaded = convert.load(tmp_path / "timm.safetensors")
     assert loaded.model_name == "vit" and loaded.architecture["num_attention_heads"] == 2
-    image = pictures(loaded)
+    image = images(loaded)
     expected = torch_output(model, image)
     np.testing.assert_allclose(our_output(loaded, image), expected, atol=1e-5, rtol=1e-5)
 

@@ -334,7 +334,7 @@ def test_command_downloads_and_prepares(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setattr(cifar, "official_archives", lambda name: (served,))
     data_dir = tmp_path / "new" / "data"
     assert command.main(["cifar10", "--data-dir", str(data_dir)]) == 0
-    assert "cifar10 all: 24 pictures, 32 x 32 x 3" in capsys.readouterr().out
+    assert "cifar10 all: 24 images, 32 x 32 x 3" in capsys.readouterr().out
     files = sorted(path.name for path in (data_dir / "downloads").iterdir() if path.is_file())
     assert [file for file in files if not file.endswith(".lock")] == [served.file_name]
     assert [path.name for path in (data_dir / "cifar10").iterdir()] == ["3.0.2"]
@@ -364,7 +364,7 @@ def test_two_at_once_prepare_once(tmp_path):
 def test_tfds_data_that_cannot_be_read_say_how_to_prepare_them(prepared, tmp_path):
     with pytest.raises(FileNotFoundError, match="mnist is not prepared in .*tfds.builder.'mnist'"):
         sources.get_source("tfds:mnist", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="TFDS has no data set 'nothing'"):
+    with pytest.raises(ValueError, match="TFDS has no dataset 'nothing'"):
         sources.get_source("tfds:nothing", data_dir=tmp_path)
     info = prepared("cifar10", "python") / "cifar10" / "3.0.2" / "dataset_info.json"
     content = json.loads(info.read_text())

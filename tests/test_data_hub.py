@@ -1,4 +1,4 @@
-"""Data sets of HuggingFace's library, made here and read from directories."""
+"""Datasets of HuggingFace's library, made here and read from directories."""
 
 import collections
 import shutil
@@ -19,7 +19,7 @@ SPLITS = {"train": 30, "validation": 6}
 
 
 def table(number, side=8, **columns):
-    """Pictures sorted by class, as data sets often are; the red of picture i is i."""
+    """Images sorted by class, as datasets often are; the red of image i is i."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (number, side, side, 3), np.uint8)
     pixels[..., 0] = np.arange(number)[:, None, None]
@@ -54,7 +54,7 @@ def reds(source):
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
-def test_reads_pictures_and_labels(kind, request, tmp_path):
+def test_reads_images_and_labels(kind, request, tmp_path):
     path = request.getfixturevalue(kind)
     source = sources.get_source(f"hf:{path}", "train", data_dir=tmp_path)
     assert source.class_names == tuple(NAMES) and len(source) == 30
@@ -88,16 +88,16 @@ def test_splits_have_all_classes_and_are_the_same_without_labels(saved):
     assert len(both) == 12 and both.id(11).startswith(f"hf:{saved} validation[")
 
 
-def test_folder_of_pictures_keeps_files(tmp_path, picture_folder):
+def test_folder_of_images_keeps_files(tmp_path, image_dir):
     """Rows that are paths; the library takes class names from folders."""
-    source = sources.get_source(f"hf:{picture_folder}", "train", data_dir=tmp_path)
+    source = sources.get_source(f"hf:{image_dir}", "train", data_dir=tmp_path)
     assert source.class_names == ("blue", "green", "red") and len(source) == 60
     assert source.image_shape is None  # two sizes
     assert source[0]["image"].dtype == np.uint8
 
 
-def test_bad_pictures_are_named(tmp_path):
-    rows = {"image": [{"bytes": b"no picture", "path": None}] * 2, "label": [0, 1]}
+def test_bad_images_are_named(tmp_path):
+    rows = {"image": [{"bytes": b"no image", "path": None}] * 2, "label": [0, 1]}
     names = datasets.ClassLabel(names=["a", "b"])
     features = datasets.Features({"image": datasets.Image(decode=False), "label": names})
     broken = datasets.Dataset.from_dict(rows, features=features)
@@ -120,8 +120,8 @@ def test_columns_of_other_names(tmp_path):
     assert sources.get_source(name, label_key="coarse").class_names == ("small", "large")
     with pytest.raises(ValueError, match="has no label 'corse': --config.data.label_key"):
         sources.get_source(name, label_key="corse")
-    with pytest.raises(ValueError, match="has no image 'picture': --config.data.image_key .* img"):
-        sources.get_source(name, image_key="picture", label_key="fine")
+    with pytest.raises(ValueError, match="has no image 'image': --config.data.image_key .* img"):
+        sources.get_source(name, image_key="image", label_key="fine")
     assert len(sources.get_source(name, labelled=False)) == 6
     two.remove_columns(["fine", "coarse"]).save_to_disk(tmp_path / "none")
     name = f"hf:{tmp_path / 'none'}"
@@ -147,7 +147,7 @@ def test_splits_with_other_classes(tmp_path):
     assert sources.get_source(f"hf:{tmp_path / 'two'}", "test").class_names == ("owl", "dog", "cat")
 
 
-def test_missing_labels_and_pictures(tmp_path):
+def test_missing_labels_and_images(tmp_path):
     """-1 and nothing stand for no label, as in tests of the Hub."""
     holes = table(6).to_dict()
     holes["label"] = [0, -1, None, 1, 2, 2]
@@ -172,7 +172,7 @@ def test_a_split_without_labels_is_told_before_the_run(tmp_path):
     datasets.DatasetDict(train=table(30), test=blind).save_to_disk(tmp_path / "data")
     config = image_folder.get_config(f"hf:{tmp_path / 'data'},scratch")
     config.data.test, config.compile_cache = "test", ""
-    with pytest.raises(ValueError, match="'test' of hf:.* has 6 pictures without the label"):
+    with pytest.raises(ValueError, match="'test' of hf:.* has 6 images without the label"):
         train.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -197,7 +197,7 @@ def test_splits_that_number_classes_differently_do_not_vote(tmp_path, train_digi
     assert "The splits differ in their classes: train has" in capsys.readouterr().err
     assert knn.main([*arguments, "--k", "1", "--test", "train[:50%]"]) == 0
     out = capsys.readouterr().out
-    assert "15 pictures are their own neighbours: train[:50%] shares them." in out
+    assert "15 images are their own neighbours: train[:50%] shares them." in out
     assert "layer  0  accuracy 1.0000" in out
 
 
@@ -212,8 +212,8 @@ def train_digits(tmp_path_factory):
     return path
 
 
-def test_a_missing_file_is_told(tmp_path, picture_folder):
-    folder = shutil.copytree(picture_folder, tmp_path / "pictures")
+def test_a_missing_file_is_told(tmp_path, image_dir):
+    folder = shutil.copytree(image_dir, tmp_path / "images")
     name, cache = f"hf:{folder}", {"data_dir": tmp_path / "cache"}
     before = sources.get_source(name, **cache).fingerprint
     (folder / "red" / "3.png").unlink()
@@ -224,7 +224,7 @@ def test_a_missing_file_is_told(tmp_path, picture_folder):
     assert len(check(after)) == 1
 
 
-def test_fingerprint_changes_with_any_picture(tmp_path):
+def test_fingerprint_changes_with_any_image(tmp_path):
     found = set()
     for name, side in (("a", 8), ("b", 9)):
         content = table(600).to_dict()
@@ -236,7 +236,7 @@ def test_fingerprint_changes_with_any_picture(tmp_path):
 
 
 def test_a_split_of_its_own_name(tmp_path):
-    """One table is train, whatever part of a data set it was."""
+    """One table is train, whatever part of a dataset it was."""
     both = datasets.concatenate_datasets([table(6), table(6)])
     assert len(both) == 12
     both.save_to_disk(tmp_path / "a:b")
@@ -247,7 +247,7 @@ def test_a_split_of_its_own_name(tmp_path):
 
 def test_what_is_not_there(saved, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="hf:.*empty.*Expected a data set of the Hub, for"):
+    with pytest.raises(FileNotFoundError, match="hf:.*empty.*Expected a dataset of the Hub, for"):
         sources.get_source(f"hf:{tmp_path / 'empty'}")
     with pytest.raises(ValueError, match="It has train .30 examples., validation .6 examples."):
         sources.get_source(f"hf:{saved}", "test")
@@ -259,7 +259,7 @@ def test_what_is_not_there(saved, tmp_path, monkeypatch):
 
 def test_is_described(saved, capsys):
     assert command.main([f"hf:{saved}", "--split", "validation", "--check"]) == 0
-    assert "validation: 6 pictures, 8 x 8 x 3" in capsys.readouterr().out
+    assert "validation: 6 images, 8 x 8 x 3" in capsys.readouterr().out
 
 
 def test_splits_are_its_own_as_those_of_a_folder(saved, tmp_path):

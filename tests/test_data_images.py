@@ -18,7 +18,7 @@ from configs import common
 
 
 def photo(height, width, seed=0):
-    """A smooth random picture, as JPEG likes it; uint8 [H, W, 3]."""
+    """A smooth random image, as JPEG likes it; uint8 [H, W, 3]."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -74,7 +74,7 @@ def png_bomb(side=20_000):
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
 
 
-def good_pictures():
+def good_images():
     """name -> (content, expected uint8 [H, W, 3])"""
     rgb = photo(12, 20)
     grey, alpha = rgb[..., 0], rgb[..., 1]
@@ -132,25 +132,25 @@ def good_pictures():
     }
 
 
-def bad_pictures():
+def bad_images():
     """name -> (content, a word of the reason)"""
     jpeg, png = encode(photo(40, 60), "JPEG"), bytearray(encode(photo(40, 60)))
     png[len(png) // 2] ^= 0xFF
     return {
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "runcated"),
         "empty.jpg": (b"", "empty"),
-        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not a picture"),
+        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
         "flipped.png": (bytes(png), ""),
         "bomb.png": (png_bomb(), "decompression bomb"),
-        "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         "float.tif": (encode(np.ones((4, 4), np.float32), "TIFF"), "'F'"),
     }
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", good_pictures())
+@pytest.mark.parametrize("name", good_images())
 def test_every_mode_becomes_the_expected_rgb(name):
-    content, expected = good_pictures()[name]
+    content, expected = good_images()[name]
     got = decode(content)
     assert got.dtype == np.uint8
     if expected is None:  # lossy
@@ -167,23 +167,23 @@ def test_an_empty_file_is_told_by_its_header_too(tmp_path):
                 images.read_size(empty)
 
 
-def test_picture_folder_is_read_or_every_bad_file_is_named(tmp_path):
-    for folder, pictures in (("good", good_pictures()), ("bad", bad_pictures())):
+def test_image_folder_is_read_or_every_bad_file_is_named(tmp_path):
+    for folder, encoded in (("good", good_images()), ("bad", bad_images())):
         (tmp_path / folder).mkdir()
-        for name, (content, _) in pictures.items():
+        for name, (content, _) in encoded.items():
             (tmp_path / folder / name).write_bytes(content)
     (tmp_path / "bad" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "good" / ".hidden.jpg").write_bytes(b"")
-    (tmp_path / "good" / "notes.txt").write_text("no picture")
+    (tmp_path / "good" / "notes.txt").write_text("no image")
     (tmp_path / "good" / "rgb.jpg").write_bytes(encode(photo(12, 20), "JPEG"))  # the stem of a PNG
 
     source = sources.get_source(f"folder:{tmp_path}")
     errors = {error.name: error.reason for error in check(source, threads=2)}
-    reasons = {name: word for name, (_, word) in bad_pictures().items()} | {"link.jpg": "no such"}
+    reasons = {name: word for name, (_, word) in bad_images().items()} | {"link.jpg": "no such"}
     assert set(errors) == {str(tmp_path / "bad" / name) for name in reasons}
     for name, word in reasons.items():
         assert word in errors[str(tmp_path / "bad" / name)]
-    assert len(source) == len(errors) + len(good_pictures()) + 1
+    assert len(source) == len(errors) + len(good_images()) + 1
 
     for index in range(len(source)):
         if source.id(index) in errors:
@@ -217,7 +217,7 @@ def test_squash_is_the_processor_of_beit():
 
 
 def test_center_crop_of_a_strip(monkeypatch):
-    """Of which no whole picture is made, at a size that would not fit into memory."""
+    """Of which no whole image is made, at a size that would not fit into memory."""
     image = Image.fromarray(photo(4, 4000))
     wanted = seen((64, 48)) | {"small": images.Rendering((2, 2), "bilinear")}
     expected = images.center_crop(image, wanted, 0.875)
@@ -299,7 +299,7 @@ def test_crop_falls_back_to_the_middle(height, width):
     assert got == expected
 
 
-def test_random_crop_of_a_whole_picture_is_pillows_resize():
+def test_random_crop_of_a_whole_image_is_pillows_resize():
     rgb = photo(40, 60)
     crop = images.random_resized_crop(
         images.open_image(encode(rgb)), seen((32, 32)), np.random.default_rng(0), (1, 1), (1.5, 1.5)
@@ -310,7 +310,7 @@ def test_random_crop_of_a_whole_picture_is_pillows_resize():
 
 @pytest.mark.parametrize("orientation,turns", [(1, 0), (6, -1)])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_crop_is_the_sampled_part_of_the_upright_picture(orientation, turns, seed):
+def test_random_crop_is_the_sampled_part_of_the_upright_image(orientation, turns, seed):
     rgb = photo(60, 90)
     crop = images.random_resized_crop(
         images.open_image(encode(rgb, exif=rotated(orientation))),
@@ -386,7 +386,7 @@ def test_pad_crop_shifts_over_black():
 
 
 def test_header_gives_the_upright_size(tmp_path):
-    for name, (content, expected) in good_pictures().items():
+    for name, (content, expected) in good_images().items():
         if expected is not None:
             (tmp_path / name).write_bytes(content)
             assert images.read_size(tmp_path / name) == expected.shape[:2]

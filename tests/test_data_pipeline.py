@@ -29,7 +29,7 @@ WIDE = {"image": Rendering((SIZE, SIZE + 2))}
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """23 JPEG pictures of 3 classes and of many sizes."""
+    """23 JPEG images of 3 classes and of many sizes."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i in range(23):
@@ -201,7 +201,7 @@ def damaged(tmp_path):
     return tmp_path, {str(path) for path in bad}
 
 
-def test_bad_picture_stops_the_run_with_its_name(damaged):
+def test_bad_image_stops_the_run_with_its_name(damaged):
     folder, bad = damaged
     source = sources.get_source(f"folder:{folder}")
     train = pipeline.train_batches(source, Order(12, 4, 0), renderings=SEEN, seed=0, threads=2)
@@ -217,7 +217,7 @@ def test_bad_picture_stops_the_run_with_its_name(damaged):
         pipeline.load_all(source)
 
 
-def test_bad_pictures_are_skipped_and_counted(damaged, caplog):
+def test_bad_images_are_skipped_and_counted(damaged, caplog):
     folder, bad = damaged
     source = sources.get_source(f"folder:{folder}", on_bad_image="skip")
     order = Order(12, 4, seed=0)
@@ -255,11 +255,11 @@ def test_bad_pictures_are_skipped_and_counted(damaged, caplog):
         assert image[0, 0, 0] % 2 == label == source.fetch([int(index)])[0].label
 
 
-def test_nothing_but_bad_pictures_is_an_error(tmp_path):
+def test_nothing_but_bad_images_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
     source = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
-    with pytest.raises(ValueError, match="None of the 3 pictures"):
+    with pytest.raises(ValueError, match="None of the 3 images"):
         take(pipeline.train_batches(source, Order(3, 2, 0), renderings=SEEN, seed=0), 1)
 
 
@@ -291,7 +291,7 @@ def test_a_header_may_tell_another_size(tmp_path):
     assert left["image"].shape == (2, 4, 6, 3)
 
 
-def test_large_pictures_are_not_kept(tmp_path):
+def test_large_images_are_not_kept(tmp_path):
     for side in (500, 800):
         Image.new("RGB", (side, side)).save(tmp_path / "0.png")
         source = sources.get_source(f"folder:{tmp_path}", "train")
@@ -387,10 +387,10 @@ def test_a_bad_batch_costs_none_of_those_before_it():
     def batches():
         yield 0
         yield 1
-        raise ValueError("bad picture")
+        raise ValueError("bad image")
 
     ahead, used = inputs.one_ahead(batches()), []
-    with pytest.raises(ValueError, match="bad picture"):
+    with pytest.raises(ValueError, match="bad image"):
         for batch in ahead:
             used.append(batch)
     assert used == [0, 1]

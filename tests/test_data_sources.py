@@ -214,7 +214,7 @@ def test_labelled_false_takes_any_tree(tmp_path):
     assert sources.get_source("digits", labelled=False)[0].keys() == {"image"}
 
 
-def test_pictures_of_all_splits_are_told(tmp_path, caplog):
+def test_images_of_all_splits_are_told(tmp_path, caplog):
     """Of a folder such as STL-10's, for pre-training."""
     for name in ("train/1/a.png", "test/1/b.png", "unlabeled/c.png"):
         save(tmp_path / "stl" / name)
@@ -225,9 +225,9 @@ def test_pictures_of_all_splits_are_told(tmp_path, caplog):
         config.data.update(train=None, val="", test=None, shares=("train", "", ""))
         config = inputs.with_own_splits(config)
         inputs.open_splits(config.data, sharding.make_mesh())
-    told = [message for message in caplog.messages if "are taken" in message]
+    told = [message for message in caplog.messages if "are read" in message]
     assert len(told) == 1
-    assert "stl holds test, train beside other folders or pictures: all of them" in told[0]
+    assert "stl holds test, train next to other folders or images: all of them" in told[0]
 
 
 def test_class_names_are_the_same_on_every_machine(tmp_path):
@@ -244,7 +244,7 @@ def test_class_names_are_the_same_on_every_machine(tmp_path):
 def test_ambiguous_layouts_are_errors(tmp_path):
     class_folders(tmp_path / "a", {"cat": 1, "dog": 1})
     save(tmp_path / "a" / "loose.png")
-    with pytest.raises(ValueError, match="1 pictures beside them .loose.png"):
+    with pytest.raises(ValueError, match="1 images beside them .loose.png"):
         sources.get_source(f"folder:{tmp_path / 'a'}")
     class_folders(tmp_path / "b", {"cat": 1, "dog": 1}, "train")
     class_folders(tmp_path / "b", {"extra": 1})
@@ -263,13 +263,13 @@ def test_empty_folders_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         sources.get_source(f"folder:{tmp_path / 'nowhere'}")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="notes.txt is a file; expected a folder of pictures"):
+    with pytest.raises(ValueError, match="notes.txt is a file; expected a folder of images"):
         sources.get_source(f"folder:{tmp_path / 'notes.txt'}")
-    with pytest.raises(FileNotFoundError, match=r"no pictures in .*looked for \.jpg \.jpeg \.jfif"):
+    with pytest.raises(FileNotFoundError, match=r"no images in .*looked for \.jpg \.jpeg \.jfif"):
         sources.get_source(f"folder:{tmp_path}")
     class_folders(tmp_path, {"cat": 1})
     (tmp_path / "unicorn").mkdir()
-    with pytest.raises(ValueError, match="no pictures in the class folders unicorn of"):
+    with pytest.raises(ValueError, match="no images in the class folders unicorn of"):
         sources.get_source(f"folder:{tmp_path}")
 
 
@@ -280,12 +280,12 @@ def test_check_lists_empty_folders_beside_broken_files(tmp_path, capsys):
         (tmp_path / name).mkdir()
     (tmp_path / "test/cat/broken.png").write_bytes(b"")
     assert command.main([f"folder:{tmp_path}"]) == 2
-    told = f"no pictures in the class folders train/dog, test/eel of {tmp_path}; looked for .jpg"
+    told = f"no images in the class folders train/dog, test/eel of {tmp_path}; looked for .jpg"
     error = capsys.readouterr().err
-    assert told in error and "remove these folders, or put pictures there" in error
+    assert told in error and "remove these folders, or put images there" in error
     assert command.main([f"folder:{tmp_path}", "--check"]) == 1
     out = capsys.readouterr().out
-    assert told in out and "broken.png: the file is empty" in out and "1 of 4 pictures" in out
+    assert told in out and "broken.png: the file is empty" in out and "1 of 4 images" in out
     (tmp_path / "test/cat/broken.png").unlink()
     assert command.main([f"folder:{tmp_path}", "--check"]) == 1
 
@@ -306,13 +306,13 @@ def write_csv(path, *rows, encoding="utf-8"):
 @pytest.mark.parametrize("column", ["image", "file_name", "path"])
 def test_csv(tmp_path, column):
     for i in range(3):
-        save(tmp_path / "pictures" / f"{i}.png", color=(i, i, i))
+        save(tmp_path / "images" / f"{i}.png", color=(i, i, i))
     name = write_csv(
         tmp_path / "list.csv",
         f"{column},label,comment",
-        "pictures/0.png,dog,x",
-        'pictures/1.png,"cat, small",',
-        f"{tmp_path}/pictures/2.png,dog,",
+        "images/0.png,dog,x",
+        'images/1.png,"cat, small",',
+        f"{tmp_path}/images/2.png,dog,",
         encoding="utf-8-sig",
     )
     source = sources.get_source(name)
@@ -327,7 +327,7 @@ def test_csv_with_numbers_splits_and_classes(tmp_path):
     rows = ["image,label,split", "0.png,0,train", "0.png,10,train", "0.png,9,test"]
     name = write_csv(tmp_path / "list.csv", *rows)
     train, test = sources.get_source(name, "train"), sources.get_source(name, "test")
-    assert train.class_names == test.class_names == ("0", "9", "10")  # none without a picture
+    assert train.class_names == test.class_names == ("0", "9", "10")  # none without an image
     assert sorted(labels(train)) == [0, 2] and labels(test) == [1]
     names = [f"class {i}" for i in range(11)]
     assert sorted(labels(sources.get_source(name, "train", class_names=names))) == [0, 10]
@@ -386,7 +386,7 @@ def test_data_dir_is_where_a_folder_is(tmp_path):
     assert ids(sources.get_source("folder", data_dir=tmp_path / "pets")) == expected
 
 
-def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
+def test_classes_without_a_image_to_learn_from_are_told(tmp_path, caplog):
     class_folders(tmp_path, {"cat": 2, "dog": 1}, prefix="train")
     class_folders(tmp_path, {"cat": 1, "dog": 1, "eel": 1}, prefix="val")
     class_folders(tmp_path, {"cat": 1}, prefix="test")
@@ -395,20 +395,20 @@ def test_classes_without_a_picture_to_learn_from_are_told(tmp_path, caplog):
     inputs.open_splits(config, sharding.make_mesh())
     unlearnt, unseen = caplog.messages
     assert unlearnt == (
-        "The training split 'train' has no picture of eel, which 'val' has: they cannot be learnt."
+        "The training split 'train' has no image of eel, unlike 'val': it is not learnt."
     )
-    assert unseen.startswith("The split 'test' has no picture of dog, of which its accuracy says")
+    assert unseen.startswith("The split 'test' has no image of dog: its accuracy says nothing")
     caplog.clear()
     config.train, config.val, config.test = "train", "", ""
     inputs.open_splits(config, sharding.make_mesh())
     assert not caplog.records
     config.train, config.val = "train[:2]", "train[1:]"
     inputs.open_splits(config, sharding.make_mesh())
-    message = "config.data.val 'train[1:]' has 1 pictures of config.data.train 'train[:2]', which"
+    message = "config.data.val 'train[1:]' shares 1 images with config.data.train 'train[:2]'."
     assert any(text.startswith(message) for text in caplog.messages)
     with caplog.at_level("INFO"):
         inputs.open_splits(config, sharding.make_mesh())
-    assert f"folder:{tmp_path} has splits that are not used: val, test." in caplog.messages
+    assert f"folder:{tmp_path} has unused splits: val, test." in caplog.messages
 
 
 SHARES = ("train[:80%]", "train[80%:90%]", "train[90%:]")
@@ -447,7 +447,7 @@ def test_a_validation_that_is_the_test_is_told(tmp_path, caplog, name):
     caplog.set_level("INFO")
     inputs.open_splits(config, mesh)
     (message,) = caplog.messages
-    assert f"has no split 'test': its '{name}' is the test" in message
+    assert f"has no split 'test': '{name}' is the test" in message
     flags = message.partition("without a test: ")[2].replace("--config.data.", "").split()
     config.update_from_flattened_dict(dict(flag.split("=") for flag in flags))
     caplog.clear()
@@ -467,25 +467,25 @@ def test_which_fold_is_told(tmp_path, caplog):
     caplog.set_level("INFO")
     splits = inputs.open_splits(config, mesh)
     assert caplog.messages == [
-        "Fold 2 of 5 (from 0, by config.data.fold) validates, the others are learnt."
+        "Validation is fold 2 of 5 (numbered from 0, config.data.fold), training the others."
     ]
     assert splits["val"].source.split.endswith("fold 2 of 5")
 
 
-def test_classes_without_a_picture_to_measure_are_told(tmp_path, caplog):
+def test_classes_without_a_image_to_measure_are_told(tmp_path, caplog):
     class_folders(tmp_path, {"cat": 2, "eel": 1})
     config = resolved(f"{tmp_path},test")
     mesh = sharding.make_mesh()
     classes = ["dog", "cat", "eel"]
     inputs.open_splits(config, mesh, ("val", "test"), classes)
     (message,) = caplog.messages
-    assert message.startswith("The split 'train' has no picture of dog, of which its accuracy says")
+    assert message.startswith("The split 'train' has no image of dog: its accuracy says nothing")
     caplog.clear()
     inputs.open_splits(config, mesh, ("val", "test"), classes[1:])
     assert not caplog.messages
 
 
-def test_shared_pictures_of_folds_are_counted():
+def test_shared_images_of_folds_are_counted():
     pool, test = (sources.get_source("digits", split) for split in ("train", "train[:100]"))
     outside, inside = stratified_fold(pool, 0, 5)
     shared = [part.shared_with(test) for part in (pool, outside, inside)]
@@ -507,10 +507,10 @@ def test_files_that_are_not_read_are_told(tmp_path, caplog):
     config.update(name=f"folder:{tmp_path}", train="train", val="", test="")
     with caplog.at_level("INFO"):
         inputs.open_splits(config, sharding.make_mesh())
-    assert f"Files of folder:{tmp_path} that are not read: 2 .heic, 1 .txt." in caplog.messages
+    assert f"Ignored files of folder:{tmp_path}: 2 .heic, 1 .txt." in caplog.messages
 
 
-def test_a_listed_picture_that_is_not_there_is_told_at_once(tmp_path):
+def test_a_listed_image_that_is_not_there_is_told_at_once(tmp_path):
     save(tmp_path / "1.png")
     path = tmp_path / "list.csv"
     path.write_text("image,label\n1.png,cat\n2.png,dog\n")
@@ -520,7 +520,7 @@ def test_a_listed_picture_that_is_not_there_is_told_at_once(tmp_path):
     assert len(skipping) == 2 and skipping.fingerprint
 
 
-def test_a_picture_that_is_listed_in_two_splits_is_counted(tmp_path):
+def test_a_image_that_is_listed_in_two_splits_is_counted(tmp_path):
     for name in "abc":
         save(tmp_path / f"{name}.png")
     path = tmp_path / "list.csv"
@@ -553,7 +553,7 @@ def test_folds_cover_every_example_once_and_evenly():
     assert len({fold.fingerprint for pair in pairs for fold in pair}) == 10
 
 
-def test_folds_of_unlabelled_pictures(tmp_path):
+def test_folds_of_unlabelled_images(tmp_path):
     for i in range(7):
         save(tmp_path / f"{i}.png")
     source = sources.get_source(f"folder:{tmp_path}")
@@ -633,20 +633,20 @@ def test_sources_can_be_pickled_and_iterated(tmp_path):
             source[3]
 
 
-def test_command_lists_bad_pictures(tmp_path, capsys):
+def test_command_lists_bad_images(tmp_path, capsys):
     class_folders(tmp_path, {"cat": 3, "dog": 1})
     assert command.main([f"folder:{tmp_path}", "--check"]) == 0
     output = capsys.readouterr().out
-    assert "4 pictures, 4 x 6 x 3" in output and "2 classes: cat, dog" in output
+    assert "4 images, 4 x 6 x 3" in output and "2 classes: cat, dog" in output
     (tmp_path / "cat" / "001.png").write_bytes(b"nothing")
     assert command.main([f"folder:{tmp_path}", "--check"]) == 1
-    assert f"cannot decode {tmp_path}/cat/001.png: not a picture" in capsys.readouterr().out
+    assert f"cannot decode {tmp_path}/cat/001.png: not an image" in capsys.readouterr().out
     assert command.main(["nothing"]) == 2
-    assert capsys.readouterr().err.startswith("python -m beit_jax.data: no data set 'nothing'")
+    assert capsys.readouterr().err.startswith("python -m beit_jax.data: no dataset 'nothing'")
 
 
 def test_command_without_labels(tmp_path, capsys):
-    """As the message about a bad picture says."""
+    """As the message about a bad image says."""
     class_folders(tmp_path, {"cat": 2})
     save(tmp_path / "loose.png")
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
@@ -657,7 +657,7 @@ def test_command_without_labels(tmp_path, capsys):
         source.image_shape  # noqa: B018
     assert f"folder:{tmp_path} --unlabelled --check` lists" in error.value.__notes__[0]
     assert command.main([f"folder:{tmp_path}", "--unlabelled", "--check"]) == 1
-    assert "1 of 4 pictures cannot be decoded" in capsys.readouterr().out
+    assert "1 of 4 images cannot be decoded" in capsys.readouterr().out
 
 
 def test_command_counts_other_files(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Vectors of pictures."""
+"""Vectors of images."""
 
 import numpy as np
 import pytest
@@ -14,22 +14,22 @@ def workdir(train, tmp_path_factory):
     return path
 
 
-def command(workdir, pictures, out, *arguments):
-    paths = ["--checkpoint", str(workdir), "--images", str(pictures), "--out", str(out)]
+def command(workdir, images, out, *arguments):
+    paths = ["--checkpoint", str(workdir), "--images", str(images), "--out", str(out)]
     return embed.main([*paths, *arguments])
 
 
-def test_vectors_are_the_features_of_knn(tmp_path, workdir, picture_folder):
+def test_vectors_are_the_features_of_knn(tmp_path, workdir, image_dir):
     start = pretrained.load(str(workdir))
-    source = sources.get_source(f"folder:{picture_folder}", "all")
+    source = sources.get_source(f"folder:{image_dir}", "all")
     layers, _ = knn.extract(inference.make(knn.describe, start, batch_size=16), source)
-    place = {str(picture_folder / source.id(i)): i for i in range(len(source))}
+    place = {str(image_dir / source.id(i)): i for i in range(len(source))}
     for arguments, expected in (
         ((), layers[-1]),
         (("--layer", "0"), layers[0]),
         (("--layer", "-2"), layers[0]),
     ):
-        assert command(workdir, picture_folder, tmp_path / "v.npz", *arguments) == 0
+        assert command(workdir, image_dir, tmp_path / "v.npz", *arguments) == 0
         found = np.load(tmp_path / "v.npz")
         assert found["vector"].dtype == np.float32 and len(set(found["path"])) == 60
         unit = found["vector"] / np.linalg.norm(found["vector"], axis=1, keepdims=True)
@@ -38,9 +38,9 @@ def test_vectors_are_the_features_of_knn(tmp_path, workdir, picture_folder):
     assert np.abs(layers[-1] - layers[0]).max() > 0.01
 
 
-def test_bad_pictures_are_left_out(tmp_path, workdir, picture_folder, capsys):
-    good, bad = sorted(picture_folder.glob("red/*"))[:2], tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
+def test_bad_images_are_left_out(tmp_path, workdir, image_dir, capsys):
+    good, bad = sorted(image_dir.glob("red/*"))[:2], tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
     paths = [str(good[0]), str(bad), str(good[1])]
     out = str(tmp_path / "v.npz")
     arguments = ["--checkpoint", str(workdir), "--out", out, "--images", *paths]
@@ -52,12 +52,12 @@ def test_bad_pictures_are_left_out(tmp_path, workdir, picture_folder, capsys):
     assert captured.out == f"2 vectors, 1 not read: {out}\n"
 
 
-def test_warnings_are_plain_lines(tmp_path, workdir, picture_folder, start):
+def test_warnings_are_plain_lines(tmp_path, workdir, image_dir, start):
     (tmp_path / "notes.heic").write_text("")
-    (tmp_path / "red").symlink_to(picture_folder / "red")
+    (tmp_path / "red").symlink_to(image_dir / "red")
     paths = ["--checkpoint", workdir, "--images", tmp_path, "--out", tmp_path / "v.npz"]
     status, output = start("beit_jax.embed", *paths).wait()
-    assert status == 0 and f"\nFiles of {tmp_path} that are not read: 1 .heic." in f"\n{output}"
+    assert status == 0 and f"\nIgnored files of {tmp_path}: 1 .heic." in f"\n{output}"
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,16 @@ def test_warnings_are_plain_lines(tmp_path, workdir, picture_folder, start):
         (("--layer", "-3"), "The layer is -3; the network has layers 0 to 1, or -2 to -1."),
     ],
 )
-def test_unknown_layers(tmp_path, workdir, picture_folder, capsys, arguments, message):
+def test_unknown_layers(tmp_path, workdir, image_dir, capsys, arguments, message):
     out = tmp_path / "v.npz"
-    assert command(workdir, picture_folder, out, *arguments) == 2
+    assert command(workdir, image_dir, out, *arguments) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_another_ending(tmp_path, workdir, picture_folder, capsys):
+def test_another_ending(tmp_path, workdir, image_dir, capsys):
     with pytest.raises(SystemExit, match="2"):
-        command(workdir, picture_folder, tmp_path / "v.csv")
+        command(workdir, image_dir, tmp_path / "v.csv")
     assert "expected a file ending in .npz" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        command(workdir, picture_folder, tmp_path / "v.npz", "--batch-size", "0")
+        command(workdir, image_dir, tmp_path / "v.npz", "--batch-size", "0")
     assert "argument --batch-size: 0 is less than 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A program for any number of pictures that runs where there is JAX and nothing of ours."""
+"""A program for any number of images that runs where there is JAX and nothing of ours."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def save(model, directory):
 
 
 def run(directory):
-    """The logits of five random pictures, where JAX is installed with what it needs alone."""
+    """The logits of five random images, where JAX is installed with what it needs alone."""
     (directory.parent / "site").mkdir()
     for name in LIBRARIES:
         there = pathlib.Path(importlib.util.find_spec(name).origin).parent
@@ -69,10 +69,10 @@ def test_program_gives_the_logits_of_an_evaluation(tmp_path, size, crop, random_
     assert described["class_names"] == model.info.class_names and described["image"] == image
     assert described["input"] == ["n", *(size or (16, 16)), 3]
     assert described["is_cropped_and_resized"] == (size is None)
-    pictures = np.random.default_rng(1).integers(0, 256, (5, *described["input"][1:]), np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (5, *described["input"][1:]), np.uint8)
     network = architecture.make_model(model.info, dtype="float32", attention="plain")
     resized = size is None
-    expected = classify.classify(network, model.info, model.params, pictures, resized=resized)
+    expected = classify.classify(network, model.info, model.params, images, resized=resized)
     np.testing.assert_allclose(run(out), expected, rtol=1e-4, atol=1e-5)
     assert str(ROOT).encode() not in (out / "program.bin").read_bytes()
 
@@ -101,8 +101,8 @@ def test_channels_are_those_of_the_network(random_classifier):
     assert export.difference(program, model, shape, resized=True) < 1e-5
 
 
-def test_adapters_are_merged(tmp_path, classifier_directory, picture_folder):
-    config = image_folder.get_config(str(picture_folder))
+def test_adapters_are_merged(tmp_path, classifier_directory, image_dir):
+    config = image_folder.get_config(str(image_dir))
     config.pretrained, config.lora.rank = str(classifier_directory), 2
     config.optim.learning_rate = 0.1
     config.batch_size, config.total_steps, config.optim.warmup = 8, 2, "0"

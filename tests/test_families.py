@@ -56,7 +56,7 @@ HF = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def digit_images(tmp_path_factory):
     """Twelve digits as files, and their classes."""
     datasets = pytest.importorskip("sklearn.datasets")
     directory, digits = tmp_path_factory.mktemp("digits"), datasets.load_digits()
@@ -107,7 +107,7 @@ def params_of(workdir):
 @pytest.mark.parametrize(
     "argument, rate, least", [("", 3e-3, 0.5), ("cnn", 3e-3, 0.7), ("modern", 1e-2, 0.5)]
 )
-def test_from_scratch(tmp_path, pictures, argument, rate, least):
+def test_from_scratch(tmp_path, digit_images, argument, rate, least):
     """The recipes on digits: accuracy on the test split as it goes, and nothing chosen by it."""
     results = recipe(
         argument,
@@ -127,7 +127,7 @@ def test_from_scratch(tmp_path, pictures, argument, rate, least):
     assert results["test"]["accuracy"] > least
     start = pretrained.load(str(tmp_path))
     assert start.info.model_name == ("cnn" if argument == "cnn" else "vit")
-    paths, labels = pictures
+    paths, labels = digit_images
     rows = list(predict.predict([start], paths, top_k=10))
     assert all(row["error"] is None and len(row["top"]) == 10 for row in rows)
     right = np.mean([row["label"] == label for row, label in zip(rows, labels, strict=True)])
@@ -144,7 +144,7 @@ def test_recipe_of_the_report():
 
 
 @pytest.mark.parametrize("name", ["deit", "mae", "dinov2", "data2vec"])
-def test_from_a_checkpoint(tmp_path, hf_directories, pictures, name):
+def test_from_a_checkpoint(tmp_path, hf_directories, digit_images, name):
     """At another resolution; a classifier of the same classes is put in their order."""
     source, family = hf_directories(name), HF[name][1]
     still = {"optim.learning_rate": 0.0, "optim.layer_decay": 0.75}
@@ -168,7 +168,7 @@ def test_from_a_checkpoint(tmp_path, hf_directories, pictures, name):
     if name == "dinov2":  # the class token and the mean, as transformers' classifier reads them
         assert actual["classifier/kernel"].shape == (2 * TINY["hidden_size"], 10)
         assert convert_command.main(["to-hf", str(tmp_path), str(tmp_path / "hf"), "--verify"]) == 0
-    rows = list(predict.predict([pretrained.load(str(tmp_path))], pictures[0][:2]))
+    rows = list(predict.predict([pretrained.load(str(tmp_path))], digit_images[0][:2]))
     assert all(row["label"] in "0123456789" for row in rows)
 
 
@@ -203,7 +203,7 @@ def test_the_quickstart_takes_every_family(name):
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "swinv2"])
-def test_adapters_of_every_family(tmp_path, pictures, name):
+def test_adapters_of_every_family(tmp_path, digit_images, name):
     """Adapters learn and their base does not; merged, the network says what the run said."""
     config = quickstart.get_config()
     config.model_name = name
@@ -282,7 +282,7 @@ def test_layer_scales_are_multiplied_into_kernels(name):
 
 
 def _for_inference(name, **changes):
-    """A network with parameters that are none of them 0, and pictures."""
+    """A network with parameters that are none of them 0, and images."""
     family = modules.load("models", name)
     fields = {**family.PRESETS["digits"], "num_labels": 10, "dtype": "bfloat16", **changes}
     model = family.Model(**fields)

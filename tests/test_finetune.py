@@ -38,8 +38,8 @@ FEW = {"red": [f"{i}.png" for i in range(3, 20)]}  # what is left out of a folde
 STILL = {"optim.learning_rate": 0.0, "optim.end_value": 0.0, "total_steps": 1, "data.val": ""}
 
 
-def finetune(workdir, pictures, pretrained, changes=()):
-    config = image_folder.get_config(str(pictures))
+def finetune(workdir, images, pretrained, changes=()):
+    config = image_folder.get_config(str(images))
     config.update_from_flattened_dict(RUN | {"pretrained": str(pretrained)} | dict(changes))
     return train.run(config, str(workdir))
 
@@ -53,11 +53,11 @@ def architecture_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def finetuned(tmp_path_factory, picture_folder, hf_directory):
+def finetuned(tmp_path_factory, image_dir, hf_directory):
     """A finished run, and what it returned."""
     workdir = tmp_path_factory.mktemp("finetuned")
     changes = {"optim.learning_rate": 1e-2}
-    return workdir, finetune(workdir, picture_folder, hf_directory, changes)
+    return workdir, finetune(workdir, image_dir, hf_directory, changes)
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +73,15 @@ def predict_with_transformers(directory, paths):
     """Class names, and probabilities [N, K] by transformers' own processor and model."""
     model = transformers.BeitForImageClassification.from_pretrained(directory).eval()
     processor = transformers.BeitImageProcessorPil.from_pretrained(directory)
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    images = [Image.open(path).convert("RGB") for path in paths]
     with torch.no_grad():
-        logits = model(**processor(pictures, return_tensors="pt")).logits
+        logits = model(**processor(images, return_tensors="pt")).logits
     names = [model.config.id2label[i] for i in range(logits.shape[1])]
     return names, logits.softmax(-1).numpy()
 
 
-def test_checkpoint_decides_the_architecture(tmp_path, picture_folder, hf_directory):
-    finetune(tmp_path, picture_folder, hf_directory, STILL)
+def test_checkpoint_decides_the_architecture(tmp_path, image_dir, hf_directory):
+    finetune(tmp_path, image_dir, hf_directory, STILL)
     info = checkpoint.read_model_info(tmp_path)
     assert info.architecture["hidden_size"] == 16
     assert info.architecture["patch_size"] == 4
@@ -98,11 +98,11 @@ def test_checkpoint_decides_the_architecture(tmp_path, picture_folder, hf_direct
         np.testing.assert_array_equal(array, of_checkpoint, err_msg=name)
 
 
-def test_evaluation_agrees_with_transformers(tmp_path, picture_folder, hf_directory):
-    config = image_folder.get_config(f"{picture_folder},test")
+def test_evaluation_agrees_with_transformers(tmp_path, image_dir, hf_directory):
+    config = image_folder.get_config(f"{image_dir},test")
     config.update(pretrained=str(hf_directory), compile_cache="")
     results = train.run(config, str(tmp_path))
-    paths = [path for name in ("blue", "green", "red") for path in picture_folder.glob(f"{name}/*")]
+    paths = [path for name in ("blue", "green", "red") for path in image_dir.glob(f"{name}/*")]
     names, probability = predict_with_transformers(hf_directory, paths)
     label = np.array([names.index(path.parent.name) for path in paths])
     loss = -np.log(probability[np.arange(len(label)), label]).mean()
@@ -111,10 +111,10 @@ def test_evaluation_agrees_with_transformers(tmp_path, picture_folder, hf_direct
     assert results["test"]["accuracy"] == pytest.approx((probability.argmax(-1) == label).mean())
 
 
-def test_overrides_and_resolution(tmp_path, picture_folder, hf_directory, caplog):
+def test_overrides_and_resolution(tmp_path, image_dir, hf_directory, caplog):
     caplog.set_level("INFO")
     changes = {"model.image_size": 24, "model.drop_path_rate": 0.25}
-    finetune(tmp_path, picture_folder, hf_directory, STILL | changes)
+    finetune(tmp_path, image_dir, hf_directory, STILL | changes)
     assert tuple(architecture_of(tmp_path)["image_size"]) == (24, 24)
     assert architecture_of(tmp_path)["drop_path_rate"] == 0.25
     assert "positions resized from (4, 4) to (6, 6) by unilm" in caplog.text
@@ -157,12 +157,12 @@ def test_misspelt_arguments_are_told(tmp_path):
     assert image_folder.get_config(f"{tmp_path}/a,b").data.name == f"folder:{tmp_path}/a,b"
 
 
-def test_measures_pictures_of_some_classes(tmp_path, picture_folder, finetuned, caplog):
+def test_measures_images_of_some_classes(tmp_path, image_dir, finetuned, caplog):
     """Of a model of three; a class that it does not have is told."""
     config = image_folder.get_config(f"{tmp_path / 'some'},test")
     config.update(pretrained=str(finetuned[0]), compile_cache="")
     for name in ("green", "red"):
-        shutil.copytree(picture_folder / name, tmp_path / "some" / name)
+        shutil.copytree(image_dir / name, tmp_path / "some" / name)
     results = train.run(config, str(tmp_path / "own"))
     assert results["test"]["count"] == 40 and results["test"]["accuracy"] == 1.0
     (tmp_path / "some" / "red").rename(tmp_path / "some" / "pink")
@@ -170,13 +170,13 @@ def test_measures_pictures_of_some_classes(tmp_path, picture_folder, finetuned, 
         train.run(config, str(tmp_path / "other"))
 
 
-def test_classes_by_number(tmp_path, picture_folder, finetuned, caplog):
+def test_classes_by_number(tmp_path, image_dir, finetuned, caplog):
     """Of a folder whose classes have other names, in the order of the model's."""
     caplog.set_level("INFO")
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "images"
     for new, name in enumerate(("blue", "green", "red")):
-        shutil.copytree(picture_folder / name, pictures / f"n{new}")
-    config = image_folder.get_config(f"{pictures},test")
+        shutil.copytree(image_dir / name, images / f"n{new}")
+    config = image_folder.get_config(f"{images},test")
     config.update(pretrained=str(finetuned[0]), compile_cache="")
     with pytest.raises(ValueError, match="classes n0, n1, n2 that are not among") as error:
         train.run(config, str(tmp_path / "names"))
@@ -186,47 +186,45 @@ def test_classes_by_number(tmp_path, picture_folder, finetuned, caplog):
     assert results["test"]["count"] == 60 and results["test"]["accuracy"] == 1.0
 
     for name in ("n1", "n2"):
-        pictures.joinpath(name).rename(tmp_path / name)
+        images.joinpath(name).rename(tmp_path / name)
     with pytest.raises(ValueError, match="classes n0 that are not among the 3") as error:
         config.pretrained_classes = "names"
         train.run(config, str(tmp_path / "one"))
     assert "numbers" not in errors.message(error.value)
-    (tmp_path / "n1").rename(pictures / "n1")
+    (tmp_path / "n1").rename(images / "n1")
     with pytest.raises(ValueError, match="has 3 classes, not 2"):
-        finetune(
-            tmp_path / "two", pictures, finetuned[0], STILL | {"pretrained_classes": "numbers"}
-        )
-    (tmp_path / "n2").rename(pictures / "n2")
+        finetune(tmp_path / "two", images, finetuned[0], STILL | {"pretrained_classes": "numbers"})
+    (tmp_path / "n2").rename(images / "n2")
 
     caplog.clear()
-    finetune(tmp_path / "new", pictures, finetuned[0], STILL)
-    assert "is left out: it is of other classes, such as blue. Where the same" in caplog.text
-    finetune(tmp_path / "kept", pictures, finetuned[0], STILL | {"pretrained_classes": "numbers"})
-    assert "the order of its classes: blue is n0, green is n1, red is n2." in caplog.text
+    finetune(tmp_path / "new", images, finetuned[0], STILL)
+    assert "is not used: it has other classes, such as blue. Where the same" in caplog.text
+    finetune(tmp_path / "kept", images, finetuned[0], STILL | {"pretrained_classes": "numbers"})
+    assert "by their order: blue is n0, green is n1, red is n2." in caplog.text
     for name, x in params_of(finetuned[0]).items():
         np.testing.assert_array_equal(params_of(tmp_path / "kept")[name], x)
 
 
-def test_only_tests_where_the_folder_has_a_test(tmp_path, picture_folder):
+def test_only_tests_where_the_folder_has_a_test(tmp_path, image_dir):
     for split in ("train", "test"):
-        shutil.copytree(picture_folder, tmp_path / split)
+        shutil.copytree(image_dir, tmp_path / split)
     config = inputs.with_own_splits(image_folder.get_config(f"{tmp_path},test"))
     assert (config.eval_only, config.data.val, config.data.test) == (True, "", "test")
 
 
-def test_few_steps_are_told(tmp_path, picture_folder, hf_directory, caplog):
+def test_few_steps_are_told(tmp_path, image_dir, hf_directory, caplog):
     few = {"total_steps": None, "num_epochs": 2.0}
     with pytest.raises(ValueError, match="num_labels is 7"):  # first what stops the run
         changes = STILL | few | {"model.num_labels": 7}
-        finetune(tmp_path, picture_folder, hf_directory, changes)
-    assert "steps are few to learn from" not in caplog.text
-    finetune(tmp_path, picture_folder, hf_directory, STILL | few)
-    assert "steps are few to learn from" in caplog.text
+        finetune(tmp_path, image_dir, hf_directory, changes)
+    assert "training steps are few" not in caplog.text
+    finetune(tmp_path, image_dir, hf_directory, STILL | few)
+    assert "training steps are few" in caplog.text
 
 
-def test_a_step_of_a_workdir(tmp_path, picture_folder, hf_directory):
+def test_a_step_of_a_workdir(tmp_path, image_dir, hf_directory):
     changes = {"optim.learning_rate": 1e-2, "total_steps": 4, "save_every": "2", "keep_last": 3}
-    finetune(tmp_path / "run", picture_folder, hf_directory, changes | {"eval_every": "2"})
+    finetune(tmp_path / "run", image_dir, hf_directory, changes | {"eval_every": "2"})
     for step in ("best", "latest", 2):
         expected = checkpoint.load_params(tmp_path / "run", step)
         found = pretrained.load(f"{tmp_path / 'run'}@{step}").params
@@ -239,16 +237,16 @@ def test_a_step_of_a_workdir(tmp_path, picture_folder, hf_directory):
         pretrained.load(f"{tmp_path / 'run'}@3")
 
 
-def test_other_classes_get_a_new_head(tmp_path, picture_folder, hf_directory, caplog):
+def test_other_classes_get_a_new_head(tmp_path, image_dir, hf_directory, caplog):
     caplog.set_level("INFO")
-    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
-    shutil.rmtree(pictures / "red")
-    finetune(tmp_path / "run", pictures, hf_directory, STILL)
+    images = shutil.copytree(image_dir, tmp_path / "images")
+    shutil.rmtree(images / "red")
+    finetune(tmp_path / "run", images, hf_directory, STILL)
     assert "new parameters: classifier/bias, classifier/kernel" in caplog.text
-    assert "is left out: it is of other classes, such as red." in caplog.text
+    assert "is not used: it has other classes, such as red." in caplog.text
     assert params_of(tmp_path / "run")["classifier/kernel"].shape == (16, 2)
-    finetune(tmp_path / "next", picture_folder, tmp_path / "run", STILL)
-    assert f"The classifier of {tmp_path / 'run'} is left out" in caplog.text
+    finetune(tmp_path / "next", image_dir, tmp_path / "run", STILL)
+    assert f"The classifier of {tmp_path / 'run'} is not used" in caplog.text
 
 
 def test_classes_without_names_are_told(hf_directory, caplog):
@@ -257,41 +255,41 @@ def test_classes_without_names_are_told(hf_directory, caplog):
     unnamed = start._replace(info=start.info._replace(class_names=[f"LABEL_{i}" for i in range(3)]))
     names = ["blue", "green", "red"]
     assert pretrained.with_head_for(unnamed, names) is unnamed
-    told = "by the order of its classes: number 0 is blue, number 1 is green, number 2 is red."
-    assert f"Of {hf_directory} {told}" in caplog.text
+    told = "by their order: number 0 is blue, number 1 is green, number 2 is red."
+    assert f"Classes of {hf_directory} {told}" in caplog.text
     caplog.clear()
     pretrained.with_head_for(unnamed, unnamed.info.class_names)
     assert not caplog.text
 
 
-def test_a_mask_token_is_left_out_of_an_evaluation(tmp_path, picture_folder, hf_directory):
+def test_a_mask_token_is_left_out_of_an_evaluation(tmp_path, image_dir, hf_directory):
     """transformers keeps that of pre-training in its classifiers."""
     source = shutil.copytree(hf_directory, tmp_path / "masked")
     model = transformers.BeitForImageClassification.from_pretrained(
         hf_directory, use_mask_token=True
     )
     model.save_pretrained(source)
-    expected = finetune(tmp_path / "plain", picture_folder, hf_directory, {"eval_only": True})
-    found = finetune(tmp_path / "run", picture_folder, source, {"eval_only": True})
+    expected = finetune(tmp_path / "plain", image_dir, hf_directory, {"eval_only": True})
+    found = finetune(tmp_path / "run", image_dir, source, {"eval_only": True})
     assert found["test"] == expected["test"]
 
 
-def test_new_head_is_no_evaluation(tmp_path, picture_folder, hf_directory):
+def test_new_head_is_no_evaluation(tmp_path, image_dir, hf_directory):
     changes = {"eval_only": True, "data.name": "digits"}
     with pytest.raises(ValueError, match="tells 3 classes, and digits has 10 .0, 1, 2, 3, "):
-        finetune(tmp_path / "run", picture_folder, hf_directory, changes)
+        finetune(tmp_path / "run", image_dir, hf_directory, changes)
     changes = {"eval_only": True, "model.num_hidden_layers": 1}
     with pytest.raises(ValueError, match="layer_1/attention/.* missing in the model") as error:
-        finetune(tmp_path / "run", picture_folder, hf_directory, changes)
-    assert "evaluate on pictures of the checkpoint's classes" in error.value.__notes__[0]
+        finetune(tmp_path / "run", image_dir, hf_directory, changes)
+    assert "evaluate on images of the checkpoint's classes" in error.value.__notes__[0]
 
 
-def test_masked_image_modeling_checkpoint(tmp_path, picture_folder, mim_directory, caplog):
+def test_masked_image_modeling_checkpoint(tmp_path, image_dir, mim_directory, caplog):
     caplog.set_level("INFO")
     model = transformers.BeitForMaskedImageModeling.from_pretrained(mim_directory)
     tables = [p for name, p in model.named_parameters() if "relative_position_bias_table" in name]
     (shared,) = tables
-    finetune(tmp_path / "run", picture_folder, mim_directory, STILL)
+    finetune(tmp_path / "run", image_dir, mim_directory, STILL)
     assert "classifier/kernel" in caplog.text
     params = params_of(tmp_path / "run")
     for layer in range(2):
@@ -306,10 +304,10 @@ def test_learns_colours(finetuned):
     assert results["test"]["count"] == 12
 
 
-def test_killed_before_the_first_checkpoint(tmp_path, start, flags, picture_folder, hf_directory):
+def test_killed_before_the_first_checkpoint(tmp_path, start, flags, image_dir, hf_directory):
     """The second start is from the pretrained weights as well."""
     changes = RUN | {"pretrained": hf_directory, "save_every": "0", "total_steps": 300}
-    arguments = flags(tmp_path, changes, config=f"configs/image_folder.py:{picture_folder}")
+    arguments = flags(tmp_path, changes, config=f"configs/image_folder.py:{image_dir}")
     first = []
     for _ in range(2):
         program, log = start("main.py", *arguments), tmp_path / "metrics.jsonl"
@@ -322,52 +320,50 @@ def test_killed_before_the_first_checkpoint(tmp_path, start, flags, picture_fold
     assert first[0] == first[1]
 
 
-def test_splits_of_different_sizes(tmp_path, picture_folder, hf_directory):
-    """Pictures of one size in train, of several in test: both are read in the same way."""
-    shutil.copytree(picture_folder, tmp_path / "pictures" / "test")
+def test_splits_of_different_sizes(tmp_path, image_dir, hf_directory):
+    """Images of one size in train, of several in test: both are read in the same way."""
+    shutil.copytree(image_dir, tmp_path / "images" / "test")
     odd = shutil.ignore_patterns("*[13579].png")
-    shutil.copytree(picture_folder, tmp_path / "pictures" / "train", ignore=odd)
+    shutil.copytree(image_dir, tmp_path / "images" / "train", ignore=odd)
     changes = STILL | {"data.train": "train", "data.test": "test", "model.image_size": 8}
-    results = finetune(tmp_path / "run", tmp_path / "pictures", hf_directory, changes)
+    results = finetune(tmp_path / "run", tmp_path / "images", hf_directory, changes)
     assert results["test"]["count"] == 60
 
 
-def test_balanced_classes(tmp_path, picture_folder, hf_directory):
+def test_balanced_classes(tmp_path, image_dir, hf_directory):
     """With few of one class, its weight is seen in the loss of the first step."""
-    pictures = tmp_path / "pictures"
-    shutil.copytree(picture_folder, pictures, ignore=lambda path, names: FEW.get(path[-3:], []))
+    images = tmp_path / "images"
+    shutil.copytree(image_dir, images, ignore=lambda path, names: FEW.get(path[-3:], []))
     changes = STILL | {"data.train": "train", "data.test": "", "batch_size": 16}
     found = []
     for kind in ("none", "balanced"):
-        finetune(tmp_path / kind, pictures, hf_directory, changes | {"class_weights": kind})
+        finetune(tmp_path / kind, images, hf_directory, changes | {"class_weights": kind})
         lines = report.read_metrics(tmp_path / kind)
         found.append(lines[0]["train/loss"])
     assert abs(found[0] - found[1]) > 1e-3
 
 
-def test_changed_data_are_refused(tmp_path, picture_folder, hf_directory):
-    pictures = shutil.copytree(picture_folder, tmp_path / "pictures")
-    finetune(tmp_path / "run", pictures, hf_directory, STILL)
-    shutil.copy(pictures / "red" / "1.png", pictures / "red" / "copy.png")
+def test_changed_data_are_refused(tmp_path, image_dir, hf_directory):
+    images = shutil.copytree(image_dir, tmp_path / "images")
+    finetune(tmp_path / "run", images, hf_directory, STILL)
+    shutil.copy(images / "red" / "1.png", images / "red" / "copy.png")
     with pytest.raises(ValueError, match="The data of train, test have changed since"):
-        finetune(tmp_path / "run", pictures, hf_directory, STILL)
+        finetune(tmp_path / "run", images, hf_directory, STILL)
 
 
-def test_own_workdir_as_pretrained(tmp_path, picture_folder, finetuned):
-    finetune(tmp_path, picture_folder, finetuned[0], STILL)
+def test_own_workdir_as_pretrained(tmp_path, image_dir, finetuned):
+    finetune(tmp_path, image_dir, finetuned[0], STILL)
     expected = params_of(finetuned[0])
     for name, array in params_of(tmp_path).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
-def test_predictions_agree_with_transformers(
-    tmp_path, start, picture_folder, finetuned, exported, form
-):
+def test_predictions_agree_with_transformers(tmp_path, start, image_dir, finetuned, exported, form):
     out = tmp_path / f"predictions.{form}"
     status, output = start(
         "beit_jax.predict",
-        *("--checkpoint", finetuned[0], "--images", picture_folder, "--out", out, "--top-k", 2),
+        *("--checkpoint", finetuned[0], "--images", image_dir, "--out", out, "--top-k", 2),
     ).wait()
     assert status == 0, output
     assert "60 predictions, 0 not read" in output
@@ -397,42 +393,42 @@ def read_rows(path):
     ]
 
 
-def test_picture_that_cannot_be_read(tmp_path, start, picture_folder, finetuned):
-    pictures = shutil.copytree(picture_folder / "red", tmp_path / "pictures")
-    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:70])
+def test_image_that_cannot_be_read(tmp_path, start, image_dir, finetuned):
+    images = shutil.copytree(image_dir / "red", tmp_path / "images")
+    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:70])
     out = tmp_path / "predictions.csv"
     status, output = start(
-        "beit_jax.predict", "--checkpoint", finetuned[0], "--images", pictures, "--out", out
+        "beit_jax.predict", "--checkpoint", finetuned[0], "--images", images, "--out", out
     ).wait()
     assert status == 3
-    assert f"not read: {pictures}/3.png" in output
+    assert f"not read: {images}/3.png" in output
     assert output.count("3.png") == 1
     assert "19 predictions, 1 not read" in output
     with open(out, newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
-    bad = rows.pop(f"{pictures}/3.png")
+    bad = rows.pop(f"{images}/3.png")
     assert bad["error"] and not bad["label"]
     assert all(row["label"] == "red" and not row["error"] for row in rows.values())
 
 
-def test_pictures_of_a_list(tmp_path, picture_folder, classifier_directory):
+def test_images_of_a_list(tmp_path, image_dir, classifier_directory):
     names = [f"red/{i}.png" for i in (0, 2)] + ["blue/1.png"]
     listed = tmp_path / "list.csv"
-    rows = [f"{os.path.relpath(picture_folder / name, tmp_path)},?" for name in names]
+    rows = [f"{os.path.relpath(image_dir / name, tmp_path)},?" for name in names]
     listed.write_text("\n".join(["image,label", *rows]))
     arguments = ["--checkpoint", str(classifier_directory), "--images", str(listed)]
     assert predict.main([*arguments, "--out", str(tmp_path / "out.csv")]) == 0
     with open(tmp_path / "out.csv", newline="") as file:
         found = [os.path.realpath(row["path"]) for row in csv.DictReader(file)]
-    assert found == [os.path.realpath(picture_folder / name) for name in names]
+    assert found == [os.path.realpath(image_dir / name) for name in names]
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
-def test_names_that_are_not_utf_8(tmp_path, picture_folder, classifier_directory, form):
-    folder, out = tmp_path / "pictures", tmp_path / f"out.{form}"
+def test_names_that_are_not_utf_8(tmp_path, image_dir, classifier_directory, form):
+    folder, out = tmp_path / "images", tmp_path / f"out.{form}"
     name = os.fsencode(folder) + b"/caf\xe9.png"
     folder.mkdir()
-    shutil.copy(picture_folder / "red" / "0.png", name)
+    shutil.copy(image_dir / "red" / "0.png", name)
     arguments = ["--checkpoint", str(classifier_directory), "--images", str(folder)]
     assert predict.main([*arguments, "--out", str(out)]) == 0
     if form == "csv":
@@ -458,12 +454,12 @@ def test_where_nothing_can_be_written(tmp_path, capsys, name, message):
     assert os.listdir(tmp_path) == ["there.csv"]
 
 
-def test_writing_that_fails(tmp_path, picture_folder, classifier_directory, monkeypatch, capsys):
+def test_writing_that_fails(tmp_path, image_dir, classifier_directory, monkeypatch, capsys):
     def replace(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(fileio.os, "replace", replace)
-    arguments = ["--checkpoint", str(classifier_directory), "--images", str(picture_folder / "red")]
+    arguments = ["--checkpoint", str(classifier_directory), "--images", str(image_dir / "red")]
     assert predict.main([*arguments, "--out", str(tmp_path / "out.csv")]) == 2
     assert "no space left" in capsys.readouterr().err
     assert not os.listdir(tmp_path)
@@ -474,12 +470,12 @@ def by_name(out):
     return {row["path"]: dict(row["top"]) for row in json.loads(out.read_text())}
 
 
-def test_ensemble_is_the_mean(tmp_path, start, finetuned, hf_directory, picture_folder):
+def test_ensemble_is_the_mean(tmp_path, start, finetuned, hf_directory, image_dir):
     """Of two models that number the classes differently."""
     found = []
     for number, models in enumerate([[finetuned[0]], [hf_directory], [finetuned[0], hf_directory]]):
         out = tmp_path / f"{number}.json"
-        arguments = ("--images", picture_folder / "red", "--out", out)
+        arguments = ("--images", image_dir / "red", "--out", out)
         checkpoints = [x for model in models for x in ("--checkpoint", model)]
         finished = start("beit_jax.predict", *checkpoints, *arguments).wait()
         assert finished.status == 0, finished.output
@@ -492,12 +488,12 @@ def test_ensemble_is_the_mean(tmp_path, start, finetuned, hf_directory, picture_
             assert value == pytest.approx((first[path][name] + second[path][name]) / 2, abs=1e-6)
 
 
-def test_ensemble_of_other_classes(tmp_path, start, finetuned, hf_directory, picture_folder):
+def test_ensemble_of_other_classes(tmp_path, start, finetuned, hf_directory, image_dir):
     other = shutil.copytree(hf_directory, tmp_path / "other")
     text = (other / "config.json").read_text().replace('"green"', '"teal"')
     (other / "config.json").write_text(text)
     out = tmp_path / "predictions.csv"
-    arguments = ("--images", picture_folder, "--out", out)
+    arguments = ("--images", image_dir, "--out", out)
     finished = start("beit_jax.predict", "--checkpoint", finetuned[0], other, *arguments).wait()
     assert finished.status == 2
     assert "The models tell different classes" in finished.output
@@ -506,7 +502,7 @@ def test_ensemble_of_other_classes(tmp_path, start, finetuned, hf_directory, pic
 
 
 @pytest.mark.parametrize("images", ["none", "empty"])
-def test_no_pictures(tmp_path, start, finetuned, images):
+def test_no_images(tmp_path, start, finetuned, images):
     (tmp_path / "empty").mkdir()
     out = tmp_path / "predictions.csv"
     arguments = ("--checkpoint", finetuned[0], "--images", tmp_path / images, "--out", out)
@@ -517,13 +513,13 @@ def test_no_pictures(tmp_path, start, finetuned, images):
     assert not out.exists()
 
 
-def test_checkpoint_without_a_classifier_predicts_nothing(tmp_path, start, picture_folder):
+def test_checkpoint_without_a_classifier_predicts_nothing(tmp_path, start, image_dir):
     config = transformers.BeitConfig(
         image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.BeitForMaskedImageModeling(config).save_pretrained(tmp_path)
     out = tmp_path / "predictions.csv"
-    arguments = ("--checkpoint", tmp_path, "--images", picture_folder, "--out", out)
+    arguments = ("--checkpoint", tmp_path, "--images", image_dir, "--out", out)
     status, output = start("beit_jax.predict", *arguments).wait()
     assert status == 2
     assert "is no classifier" in output

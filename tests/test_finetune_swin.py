@@ -64,13 +64,13 @@ def test_predictions(trained, tmp_path):
     _, workdir, _ = trained
     digits = datasets.load_digits()
     chosen = np.arange(0, 1797, 60)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for index in chosen:
         pixels = (digits.images[index] / 16 * 255).round().astype(np.uint8)
-        Image.fromarray(pixels).convert("RGB").save(tmp_path / "pictures" / f"{index:04}.png")
+        Image.fromarray(pixels).convert("RGB").save(tmp_path / "images" / f"{index:04}.png")
     arguments = {
         "checkpoint": workdir,
-        "images": tmp_path / "pictures",
+        "images": tmp_path / "images",
         "out": tmp_path / "out.csv",
     }
     assert predict.main([f"--{key}={path}" for key, path in arguments.items()]) == 0

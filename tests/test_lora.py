@@ -44,14 +44,14 @@ NAMES = ["red", "blue", "green"]
 LAYER = "lora/layer_0/attention/query"
 
 
-def finetune(workdir, pictures, source, changes=()):
-    config = image_folder.get_config(str(pictures))
+def finetune(workdir, images, source, changes=()):
+    config = image_folder.get_config(str(images))
     config.update_from_flattened_dict(RUN | {"pretrained": str(source)} | dict(changes))
     return train.run(config, str(workdir))
 
 
 def task_of(source, changes=()):
-    """The task of a config on pictures of three classes, its config and the start."""
+    """The task of a config on images of three classes, its config and the start."""
     config = common.get_config()
     config.model.dtype = "float32"
     config.augment.flip = 0.0
@@ -70,10 +70,10 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory, picture_folder, hf_directory):
+def adapted(tmp_path_factory, image_dir, hf_directory):
     """A finished run with adapters, and what it returned."""
     workdir = tmp_path_factory.mktemp("adapted")
-    return workdir, finetune(workdir, picture_folder, hf_directory)
+    return workdir, finetune(workdir, image_dir, hf_directory)
 
 
 def random_like(params, seed=0):
@@ -210,7 +210,7 @@ def test_adapters_are_not_folded(hf_directory, batch, target, attention, monkeyp
 
 
 def compiled_step(task, config):
-    """The compiled training step of a task, for 8 pictures."""
+    """The compiled training step of a task, for 8 images."""
     params = jax.eval_shape(task.init, jax.random.key(0))[0]
     frozen = build.frozen_names(config, task, params)
     schedule = optim.make_schedule("constant", learning_rate=1e-3, total_steps=1)
@@ -262,7 +262,7 @@ def test_checkpoint_holds_adapters_and_head_alone(adapted):
     assert moments <= 2 * trained + 4
 
 
-def test_evaluation_prediction_and_export_merge(tmp_path, start, adapted, picture_folder):
+def test_evaluation_prediction_and_export_merge(tmp_path, start, adapted, image_dir):
     """What the run measured is what the merged network gives, in ours and in transformers."""
     workdir, results = adapted
     whole = pretrained.load(str(workdir))
@@ -270,13 +270,13 @@ def test_evaluation_prediction_and_export_merge(tmp_path, start, adapted, pictur
     finished = start("beit_jax.convert", "to-hf", workdir, tmp_path / "hf", "--verify").wait()
     assert finished.status == 0, finished.output
     out = tmp_path / "out.json"
-    arguments = ("--images", picture_folder, "--out", out)
+    arguments = ("--images", image_dir, "--out", out)
     finished = start("beit_jax.predict", "--checkpoint", workdir, *arguments).wait()
     assert finished.status == 0, finished.output
     rows = json.loads(out.read_text())
     model = transformers.BeitForImageClassification.from_pretrained(tmp_path / "hf").eval()
     assert len(rows) == 60 and {row["label"] for row in rows} <= set(model.config.id2label.values())
-    again = finetune(workdir, picture_folder, results_source(workdir), {"eval_only": True})
+    again = finetune(workdir, image_dir, results_source(workdir), {"eval_only": True})
     assert again["test"]["loss"] == pytest.approx(results["test"]["loss"], rel=1e-5)
     assert again["num_trainable_parameters"] == results["num_trainable_parameters"]
 
@@ -285,12 +285,10 @@ def results_source(workdir):
     return checkpoint.read_model_info(workdir).lora["base"]
 
 
-def test_the_base_is_found_from_other_directories(
-    tmp_path, monkeypatch, picture_folder, hf_directory
-):
+def test_the_base_is_found_from_other_directories(tmp_path, monkeypatch, image_dir, hf_directory):
     monkeypatch.chdir(hf_directory.parent)
     workdir = tmp_path / "run"
-    finetune(workdir, picture_folder, hf_directory.name, {"total_steps": 1})
+    finetune(workdir, image_dir, hf_directory.name, {"total_steps": 1})
     monkeypatch.chdir(tmp_path)
     assert results_source(workdir) == str(hf_directory)
     pretrained.load(str(workdir))
@@ -312,22 +310,22 @@ def test_a_step_of_a_workdir_is_a_base(tmp_path, monkeypatch):
     assert lora.absolute("someone/model@x") == "someone/model@x"
 
 
-def test_resume_is_exact(tmp_path, adapted, picture_folder, hf_directory):
+def test_resume_is_exact(tmp_path, adapted, image_dir, hf_directory):
     """The last checkpoint lost, the same command goes on from the one before, to the same bits."""
     again = tmp_path / "again"
-    finetune(again, picture_folder, hf_directory)
+    finetune(again, image_dir, hf_directory)
     newest = again / "checkpoints" / "12"
     for path in sorted(newest.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     newest.rmdir()
-    finetune(again, picture_folder, hf_directory)
+    finetune(again, image_dir, hf_directory)
     expected, found = (lora.flat(checkpoint.load_params(w)) for w in (adapted[0], again))
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
-def test_another_base_is_refused(tmp_path, adapted, picture_folder, hf_directory):
+def test_another_base_is_refused(tmp_path, adapted, image_dir, hf_directory):
     workdir = shutil.copytree(adapted[0], tmp_path / "run")
     base = shutil.copytree(hf_directory, tmp_path / "base")
     weights = safetensors.numpy.load_file(base / "model.safetensors")
@@ -342,7 +340,7 @@ def test_another_base_is_refused(tmp_path, adapted, picture_folder, hf_directory
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"pretrained": str(base)}))
     with pytest.raises(ValueError, match="The adapters belong to another base"):
-        finetune(workdir, picture_folder, base)
+        finetune(workdir, image_dir, base)
 
 
 @pytest.mark.parametrize(
@@ -466,7 +464,7 @@ def test_what_does_not_go_with_adapters(hf_directory, changes, message):
         lora.wrap(plain, config, "base")
 
 
-def test_a_new_head_is_evaluated_with_its_adapters(tmp_path, picture_folder, hf_directory):
+def test_a_new_head_is_evaluated_with_its_adapters(tmp_path, image_dir, hf_directory):
     """Three classes in the folder, four in the checkpoint."""
     source = shutil.copytree(hf_directory, tmp_path / "four")
     model = transformers.BeitForImageClassification.from_pretrained(
@@ -474,14 +472,14 @@ def test_a_new_head_is_evaluated_with_its_adapters(tmp_path, picture_folder, hf_
     )
     model.save_pretrained(source)
     workdir = tmp_path / "run"
-    trained = finetune(workdir, picture_folder, source, {"total_steps": 2})
-    again = finetune(workdir, picture_folder, source, {"total_steps": 2, "eval_only": True})
+    trained = finetune(workdir, image_dir, source, {"total_steps": 2})
+    again = finetune(workdir, image_dir, source, {"total_steps": 2, "eval_only": True})
     assert again["test"] == trained["test"]
 
 
-def test_a_frozen_head_in_the_order_of_the_data(tmp_path, picture_folder, hf_directory):
+def test_a_frozen_head_in_the_order_of_the_data(tmp_path, image_dir, hf_directory):
     """The base is checked as training has it, whose classes come in the data's order."""
-    finetune(tmp_path, picture_folder, hf_directory, {"lora.trainable": ()})
+    finetune(tmp_path, image_dir, hf_directory, {"lora.trainable": ()})
     names = checkpoint.read_model_info(tmp_path).class_names
     base = pretrained.load(str(hf_directory))
     assert names == sorted(names) != base.info.class_names
@@ -520,10 +518,10 @@ def test_adapters_of_another_width(tmp_path, start, hf_directory):
     assert "layer_7/mlp/fc1/b: there is no such layer" in finished.output
 
 
-def test_adapters_of_another_size_than_their_base(tmp_path, start, picture_folder, hf_directory):
+def test_adapters_of_another_size_than_their_base(tmp_path, start, image_dir, hf_directory):
     """PEFT would use them with the base as it is."""
     changes = {"total_steps": 1, "model.image_size": 24}
-    finetune(tmp_path / "run", picture_folder, hf_directory, changes)
+    finetune(tmp_path / "run", image_dir, hf_directory, changes)
     finished = start("beit_jax.convert", "to-peft", tmp_path / "run", tmp_path / "peft").wait()
     assert finished.status == 2 and not (tmp_path / "peft").exists()
     assert "trained with image_size (24, 24), and their base" in finished.output
@@ -646,12 +644,10 @@ def test_names_of_older_transformers_hit_their_layers_alone(tmp_path):
     assert is_hit("output.dense") and not is_hit("attention.output.dense")
 
 
-def test_adapters_are_merged_into_what_they_were_trained_beside(
-    tmp_path, picture_folder, hf_directory
-):
+def test_adapters_are_merged_into_what_they_were_trained_beside(tmp_path, image_dir, hf_directory):
     """The test of a run beside a rounded base, and one of the merged model, agree."""
     changes = {"lora.base_dtype": "bfloat16", "data.val": "", "data.test": "train"}
-    results = finetune(tmp_path / "run", picture_folder, hf_directory, changes)
+    results = finetune(tmp_path / "run", image_dir, hf_directory, changes)
     merged = pretrained.load(str(tmp_path / "run"))
     kernel = merged.params["layer_0"]["mlp"]["fc1"]["kernel"]
     np.testing.assert_array_equal(kernel.astype(jnp.bfloat16).astype(np.float32), kernel)
@@ -659,7 +655,7 @@ def test_adapters_are_merged_into_what_they_were_trained_beside(
     base = pretrained.load(str(hf_directory)).params
     rounded = base["layer_0"]["layernorm_before"]["scale"].astype(jnp.bfloat16)
     np.testing.assert_array_equal(norm, rounded.astype(np.float32))
-    paths = sorted(picture_folder.rglob("*.png"))
+    paths = sorted(image_dir.rglob("*.png"))
     rows = predict.predict([merged], paths)
     loss = [
         -np.log(dict(row["top"])[path.parent.name]) for row, path in zip(rows, paths, strict=True)
@@ -675,10 +671,10 @@ def test_adapters_are_merged_into_what_they_were_trained_beside(
         ("bias", {"bias", "classifier/kernel"}),
     ],
 )
-def test_what_is_trained(tmp_path, picture_folder, hf_directory, trainable, expected):
+def test_what_is_trained(tmp_path, image_dir, hf_directory, trainable, expected):
     """All else is as in the checkpoint, and has no moments in the optimizer."""
     changes = {"trainable": trainable, "lora.rank": 0, "model.drop_path_rate": 0.0}
-    results = finetune(tmp_path, picture_folder, hf_directory, changes)
+    results = finetune(tmp_path, image_dir, hf_directory, changes)
     before = lora.flat(pretrained.load(str(hf_directory)).params)
     after = lora.flat(checkpoint.load_params(tmp_path))
     changed = {n for n in after if n in before and not np.array_equal(before[n], after[n])}

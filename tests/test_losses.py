@@ -66,8 +66,8 @@ def test_class_weights_are_scikit_learns():
 
 @pytest.mark.parametrize("smoothing, mixup", [(0.0, 0.0), (0.1, 0.0), (0.1, 0.8)])
 def test_balanced_classes_weigh_the_same(smoothing, mixup):
-    """Where pictures tell nothing, classes of equal probability are the least of the loss; and it
-    is a mean over pictures, so that micro-batches have the same gradient."""
+    """Where images tell nothing, classes of equal probability are the least of the loss; and it
+    is a mean over images, so that micro-batches have the same gradient."""
     labels = np.array([0, 1, 0, 0, 2, 0, 0, 1, 0, 0, 0, 0], np.int32)
     config = common.get_config()
     config.update_from_flattened_dict(

@@ -55,7 +55,7 @@ def random_params(model, seed=0):
 
 
 def random_batch(model, batch=3):
-    """Pictures [B, H, W, C], labels [B], masks [B, N] and visual tokens [B, N]."""
+    """Images [B, H, W, C], labels [B], masks [B, N] and visual tokens [B, N]."""
     rng = np.random.default_rng(0)
     num_patches = math.prod(model.config.grid)
     image = rng.standard_normal((batch, *model.config.image_size, 3), np.float32)
@@ -397,7 +397,7 @@ def reference_logits(params, image, patch_size, heads, eps):
     return dense(norm(x[:, 1:].mean(1), params["pooler_layernorm"]), params["classifier"])
 
 
-def test_rectangular_pictures():
+def test_rectangular_images():
     """transformers transposes the tables of these, so the reference is our own."""
     model = beit.Model(**TINY | {"image_size": (8, 20)})
     params, image = random_params(model), random_batch(model)["image"]

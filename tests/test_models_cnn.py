@@ -95,7 +95,7 @@ def test_errors():
         ValueError, match="unknown architecture keys hidden_size; known: image_size"
     ):
         cnn.Model(hidden_size=8)
-    with pytest.raises(ValueError, match="CNN expects pictures of shape"):
+    with pytest.raises(ValueError, match="CNN expects images of shape"):
         cnn.Model().apply({"params": random_params(cnn.Model())}, jnp.zeros((1, 8, 8, 3)))
     old, new = cnn.CnnConfig(), cnn.CnnConfig(image_size=40)
     with pytest.raises(ValueError, match="CNN: it cannot be taken from image_size"):

@@ -34,7 +34,7 @@ def family(request):
 
 
 def init(model, batch=2):
-    """Random pictures, and parameters that are all random."""
+    """Random images, and parameters that are all random."""
     config = model.config
     image = RNG.standard_normal((batch, *config.image_size, config.num_channels), np.float32)
     params = jax.jit(model.init)(jax.random.key(0), image)["params"]
@@ -268,7 +268,7 @@ def test_tables_and_positions_are_resized_as_torch_does(old, new):
     np.testing.assert_allclose(places[1], resize(places[0], (old, old), (new, 2 * new)), atol=1e-5)
 
 
-def test_larger_pictures_keep_the_parameters(family):
+def test_larger_images_keep_the_parameters(family):
     old, new = (family.Model(**TINY | dict(image_size=size)) for size in (12, 24))
     params, _ = init(old)
     adapted = family.adapt_params(params, old.config, new.config, "timm")
@@ -339,9 +339,9 @@ def test_errors_of_v2(change, message):
         swinv2.Model(**TINY | change)
 
 
-def test_pictures_of_another_size(family):
+def test_images_of_another_size(family):
     model = family.Model(**TINY)
-    with pytest.raises(ValueError, match=r"pictures of shape \(12, 20, 3\), got \(16, 20, 3\)"):
+    with pytest.raises(ValueError, match=r"images of shape \(12, 20, 3\), got \(16, 20, 3\)"):
         model.init(jax.random.key(0), jnp.zeros((1, 16, 20, 3)))
 
 

@@ -350,7 +350,7 @@ def test_errors(changes, message):
         vit.Model(**TINY | changes)
 
 
-def test_wrong_pictures():
+def test_wrong_images():
     model = vit.Model(**TINY)
-    with pytest.raises(ValueError, match=r"ViT expects pictures of shape \(16, 16, 3\)"):
+    with pytest.raises(ValueError, match=r"ViT expects images of shape \(16, 16, 3\)"):
         model.apply({"params": random_params(model)}, jnp.zeros((1, 8, 8, 3)))

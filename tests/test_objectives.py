@@ -98,7 +98,7 @@ def test_aggregation_is_the_class_token_with_early_patches(image, is_shared):
 
 
 class Brightness(nn.Module):
-    """A tokenizer that tells how bright the patches of a picture of 8 x 8 are."""
+    """A tokenizer that tells how bright the patches of an image of 8 x 8 are."""
 
     config: types.SimpleNamespace
 
@@ -196,10 +196,10 @@ def test_unigram_baseline():
 def test_tokens_are_drawn_where_masked(tokenizer, config, image, masks):
     model, params = network("mim")
     objective = tokens.make(config, model)
-    picture = objective.reconstruct(params, objective.frozen, views(image), masks)
+    pixels = objective.reconstruct(params, objective.frozen, views(image), masks)
     target = objective.tokenize(objective.frozen, views(image).target)
     original = tokenizer.model.apply(tokenizer.variables, target, method="decode")
-    changed = layers.patchify(jnp.abs(picture - original), 2).max(-1) > 1e-3
+    changed = layers.patchify(jnp.abs(pixels - original), 2).max(-1) > 1e-3
     assert not (changed & ~masking.to_bool(masks.index, N)).any()
     assert changed.any()
     own = objective.detokenize(objective.frozen, target)

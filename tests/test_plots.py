@@ -1,4 +1,4 @@
-"""Pictures: what they say, that nothing overlaps, and that they are written."""
+"""Images: what they say, that nothing overlaps, and that they are written."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from beit_jax import plots
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def picture(path):
+def image_of(path):
     """The pixels [H, W, 3] of a valid PNG at 150 dpi on white that is not empty."""
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -67,7 +67,7 @@ def run(points, *, total=1000, validations=5):
 def test_confusion_matrix(tmp_path, class_names):
     counts = confusion(len(class_names), 500, 0.9)
     figure = plots.confusion_matrix(counts, class_names, tmp_path / "c.png")
-    picture(tmp_path / "c.png")
+    image_of(tmp_path / "c.png")
     axes = figure.axes[0]
     correct, total = np.trace(counts), counts.sum()
     assert axes.get_title("left") == f"{correct / total:.2%} of {total:,} correct"
@@ -93,7 +93,7 @@ def test_confusion_matrix_colours_by_the_share_of_the_row(tmp_path):
 def test_confusion_matrix_of_many_classes(tmp_path, number):
     names = [f"n{i:08d}" for i in range(number)]
     figure = plots.confusion_matrix(confusion(number, 50, 0.9), names, tmp_path / "c.png")
-    assert max(picture(tmp_path / "c.png").shape) < 2200
+    assert max(image_of(tmp_path / "c.png").shape) < 2200
     axes = figure.axes[0]
     assert not axes.texts
     shown = [label.get_text() for label in axes.get_yticklabels()]
@@ -126,7 +126,7 @@ def drawn(figure):
 def test_curves(tmp_path, points):
     metrics = run(points) + [{"step": 800, "time": 0.0, "test/accuracy": 0.8}]
     figure = plots.curves(metrics, tmp_path / "c.png")
-    picture(tmp_path / "c.png")
+    image_of(tmp_path / "c.png")
     steps = [line["step"] for line in metrics if "train/loss" in line]
     every = {"training": steps, "validation": [200, 400, 600, 800, 1000]}
     assert drawn(figure) == {
@@ -176,7 +176,7 @@ def test_contact_sheet(tmp_path, number):
     images = np.random.default_rng(0).integers(0, 255, (number, 24, 24, 3), dtype=np.uint8)
     captions = [f"automobile → truck\n{i}%" for i in range(number)]
     figure = plots.contact_sheet(images, captions, tmp_path / "s.png", title="Mistakes")
-    picture(tmp_path / "s.png")
+    image_of(tmp_path / "s.png")
     shown = [axes for axes in figure.axes if axes.images]
     assert [axes.get_xlabel() for axes in shown] == captions
     for axes, image in zip(shown, images, strict=True):
@@ -205,7 +205,7 @@ def test_reliability_diagram(tmp_path):
         {"count": 75.0, "confidence": 0.97, "accuracy": 0.89},
     ]
     figure = plots.reliability_diagram(calibration, tmp_path / "r.png")
-    picture(tmp_path / "r.png")
+    image_of(tmp_path / "r.png")
     axes, shares = figure.axes
     assert axes.get_title("left") == "Expected calibration error 7.25%"
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[0.55, 0.6], [0.97, 0.89]])

@@ -181,16 +181,16 @@ def test_export_of_what_predicts_no_tokens_is_the_network(objective, runs, tmp_p
 def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs, capsys):
     rng = np.random.default_rng(0)
     for i in range(12):
-        folder = tmp_path / "pictures" / f"a{i % 3}" / f"b{i % 2}"
+        folder = tmp_path / "images" / f"a{i % 3}" / f"b{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (9 + i, 12, 3), np.uint8)).save(folder / f"{i}.png")
     splits = {"data.train": "train[:8]", "data.val": "train[8:]"}
-    name = {"data.name": f"folder:{tmp_path / 'pictures'}", "batch_size": 4, "total_steps": 2}
+    name = {"data.name": f"folder:{tmp_path / 'images'}", "batch_size": 4, "total_steps": 2}
     results = loop.run(config_of("simmim", {**splits, **name}), str(tmp_path / "run"))
     assert results["val"]["loss"] > 0
     assert (tmp_path / "run" / "reconstructions.png").exists()
     out = tmp_path / "sheet.png"
-    arguments = ["--checkpoint", str(tmp_path / "run"), "--images", str(tmp_path / "pictures")]
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--images", str(tmp_path / "images")]
     assert reconstruct.main([*arguments, "--out", str(out), "--max-images", "3"]) == 0
     assert Image.open(out).size[0] > 100
     with pytest.raises(SystemExit, match="2"):
@@ -200,19 +200,19 @@ def test_nested_folder_without_labels_and_reconstruction(tmp_path, runs, capsys)
     with pytest.raises(SystemExit, match="2"):
         reconstruct.main([*arguments, "--out", str(tmp_path / "there.png")])
     assert "there.png: expected a file" in capsys.readouterr().err
-    whole = next((tmp_path / "pictures").rglob("*.png"))
+    whole = next((tmp_path / "images").rglob("*.png"))
     broken = tmp_path / "broken.png"  # its header can be read
     broken.write_bytes(whole.read_bytes()[:70])
     assert reconstruct.main([*arguments, str(broken), "--out", str(out)]) == 3
     found = capsys.readouterr()
     assert f"not read: {broken}: " in found.err
-    assert "12 pictures, 1 not read" in found.out
+    assert "12 images, 1 not read" in found.out
     assert reconstruct.main([*arguments[:3], str(broken), "--out", str(out)]) == 2
     assert f"cannot decode {broken}: " in capsys.readouterr().err
     workdir, _ = runs("data2vec")
     arguments[1] = str(workdir)
     assert reconstruct.main([*arguments, "--out", str(out)]) == 2
-    assert "predicts features, not pictures" in capsys.readouterr().err
+    assert "predicts features, not images" in capsys.readouterr().err
 
 
 def test_a_teacher_is_not_evaluated_from_elsewhere(tmp_path, runs):
@@ -295,7 +295,7 @@ def test_tokens_cached_once_train_as_tokens_of_every_step(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "changes", "message"),
     [
-        ("tokens", {}, "does not change the picture.*got crop=rrc"),
+        ("tokens", {}, "does not change the image.*got crop=rrc"),
         (
             "tokens",
             {"augment.crop": "squash", "augment.flip": 0.0, "augment.color_jitter": 0.4},
@@ -428,10 +428,10 @@ def test_objectives_are_arguments(arg, expected):
     assert found == expected
 
 
-def test_a_folder_without_pictures_is_told(tmp_path):
+def test_a_folder_without_images_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     config = config_of("simmim", {"data.name": f"folder:{tmp_path / 'empty'}"})
-    with pytest.raises((FileNotFoundError, ValueError), match="no pictures|No pictures|no picture"):
+    with pytest.raises((FileNotFoundError, ValueError), match="no images|No images|no image"):
         loop.run(config, str(tmp_path / "run"))
 
 
@@ -452,7 +452,7 @@ def test_both_renderings_are_of_one_crop():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Pictures of several sizes, which are decoded while a run trains."""
+    """Images of several sizes, which are decoded while a run trains."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for i in range(10):
         small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
@@ -461,7 +461,7 @@ def photos(tmp_path_factory):
 
 
 def streamed(config, photos):
-    """Task, source and first batch of a config whose pictures are decoded while it trains."""
+    """Task, source and first batch of a config whose images are decoded while it trains."""
     config.update_from_flattened_dict(
         {"data.name": f"folder:{photos}", "data.train": "all", "data.val": "", "batch_size": 5}
     )
@@ -477,17 +477,17 @@ def streamed(config, photos):
 
 
 @pytest.mark.parametrize("crop", ["squash", "pad", "rrc"])
-def test_a_tokenizer_sees_streamed_pictures_by_its_own_filter(crop, photos, tokenizer):
-    """Resized once, from the picture itself, and cut out where the network's view is."""
+def test_a_tokenizer_sees_streamed_images_by_its_own_filter(crop, photos, tokenizer):
+    """Resized once, from the image itself, and cut out where the network's view is."""
     changes = {"tokenizer": tokenizer, "model.image_size": 16, "model.patch_size": 4}
     config = config_of("tokens", changes | {"augment.crop": crop, "augment.flip": 0.0})
     task, source, batch = streamed(config, photos)
     assert batch["image"].shape == (5, 16, 16, 3) and batch["target"].shape == (5, 8, 8, 3)
     order = pipeline.Order(10, 5, config.seed).indices(0)
     for row, index in enumerate(order.tolist()):
-        picture = Image.fromarray(source[index]["image"])
+        image = Image.fromarray(source[index]["image"])
         if crop == "squash":
-            expected = picture.resize((8, 8), Image.Resampling.LANCZOS)
+            expected = image.resize((8, 8), Image.Resampling.LANCZOS)
             np.testing.assert_array_equal(batch["target"][row], expected)
         small = Image.fromarray(np.asarray(batch["image"][row])).resize((8, 8))
         assert np.abs(np.asarray(small).astype(int) - batch["target"][row]).mean() < 6
@@ -502,7 +502,7 @@ def test_a_tokenizer_sees_streamed_pictures_by_its_own_filter(crop, photos, toke
     assert loss(params, model_state, task.frozen, inverted, rng)[0] != value
 
 
-def test_a_teacher_sees_streamed_pictures_by_its_own_filter(photos, tmp_path):
+def test_a_teacher_sees_streamed_images_by_its_own_filter(photos, tmp_path):
     teacher = tmp_path / "teacher"
     config = config_of("simmim", {"total_steps": 1, "data.train": "train[:32]", "data.val": ""})
     loop.run(config, str(teacher))
@@ -515,9 +515,9 @@ def test_a_teacher_sees_streamed_pictures_by_its_own_filter(photos, tmp_path):
         "teacher": "bicubic",
     }
     for row, index in enumerate(pipeline.Order(10, 5, config.seed).indices(0).tolist()):
-        picture = Image.fromarray(source[index]["image"])
+        image = Image.fromarray(source[index]["image"])
         for name, method in (("image", "LANCZOS"), ("teacher", "BICUBIC")):
-            expected = picture.resize((8, 8), Image.Resampling[method])
+            expected = image.resize((8, 8), Image.Resampling[method])
             np.testing.assert_array_equal(batch[name][row], expected)
     rng = jax.random.key(0)
     params, model_state = task.init(rng)
@@ -532,11 +532,11 @@ def test_what_is_seen_alike_is_rendered_once():
     assert views.renderings(own, target=other) == {"image": own, "target": other}
 
 
-def test_an_unknown_filter_is_told_before_a_picture_is_read(photos, tokenizer, tmp_path):
+def test_an_unknown_filter_is_told_before_a_image_is_read(photos, tokenizer, tmp_path):
     changes = {"tokenizer": tokenizer, "tokenizer_interpolation": "lanczos4"}
-    pictures = {"data.name": f"folder:{photos}", "data.train": "all", "data.val": ""}
+    unlabelled = {"data.name": f"folder:{photos}", "data.train": "all", "data.val": ""}
     config = config_of(
-        "tokens", changes | pictures | {"batch_size": 5, "data.on_bad_image": "skip"}
+        "tokens", changes | unlabelled | {"batch_size": 5, "data.on_bad_image": "skip"}
     )
     with pytest.raises(ValueError, match="tokenizer_interpolation 'lanczos4'; available: bicubic"):
         loop.run(config, str(tmp_path))
@@ -596,8 +596,8 @@ def test_sizes_are_arguments(recipe):
 
 
 @pytest.mark.parametrize("recipe", [pretrain, train_tokenizer])
-def test_a_test_of_its_own_is_left_whole(recipe, tmp_path, picture_folder):
+def test_a_test_of_its_own_is_left_whole(recipe, tmp_path, image_dir):
     for split in ("train", "test"):
-        shutil.copytree(picture_folder, tmp_path / split)
+        shutil.copytree(image_dir, tmp_path / split)
     data = inputs.with_own_splits(recipe.get_config(f"folder:{tmp_path}")).data
     assert (data.train, data.val, data.test) == ("train[:90%]", "train[90%:]", "")

@@ -157,7 +157,7 @@ def test_probes_learn_and_the_network_does_not(tmp_path, workdir):
 def test_without_a_validation_the_test_chooses_and_says_so(tmp_path, workdir, caplog):
     test = probe(tmp_path, workdir, {"data.val": "", "data.test": "test[:100]"})["test"]
     assert test["accuracy"] == max(test[f"accuracy_layer_{i}"] for i in range(3))
-    assert test["chosen_by"] == "the test" and "chosen by the test itself" in caplog.text
+    assert test["chosen_by"] == "the test" and "selected on the test split itself" in caplog.text
 
 
 def test_probes_resume(tmp_path, workdir):
@@ -244,7 +244,7 @@ def test_knn_command(tmp_path, start, workdir):
     assert len(content["accuracy"]) == 3 and min(content["accuracy"]) > 0.6
     best = content["best_layer_of_test"]
     assert content["accuracy"][best] == max(content["accuracy"])
-    told = f"layer  {best}  accuracy {content['accuracy'][best]:.4f}  highest, on these very pict"
+    told = f"layer  {best}  accuracy {content['accuracy'][best]:.4f}  highest, on these very im"
     assert told in finished.output
 
 
@@ -266,9 +266,9 @@ def test_knn_into_no_folder(tmp_path, start, workdir):
 
 
 @pytest.mark.parametrize("has_test", [True, False])
-def test_probes_see_the_pictures_of_fine_tuning(tmp_path, picture_folder, has_test):
+def test_probes_see_the_images_of_fine_tuning(tmp_path, image_dir, has_test):
     for name in ("train", "test")[: 1 + has_test]:
-        shutil.copytree(picture_folder, tmp_path / name)
+        shutil.copytree(image_dir, tmp_path / name)
     probe = inputs.with_own_splits(linear_probe.get_config(f"folder:{tmp_path}")).data
     tuning = inputs.with_own_splits(image_folder.get_config(str(tmp_path))).data
     assert probe.name == tuning.name
@@ -277,9 +277,9 @@ def test_probes_see_the_pictures_of_fine_tuning(tmp_path, picture_folder, has_te
 
 
 @pytest.mark.parametrize("other", ["", "test", "valid"])
-def test_knn_takes_the_splits_there_are(tmp_path, workdir, picture_folder, capsys, other):
+def test_knn_takes_the_splits_there_are(tmp_path, workdir, image_dir, capsys, other):
     for name in filter(None, ("train", other)):
-        shutil.copytree(picture_folder, tmp_path / name)
+        shutil.copytree(image_dir, tmp_path / name)
     arguments = ["--checkpoint", str(workdir), "--data", f"folder:{tmp_path}"]
     assert knn.main(arguments) == 0
     train, test = (60, 60) if other else (54, 6)
@@ -288,9 +288,9 @@ def test_knn_takes_the_splits_there_are(tmp_path, workdir, picture_folder, capsy
     assert expected in capsys.readouterr().out
 
 
-def test_knn_with_a_bad_picture(tmp_path, start, workdir, picture_folder):
-    folder = shutil.copytree(picture_folder, tmp_path / "pictures")
-    (folder / "red" / "broken.png").write_bytes(b"no picture")
+def test_knn_with_a_bad_image(tmp_path, start, workdir, image_dir):
+    folder = shutil.copytree(image_dir, tmp_path / "images")
+    (folder / "red" / "broken.png").write_bytes(b"no image")
     arguments = ("--checkpoint", workdir, "--data", f"folder:{folder}", "--test", "train[:6]")
     status, output = start("beit_jax.knn", *arguments).wait()
     assert status == 2
@@ -313,24 +313,24 @@ def test_probes_can_be_compared(workdir, tmp_path):
     assert (row.low, row.high) == pytest.approx(expected)
 
 
-def test_knn_with_no_picture_left(tmp_path, workdir, capsys):
+def test_knn_with_no_image_left(tmp_path, workdir, capsys):
     for name in ("train/a/0.png", "train/b/0.png"):
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(b"no picture")
+        (tmp_path / name).write_bytes(b"no image")
     arguments = ["--checkpoint", str(workdir), "--data", f"folder:{tmp_path}", "--test", "train"]
     assert knn.main([*arguments, "--on-bad-image=skip", "--k", "1"]) == 2
-    assert "None of the 2 pictures of folder:" in capsys.readouterr().err
+    assert "None of the 2 images of folder:" in capsys.readouterr().err
 
 
-def test_knn_with_more_neighbours_than_pictures(workdir, capsys):
+def test_knn_with_more_neighbours_than_images(workdir, capsys):
     splits = ["--train", "train[:10]", "--test", "test[:5]"]
     assert knn.main(["--checkpoint", str(workdir), "--data", "digits", *splits]) == 2
-    assert "--k is 20, and train[:10] has 10 pictures." in capsys.readouterr().err
+    assert "--k is 20, and train[:10] has 10 images." in capsys.readouterr().err
 
 
-def test_knn_with_an_unlabelled_test(tmp_path, workdir, picture_folder, capsys):
-    shutil.copytree(picture_folder, tmp_path / "train")
-    shutil.copytree(picture_folder / "red", tmp_path / "test")
+def test_knn_with_an_unlabelled_test(tmp_path, workdir, image_dir, capsys):
+    shutil.copytree(image_dir, tmp_path / "train")
+    shutil.copytree(image_dir / "red", tmp_path / "test")
     assert knn.main(["--checkpoint", str(workdir), "--data", f"folder:{tmp_path}"]) == 2
     assert f"test of folder:{tmp_path} has no labels to vote for." in capsys.readouterr().err
 
@@ -341,9 +341,9 @@ def test_knn_into_a_folder(tmp_path, workdir, capsys):
     assert f"--out {tmp_path}: expected a file" in capsys.readouterr().err
 
 
-def test_knn_without_labels(tmp_path, start, workdir, picture_folder):
+def test_knn_without_labels(tmp_path, start, workdir, image_dir):
     finished = start(
-        *("beit_jax.knn", "--checkpoint", workdir, "--data", f"folder:{picture_folder / 'red'}"),
+        *("beit_jax.knn", "--checkpoint", workdir, "--data", f"folder:{image_dir / 'red'}"),
         *("--train", "train[:10]", "--test", "train[10:]"),
     ).wait()
     assert finished.status == 2

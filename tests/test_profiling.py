@@ -36,4 +36,4 @@ def test_steps_that_are_done_are_not_traced(tmp_path, caplog):
         assert sorted(trace) == [5, 8]
     with profiling.at_steps("5:8", str(tmp_path), 6, 20) as trace:
         assert trace == {}  # nor is a trace ended
-    assert caplog.messages == ["Nothing is traced: the run goes on from step 6."]
+    assert caplog.messages == ["Nothing is traced: the run resumes at step 6."]

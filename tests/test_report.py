@@ -27,7 +27,7 @@ def open_report(workdir, *, console=None, **kwargs):
     return report.Report(workdir, console=console or Console(file=io.StringIO()), **kwargs)
 
 
-def test_names_are_no_pictures(tmp_path, capsys):
+def test_names_are_no_images(tmp_path, capsys):
     """As rich makes of the folder :cat:."""
     with report.Report(tmp_path, total_steps=1, steps_per_epoch=1.0, batch_size=8) as log:
         log.info("folder:cat: train 72, val 9")

@@ -71,9 +71,9 @@ def test_periods_that_are_no_whole_steps_neither_drift_nor_miss_each_other(epoch
     assert tenths == ends[9::10]
 
 
-@pytest.mark.parametrize(("pictures", "batch"), [(59, 10), (55, 6), (45000, 32), (100, 64)])
-def test_ties_are_decided_alike(pictures, batch):
-    epoch = pictures / batch
+@pytest.mark.parametrize(("images", "batch"), [(59, 10), (55, 6), (45000, 32), (100, 64)])
+def test_ties_are_decided_alike(images, batch):
+    epoch = images / batch
     for k in range(1, 40):
         end = next(s for s in range(1, round(k * epoch) + 2) if is_time(s, k * epoch, None))
         assert is_time(end, epoch, None)

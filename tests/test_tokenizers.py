@@ -239,15 +239,15 @@ def test_padding_counts_for_nothing(image):
     assert a["counts"].sum() == 12
 
 
-def test_tokens_and_their_picture(image):
+def test_tokens_and_their_image(image):
     model, train, params, state = vq_trainer()
     _, state = train.loss(params, state, image, None, jnp.ones(4), jax.random.key(0))
     variables = train.variables(params, state)
     token = model.apply(variables, image, method="tokenize")
     assert token.shape == (4, 4) and token.dtype == jnp.int32
-    picture = model.apply(variables, token, method="decode")
-    assert picture.shape == image.shape
-    assert 0 <= picture.min() <= picture.max() <= 1
+    decoded = model.apply(variables, token, method="decode")
+    assert decoded.shape == image.shape
+    assert 0 <= decoded.min() <= decoded.max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["vq", "dvae"])
@@ -419,8 +419,8 @@ def test_it_learns_to_tell_digits(kind, tmp_path, teacher):
     token = tokenizer.model.apply(tokenizer.variables, image, method="tokenize")
     assert token.shape == (32, 16) and len(np.unique(token)) > 3
     if kind != "teacher":
-        picture = tokenizer.model.apply(tokenizer.variables, token, method="decode")
-        error = np.square(picture - image).mean()
+        decoded = tokenizer.model.apply(tokenizer.variables, token, method="decode")
+        error = np.square(decoded - image).mean()
         assert error < 0.75 * image.var(), (error, image.var())
 
 

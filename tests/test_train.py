@@ -97,7 +97,7 @@ def test_files_of_a_run(finished):
         assert {"accuracy", "precision", "recall", "f1", "loss"} <= stored[split].keys()
 
 
-def test_confusion_matrix_counts_every_picture(finished):
+def test_confusion_matrix_counts_every_image(finished):
     workdir, results = finished
     with open(workdir / "confusion_matrix.csv") as file:
         header, *rows = csv.reader(file)
@@ -512,14 +512,14 @@ def test_measured_workdirs_are_no_others(tmp_path, train, finished):
     assert (tmp_path / "hf" / "config.json").read_text() == content
 
 
-def test_other_pictures_of_an_evaluation_are_told(tmp_path, train, finished, caplog):
+def test_other_images_of_an_evaluation_are_told(tmp_path, train, finished, caplog):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     content = json.loads((workdir / "data.json").read_text())
     (workdir / "data.json").write_text(json.dumps(content | {"test": "others"}))
     caplog.set_level("INFO")
     train(workdir, ALL | {"eval_only": True})
-    assert "The pictures of test are others than those of the run." in caplog.text
-    assert "The pictures of val" not in caplog.text
+    assert "The images of test are others than those of the run." in caplog.text
+    assert "The images of val" not in caplog.text
 
 
 def test_nothing_to_evaluate(tmp_path, train):

@@ -93,7 +93,7 @@ def test_free_after_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "runs", "a/../runs/1", "link/runs"])
-def test_among_the_pictures(tmp_path, name):
+def test_among_the_images(tmp_path, name):
     images = tmp_path / "images"
     (images / "cat").mkdir(parents=True)
     (tmp_path / "link").symlink_to(images)
@@ -107,7 +107,7 @@ def test_among_the_pictures(tmp_path, name):
             check_place(workdir, *data)
 
 
-def test_beside_the_pictures(tmp_path, monkeypatch):
+def test_beside_the_images(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     (tmp_path / "list.csv").write_text("image,label\n")
     monkeypatch.chdir(tmp_path)
@@ -216,7 +216,7 @@ def test_workdir_of_a_converted_model(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_folder_of_pictures_is_no_workdir(tmp_path):
+def test_a_folder_of_images_is_no_workdir(tmp_path):
     (tmp_path / "cats").mkdir()
     with pytest.raises(ValueError, match="holds cats but no config.json"):
         with open_workdir(tmp_path, CONFIG):

@@ -38,7 +38,7 @@ MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_ja
     "vit": "vit",
     "vit_mae": "vit",
 }
-# whose positions transformers resizes to the pictures that come, and how; those of DINOv2 are for
+# whose positions transformers resizes to the images that come, and how; those of DINOv2 are for
 # 518 pixels, and its preprocessor makes 224
 _RESIZED = {"dinov2": "hf", "dinov2_with_registers": "timm"}
 _OF_BEIT = re.compile(r"q_bias|gamma_1|relative_position")  # and of no ViT, in timm's names
@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
       params: nested dict of float32 arrays, as the family's `Model` has them.
       architecture: keyword arguments of that model.
       class_names: in the order of the logits, or None where the checkpoint has none.
-      image: how its pictures are prepared (mean, std, interpolation, crop, crop_pct), or None.
+      image: how its images are prepared (mean, std, interpolation, crop, crop_pct), or None.
       source: where it came from.
       unfilled: paths of parameters that are not in `params`: those that `reset` names, and a
         pooler that the checkpoint does not have.
@@ -125,7 +125,7 @@ def load(
 
 
 def _resized(model_name, params, architecture, size, method):
-    """Parameters and architecture for pictures of another size."""
+    """Parameters and architecture for images of another size."""
     network = modules.load("models", model_name)
     new = {**architecture, "image_size": size}
     old_config, new_config = (network.Model(**a).config for a in (architecture, new))
@@ -151,7 +151,7 @@ def save_hf(
       params: nested dict of float32 arrays that fits `architecture`.
       architecture: keyword arguments of the family's `Model`.
       class_names: one per class; None writes LABEL_0, LABEL_1, ...
-      image: how pictures are prepared, as in `Checkpoint`; None writes no preprocessor.
+      image: how images are prepared, as in `Checkpoint`; None writes no preprocessor.
       model_name: the family.
       model_type: what config.json is to say where a family has several: "data2vec-vision"; None
         takes the one that fits the architecture.
@@ -159,7 +159,7 @@ def save_hf(
     Raises:
       FileExistsError: `dst` holds anything but an earlier export.
       ValueError: the parameters, class names and architecture do not fit together, or the family
-        has no such model_type; or it is a BEiT for pictures that are not square.
+        has no such model_type; or it is a BEiT for images that are not square.
     """
     available = [kind for kind, family in MODEL_TYPES.items() if family == model_name]
     if model_type is not None and model_type not in available:

@@ -93,7 +93,7 @@ def _from_hf(args) -> int:
         loaded = convert.load(args.src, revision=args.revision)
         if loaded.image is None:
             default = preprocessor.DEFAULT
-            print(f"note: {args.src} does not say how pictures are prepared; taking {default}")
+            print(f"note: {args.src} does not specify its preprocessing; assuming {default}")
         if loaded.unfilled:
             print(f"note: {args.src} has no {', '.join(loaded.unfilled)}")
         head = loaded.architecture["head"]

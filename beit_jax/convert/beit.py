@@ -315,7 +315,7 @@ def architecture_to_hf(
     if has_positions and len(set(model.grid)) > 1:
         height, width = model.image_size
         raise ValueError(
-            f"Of pictures of {height} x {width}, which are not square, transformers' BEiT computes "
+            f"Of images of {height} x {width}, which are not square, transformers' BEiT computes "
             "something else: it takes the rows of the positions for columns. `python -m "
             "beit_jax.export` writes a program for them instead."
         )
@@ -384,7 +384,7 @@ def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, A
 
 
 def _image_size(shapes, bias_table, patch_size) -> tuple[int, int]:
-    """Height and width of a square picture, from the size of whichever position table there is."""
+    """Height and width of a square image, from the size of whichever position table there is."""
     if bias_table is not None:
         side = (math.isqrt(bias_table[0] - 3) + 1) // 2
         is_square = (2 * side - 1) ** 2 + 3 == bias_table[0]
@@ -394,5 +394,5 @@ def _image_size(shapes, bias_table, patch_size) -> tuple[int, int]:
     else:
         side, is_square = 224 // patch_size, True
     if not is_square:
-        raise ValueError("the position tables are of no square picture: give image_size=(H, W)")
+        raise ValueError("the position tables are of no square image: give image_size=(H, W)")
     return side * patch_size, side * patch_size

@@ -95,7 +95,7 @@ def labels(model, names: Sequence[str] | None) -> dict[str, dict]:
 
 
 def image_size(model) -> int | list[int]:
-    """The picture's side, or height and width where they differ."""
+    """The image's side, or height and width where they differ."""
     height, width = model.image_size
     return height if height == width else [height, width]
 

@@ -1,7 +1,7 @@
-"""What a checkpoint says about its pictures, and the same in our words.
+"""What a checkpoint says about its images, and the same in our words.
 
-Ours is the `image` part of a model.json: mean and std of pictures in [0, 1], the interpolation, and
-"squash" (resize the whole picture to image_size) or "center" (resize the shorter side to
+Ours is the `image` part of a model.json: mean and std of images in [0, 1], the interpolation, and
+"squash" (resize the whole image to image_size) or "center" (resize the shorter side to
 image_size / crop_pct, then crop the centre).
 """
 
@@ -58,7 +58,7 @@ def to_hf(
 ) -> dict[str, Any]:
     """Writes the preprocessor_config.json of a BeitImageProcessor; the inverse of `from_hf`.
 
-    Of a picture whose middle is not a whole number of pixels from its edge, transformers takes the
+    Of an image whose middle is not a whole number of pixels from its edge, transformers takes the
     one a pixel further up or left than ours and torchvision's.
 
     Raises:
@@ -72,7 +72,7 @@ def to_hf(
     if not squash and height != width:
         warnings.warn(
             f"transformers crops the centre after a resize of the shorter side, and cannot cover "
-            f"{height} x {width} as this model does: prepare its pictures otherwise",
+            f"{height} x {width} as this model does: prepare its images otherwise",
             stacklevel=2,
         )
     shorter_side = int(max(height, width) / image["crop_pct"] + _ROUNDING)
@@ -130,7 +130,7 @@ def _crop_from_hf(config) -> tuple[str, float]:
         if shorter_side == crop_side:
             return "squash", 1.0
         warnings.warn(
-            f"preprocessor_config.json squashes pictures to {size} before it crops their centre; "
+            f"preprocessor_config.json squashes images to {size} before it crops their centre; "
             "they are resized without squashing instead",
             stacklevel=4,
         )

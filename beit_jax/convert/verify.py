@@ -27,7 +27,7 @@ def check_installed() -> None:
 def max_difference(
     directory: str | Path, params: Mapping[str, Any], architecture: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """Largest difference of an output, on random pictures, between ours and transformers', and the
+    """Largest difference of an output, on random images, between ours and transformers', and the
     largest absolute value of theirs.
 
     Args:

@@ -153,7 +153,7 @@ def to_hf(
         _rules(architecture, prefix),
         hf_config.parameter_shapes(model),
     )
-    if _is_dinov2(architecture):  # wants one, which only masked pictures would use
+    if _is_dinov2(architecture):  # wants one, which only masked images would use
         shape = (1, model.config.hidden_size)
         tensors[f"{prefix}embeddings.mask_token"] = np.zeros(shape, np.float32)
     return tensors
@@ -277,8 +277,8 @@ def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
     num_heads = _HEADS.get(hidden_size, max(1, hidden_size // 64))
     if hidden_size not in _HEADS:
         logging.warning(
-            "The number of heads is in no file: taking %d for the width %d; other ones are "
-            "config.model.num_attention_heads.",
+            "The checkpoint does not say how many attention heads it has: assuming %d for a hidden "
+            "size of %d; otherwise set config.model.num_attention_heads.",
             num_heads,
             hidden_size,
         )

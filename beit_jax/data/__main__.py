@@ -1,7 +1,7 @@
-"""Prepares a data set, and tells what is in it.
+"""Prepares a dataset, and tells what is in it.
 
 python -m beit_jax.data cifar10 --data-dir=~/data     downloads and prepares it, once
-python -m beit_jax.data folder:flowers --check        decodes every picture, lists the bad ones
+python -m beit_jax.data folder:flowers --check        decodes every image, lists the bad ones
 """
 
 import argparse
@@ -16,7 +16,7 @@ from beit_jax.data.source import Source, check
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 for pictures that cannot be decoded and class folders without
+    """Returns the exit status: 0, 1 for images that cannot be decoded and class folders without
     any, or 2 for data that are not there."""
     parser = argparse.ArgumentParser(
         prog="python -m beit_jax.data",
@@ -26,10 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", help=", ".join(sources.NAMES))
     parser.add_argument("--data-dir", help="of tfds, the cache of hf, or where folder:PATH starts")
     parser.add_argument("--split", default="all", help="in the syntax of TFDS; default: all")
-    parser.add_argument(
-        "--unlabelled", action="store_true", help="pictures at any depth, no labels"
-    )
-    parser.add_argument("--check", action="store_true", help="decode every picture")
+    parser.add_argument("--unlabelled", action="store_true", help="images at any depth, no labels")
+    parser.add_argument("--check", action="store_true", help="decode every image")
     command.add_columns(parser)
     return command.guard(parser, functools.partial(run, parser.parse_args(argv)))
 
@@ -60,7 +58,7 @@ def run(args) -> int:
 def describe(source: Source) -> None:
     """Prints what is known without decoding."""
     shape = " x ".join(map(str, source.image_shape or ["different sizes"]))
-    print(f"{source.name} {source.split}: {len(source)} pictures, {shape}")
+    print(f"{source.name} {source.split}: {len(source)} images, {shape}")
     if source.class_names is None:
         print("no labels")
     else:
@@ -71,12 +69,12 @@ def describe(source: Source) -> None:
 
 
 def report_bad_images(source: Source) -> int:
-    """Prints every picture that cannot be decoded; returns 1 if there is one."""
-    with tqdm.tqdm(total=len(source), disable=None, unit="pictures") as bar:
+    """Prints every image that cannot be decoded; returns 1 if there is one."""
+    with tqdm.tqdm(total=len(source), disable=None, unit="images") as bar:
         errors = check(source, progress=lambda done, _: bar.update(done - bar.n))
     for error in errors:
         print(error)
-    print(f"{len(errors)} of {len(source)} pictures cannot be decoded")
+    print(f"{len(errors)} of {len(source)} images cannot be decoded")
     return int(bool(errors))
 
 

@@ -1,6 +1,6 @@
-"""Augmentation on the device, inside the jitted step; every picture draws its own numbers.
+"""Augmentation on the device, inside the jitted step; every image draws its own numbers.
 
-B batch, h x w picture as stored, H x W as the network sees it, C channels, K classes.
+B batch, h x w image as stored, H x W as the network sees it, C channels, K classes.
 Stored pixels are uint8; resized ones are not rounded to whole levels again, but for RandAugment.
 """
 
@@ -38,12 +38,12 @@ def train_view(
     std: tuple[float, ...] = (0.5,),
     fill: tuple[float, ...] | None = None,
 ) -> jax.Array:
-    """What training sees of stored pictures. What is 0 or "" costs nothing.
+    """What training sees of stored images. What is 0 or "" costs nothing.
 
-    In timm's order, but flips come first, where pictures are small.
+    In timm's order, but flips come first, where images are small.
 
     Colours are jittered after the crop, as in timm's fine-tuning; unilm's pre-training does so
-    before, so that its contrast turns about the mean of the whole picture.
+    before, so that its contrast turns about the mean of the whole image.
 
     Args:
       rng: decides everything; each kind of change draws its own numbers from it.
@@ -51,7 +51,7 @@ def train_view(
       image_size: H and W.
       flip: probability.
       crop: "rrc" random resized crop; "pad" a random shift by up to `pad` stored pixels, over
-        black; "squash" the whole picture.
+        black; "squash" the whole image.
       pad: of crop "pad".
       scale, ratio: of the random resized crop: share of the area, width / height.
       interpolation: "bicubic", "bilinear" or "lanczos".
@@ -99,12 +99,12 @@ def eval_view(
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.5,),
 ) -> jax.Array:
-    """What evaluation sees of stored pictures.
+    """What evaluation sees of stored images.
 
     Args:
       image: uint8 [B, h, w, C].
       image_size: H and W.
-      crop: "squash" the whole picture; "center" the middle, after a resize that just covers
+      crop: "squash" the whole image; "center" the middle, after a resize that just covers
         `image_size / crop_pct`.
       crop_pct: of crop "center", in (0, 1].
       interpolation: "bicubic", "bilinear" or "lanczos".
@@ -142,7 +142,7 @@ def random_flip(rng: jax.Array, image: jax.Array, probability: float = 0.5) -> j
 
 
 def pad_crop(rng: jax.Array, image: jax.Array, pad: int) -> jax.Array:
-    """Shifts each picture by up to `pad` pixels each way; what comes in is black."""
+    """Shifts each image by up to `pad` pixels each way; what comes in is black."""
     if not pad:
         return image
     batch, *shape = image.shape
@@ -180,16 +180,16 @@ def jitter_colors(
     contrast: float = 0.0,
     saturation: float = 0.0,
 ) -> jax.Array:
-    """torchvision's ColorJitter without hue, for pictures [B, H, W, 3] in [0, 1].
+    """torchvision's ColorJitter without hue, for images [B, H, W, 3] in [0, 1].
 
     Factors are drawn from [max(0, 1 - strength), 1 + strength]; so is the order of the changes.
 
     Raises:
-      ValueError: a strength is negative, or the pictures are not RGB.
+      ValueError: a strength is negative, or the images are not RGB.
     """
     _check_not_negative(brightness=brightness, contrast=contrast, saturation=saturation)
     if image.shape[-1] != 3:
-        raise ValueError(f"Expected pictures of 3 channels, got {image.shape[-1]}.")
+        raise ValueError(f"Expected images of 3 channels, got {image.shape[-1]}.")
     strengths = {_brightness: brightness, _contrast: contrast, _saturation: saturation}
     changes = {op: (max(0.0, 1 - s), 1 + s) for op, s in strengths.items() if s}
     order_rng, *rngs = jax.random.split(rng, 1 + len(changes))
@@ -214,14 +214,14 @@ def random_erasing(
     area: tuple[float, float] = (0.02, 1 / 3),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> jax.Array:
-    """Replaces a rectangle of normalised pictures (arXiv:1708.04896), as timm does.
+    """Replaces a rectangle of normalised images (arXiv:1708.04896), as timm does.
 
     Args:
       rng: decides.
       image: float [B, H, W, C].
-      probability: of each picture.
+      probability: of each image.
       mode: "pixel" standard normal noise; "const" zero, the mean colour.
-      area: range of the rectangle's share of the picture.
+      area: range of the rectangle's share of the image.
       ratio: range of its width / height.
 
     Raises:
@@ -255,7 +255,7 @@ def mixup_cutmix(
     prob: float = 1.0,
     switch_prob: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each picture and target with those of the reversed batch (timm, mode "batch").
+    """Mixes each image and target with those of the reversed batch (timm, mode "batch").
 
     One share ~ Beta(alpha, alpha) for the batch: mixup (arXiv:1710.09412) blends, cutmix
     (arXiv:1905.04899) pastes a rectangle, and the targets follow its area.
@@ -280,7 +280,7 @@ def mixup_cutmix(
     is_cutmix = jax.random.bernoulli(switch_rng, switch_prob)
     alphas = cutmix_alpha or mixup_alpha, mixup_alpha or cutmix_alpha
     share = jnp.where(is_cutmix, *(symmetric_beta(share_rng, alpha) for alpha in alphas))
-    share = jnp.where(jax.random.bernoulli(mix_rng, prob), share, 1.0)  # of the picture itself
+    share = jnp.where(jax.random.bernoulli(mix_rng, prob), share, 1.0)  # of the image itself
 
     height, width = image.shape[1:3]
     is_other = _inside(_cutmix_box(place_rng, share, height, width), height, width)
@@ -329,9 +329,9 @@ def _rand_augment(rng, image, text, interpolation, fill):
 
 
 def _random_boxes(rng, batch, size, area, ratio, largest):
-    """Boxes (top, left, height, width) [B, 4] in pictures of a size.
+    """Boxes (top, left, height, width) [B, 4] in images of a size.
 
-    Area is a share of the picture, ratio width / height with a uniform logarithm. The first of ten
+    Area is a share of the image, ratio width / height with a uniform logarithm. The first of ten
     that is not above `largest` is taken; bool [B] tells whether there is one.
     """
     for name, (low, high) in {"area or scale": area, "ratio": ratio}.items():
@@ -353,7 +353,7 @@ def _random_boxes(rng, batch, size, area, ratio, largest):
 
 
 def _cutmix_box(rng, share, height, width):
-    """A box [1, 4] of about `1 - share` of the picture, cut at its border."""
+    """A box [1, 4] of about `1 - share` of the image, cut at its border."""
     size = jnp.asarray([height, width])
     half = jnp.floor(jnp.sqrt(1 - share) * size) // 2
     center = jnp.floor(jax.random.uniform(rng, (2,)) * size)

@@ -1,9 +1,9 @@
 """Prepares CIFAR-10 and CIFAR-100 for TFDS without TensorFlow.
 
 The official builders read the archive with TensorFlow. Here their subclasses get the same
-pictures, labels, ids and keys from NumPy, and TFDS itself writes the array_record directory that
+images, labels, ids and keys from NumPy, and TFDS itself writes the array_record directory that
 `tfds.data_source("cifar10")` reads. The "binary" archive is the one that TFDS downloads; the
-"python" archive of PyTorch and Keras holds the same pictures and is used where it already lies in
+"python" archive of PyTorch and Keras holds the same images and is used where it already lies in
 DATA_DIR/downloads.
 """
 
@@ -103,7 +103,7 @@ _PYTHON_ARCHIVES = {
 
 
 def default_data_dir() -> pathlib.Path:
-    """`TFDS_DATA_DIR`, or where TFDS keeps its data sets without it."""
+    """`TFDS_DATA_DIR`, or where TFDS keeps its datasets without it."""
     return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR)
 
 
@@ -130,7 +130,7 @@ def prepare(
         downloaded to there. Default: `official_archives(name)`.
 
     Returns:
-      The directory of the prepared data set.
+      The directory of the prepared dataset.
 
     Raises:
       FileNotFoundError: there is neither data, nor an archive, nor a network.
@@ -171,7 +171,7 @@ def read_archive(name: str, file: pathlib.Path) -> Contents:
 
 
 def _read_binary(layout: _Layout, file: pathlib.Path) -> Contents:
-    """Records of one byte per label and 3 x 32 x 32 bytes of picture."""
+    """Records of one byte per label and 3 x 32 x 32 bytes of image."""
     names = {feature: key for feature, (_, key) in layout.features.items()}
     members = _members(file, layout, names.values())
     images, labels = {}, {}

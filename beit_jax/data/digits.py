@@ -1,4 +1,4 @@
-"""Handwritten digits, which come with scikit-learn: 1,797 pictures of 8 x 8."""
+"""Handwritten digits, which come with scikit-learn: 1,797 images of 8 x 8."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from beit_jax.data.source import Record, Source, balanced_order, select
 
 
 class ArraySource(Source):
-    """Pictures in memory."""
+    """Images in memory."""
 
     def __init__(self, *args, image, **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Pictures in the files of a folder or of a CSV list, see `folder.py`."""
+"""Images in the files of a folder or of a CSV list, see `folder.py`."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from beit_jax.data.source import Record, Source, balanced_order, select
 
 
 class FileSource(Source):
-    """Pictures in files, whose ids are relative to `root`, of a folder or a list."""
+    """Images in files, whose ids are relative to `root`, of a folder or a list."""
 
     def __init__(self, *args, root, is_list=False, ignored=(), mixed=(), **kwargs):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Pictures in folders, and pictures listed in a CSV file: what is there, nothing decoded.
+"""Images in folders, and images listed in a CSV file: what is there, nothing decoded.
 
     PATH/CLASS/**/x.jpg             class folders; folders below them do not matter
     PATH/{train,val,test}/CLASS/**  the same with split folders
@@ -7,7 +7,7 @@
 
 Class numbers follow the sorted class names of all splits together, so that a class that is
 missing from one split does not shift the others. A layout with two meanings is an error:
-pictures beside class folders, class folders beside split folders, a class folder with nothing in.
+images beside class folders, class folders beside split folders, a class folder with nothing in.
 """
 
 import collections
@@ -28,7 +28,7 @@ _IMAGE_COLUMNS = ("image", "file_name", "path")
 
 
 class Files(NamedTuple):
-    """The pictures of one split."""
+    """The images of one split."""
 
     ids: Sequence[str]  # POSIX paths, relative to the listing's root
     labels: np.ndarray | None  # int32 [N]
@@ -36,7 +36,7 @@ class Files(NamedTuple):
 
 
 class EmptyFoldersError(ValueError):
-    """Class folders without a picture."""
+    """Class folders without an image."""
 
 
 class UnknownClassesError(ValueError):
@@ -48,12 +48,12 @@ class UnknownClassesError(ValueError):
 
 
 class Listing(NamedTuple):
-    """The pictures of all splits."""
+    """The images of all splits."""
 
     root: pathlib.Path
     splits: Mapping[str, Files]
     class_names: tuple[str, ...] | None
-    ignored: Sequence[tuple[str, int]] = ()  # (".txt", 2): how many files are no pictures
+    ignored: Sequence[tuple[str, int]] = ()  # (".txt", 2): how many files are no images
     mixed: Sequence[str] = ()  # folders named as splits that are none
 
 
@@ -63,28 +63,28 @@ def list_folder(
     labelled: bool = True,
     class_names: Sequence[str] | int | None = None,
 ) -> Listing:
-    """Lists the pictures in a folder; hidden files and folders are left out.
+    """Lists the images in a folder; hidden files and folders are left out.
 
     Args:
       root: the folder.
-      labelled: False takes every picture at any depth and no labels, for pre-training.
+      labelled: False takes every image at any depth and no labels, for pre-training.
       class_names: the classes in the order of their numbers; default: the sorted folder names.
 
     Raises:
-      FileNotFoundError: no such folder, or no pictures in it.
+      FileNotFoundError: no such folder, or no images in it.
       EmptyFoldersError: class folders are empty; names all of them.
       UnknownClassesError: a class folder is not in `class_names`.
       ValueError: it is a file, or the layout is ambiguous.
     """
     root = pathlib.Path(root).expanduser()
     if root.is_file():
-        raise ValueError(f"{root} is a file; expected a folder of pictures, or a CSV list of them")
+        raise ValueError(f"{root} is a file; expected a folder of images, or a CSV list of them")
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
     files = sorted(_find_files(root))
     ids = [file for file in files if file.lower().endswith(EXTENSIONS)]
     if not ids:
-        raise FileNotFoundError(f"no pictures in {root}; looked for {' '.join(EXTENSIONS)}")
+        raise FileNotFoundError(f"no images in {root}; looked for {' '.join(EXTENSIONS)}")
     if labelled:
         _check_split_names(root, ids)
     prefixes = _split_prefixes(root, ids, labelled)
@@ -113,9 +113,9 @@ def list_csv(
     image_key: str | None = None,
     label_key: str | None = None,
 ) -> Listing:
-    """Lists the pictures named in a CSV file with a header.
+    """Lists the images named in a CSV file with a header.
 
-    Relative picture paths start at the file's folder. Labels are class names; where all are whole
+    Relative image paths start at the file's folder. Labels are class names; where all are whole
     numbers they are in the order of these, and numbers of `class_names` where these have names.
     Without a column `split` all rows are "train".
 
@@ -144,7 +144,7 @@ def list_csv(
 
 
 def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
-    """The pictures of each split, their labels, or None, and what is to be mixed evenly."""
+    """The images of each split, their labels, or None, and what is to be mixed evenly."""
     image_columns = _IMAGE_COLUMNS if image_key is None else (image_key,)
     label_column = label_key or "label"
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -220,7 +220,7 @@ def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> d
         return {name: f"{name}/" for name in SPLIT_FOLDERS if name in tops}
     for name in SPLIT_FOLDERS:
         if labelled and any(id.startswith(f"{name}/") and id.count("/") > 1 for id in ids):
-            others = ", ".join(sorted(tops - set(SPLIT_FOLDERS) - {""})) or "pictures"
+            others = ", ".join(sorted(tops - set(SPLIT_FOLDERS) - {""})) or "images"
             raise ValueError(
                 f"{root} holds the split folder {name!r} beside {others}: name one folder, such as "
                 f"{root / name}, or move the others away"
@@ -232,18 +232,18 @@ def tell_mixed(path: str | os.PathLike, mixed: Sequence[str]) -> None:
     """Warns of folders named as splits that are none, because others lie beside them."""
     if mixed:
         logging.warning(
-            "%s holds %s beside other folders or pictures: all of them are taken, and none is a "
-            "split to be left out.",
+            "%s holds %s next to other folders or images: all of them are read, and none is "
+            "taken for a split.",
             path,
             ", ".join(mixed),
         )
 
 
 def tell_ignored(path: str | os.PathLike, ignored: Sequence[tuple[str, int]]) -> None:
-    """Warns of files of a folder that are no pictures to us, such as 2 .heic, if there are any."""
+    """Warns of files of a folder that are no images to us, such as 2 .heic, if there are any."""
     if ignored:
         kinds = ", ".join(f"{count} {ending}" for ending, count in ignored[:8])
-        logging.warning("Files of %s that are not read: %s.", path, kinds)
+        logging.warning("Ignored files of %s: %s.", path, kinds)
 
 
 def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:
@@ -268,13 +268,13 @@ def is_nearly_a_split(name: str) -> bool:
 
 
 def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None:
-    """The first folder of each id; None where all pictures lie in `folder` itself."""
+    """The first folder of each id; None where all images lie in `folder` itself."""
     flat = [id for id in ids if "/" not in id]
     if len(flat) == len(ids):
         return None
     if flat:
         raise ValueError(
-            f"{folder} has class folders and {len(flat)} pictures beside them ({flat[0]}, ...): "
+            f"{folder} has class folders and {len(flat)} images beside them ({flat[0]}, ...): "
             "move these into class folders, or set labelled=False (of beit_jax.data: --unlabelled) "
             "to use all without labels"
         )
@@ -282,7 +282,7 @@ def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None
 
 
 def _check_empty(root, prefixes, labels) -> None:
-    """Raises EmptyFoldersError where a folder beside those of classes has no pictures."""
+    """Raises EmptyFoldersError where a folder beside those of classes has no images."""
     empty = []
     for name, classes in labels.items():
         if classes is not None:
@@ -291,8 +291,8 @@ def _check_empty(root, prefixes, labels) -> None:
             empty += [prefixes[name] + folder for folder in sorted(visible - set(classes))]
     if empty:
         raise EmptyFoldersError(
-            f"no pictures in the class folders {', '.join(empty)} of {root}; looked for "
-            f"{' '.join(EXTENSIONS)}: remove these folders, or put pictures there"
+            f"no images in the class folders {', '.join(empty)} of {root}; looked for "
+            f"{' '.join(EXTENSIONS)}: remove these folders, or put images there"
         )
 
 

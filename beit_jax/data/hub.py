@@ -1,4 +1,4 @@
-"""Data sets of HuggingFace's `datasets`: on the Hub, or in a directory of files or of its own."""
+"""Datasets of HuggingFace's `datasets`: on the Hub, or in a directory of files or of its own."""
 
 import functools
 import logging
@@ -15,33 +15,33 @@ _ROWS = 1024  # read at once
 
 
 class HubSource(Source):
-    """Rows of tables, of which pictures are decoded here."""
+    """Rows of tables, of which images are decoded here."""
 
-    def __init__(self, *args, pictures, sizes, **kwargs):
+    def __init__(self, *args, images, sizes, **kwargs):
         super().__init__(*args, **kwargs)
-        self._pictures, self._sizes = pictures, sizes
+        self._images, self._sizes = images, sizes
 
     def fetch(self, indices):
-        (column,) = self._pictures[[int(i) for i in indices]].values()
+        (column,) = self._images[[int(i) for i in indices]].values()
         rows = zip(indices, map(_encoded, column), strict=True)
-        return [Record(picture, self._label(i)) for i, picture in rows]
+        return [Record(image, self._label(i)) for i, image in rows]
 
     def _identity(self):
         yield self.class_names
         for index, size in enumerate(self._sizes.tolist()):
             if size == _UNKNOWN:  # a file beside the table, or nothing
-                picture = self.fetch([index])[0].image
-                size = self.size_of(picture, index) if picture else 0
+                image = self.fetch([index])[0].image
+                size = self.size_of(image, index) if image else 0
             yield self._label(index), size
 
 
-def _encoded(picture):
+def _encoded(image):
     """A file's content, or its path; nothing, which cannot be decoded, where there is none."""
-    if picture is None:
+    if image is None:
         return b""
-    if picture["bytes"] is None and picture["path"]:
-        return pathlib.Path(picture["path"])
-    return picture["bytes"] or b""
+    if image["bytes"] is None and image["path"]:
+        return pathlib.Path(image["path"])
+    return image["bytes"] or b""
 
 
 def open_source(
@@ -63,7 +63,7 @@ def open_source(
 
     undecoded = datasets.Image(decode=False)
     sizes = {key: len(table) for key, table in tables.items()}
-    ids, pictures, labels, lengths, classes = [], [], [], [], {}
+    ids, images, labels, lengths, classes = [], [], [], [], {}
     parts = select(split, sizes, name)
     for key, part in parts:
         table, features = tables[key], tables[key].features
@@ -76,12 +76,12 @@ def open_source(
             )
         label = find_column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
         if label is None and sum(type(x).__name__ == "ClassLabel" for x in features.values()) > 1:
-            logging.warning("%s has several labels: its order is not that of any of them.", name)
+            logging.warning("%s has several label columns: its rows keep their order.", name)
         table = table.cast_column(image, undecoded)
         own_labels, own_lengths = _read(table, image, label)
         chosen = balanced_order([f"{key}[{i}]" for i in range(len(table))], own_labels)[list(part)]
         ids += [f"{name} {key}[{row}]" for row in chosen]
-        pictures.append(table.select_columns(image).select(chosen))
+        images.append(table.select_columns(image).select(chosen))
         lengths.append(own_lengths[chosen])
         if labelled:
             labels.append(own_labels[chosen])
@@ -94,7 +94,7 @@ def open_source(
         split,
         next(iter(classes.values())) if labelled else None,
         on_bad_image,
-        pictures=datasets.concatenate_datasets(pictures),
+        images=datasets.concatenate_datasets(images),
         sizes=np.concatenate(lengths),
         ids=ids,
         labels=np.concatenate(labels) if labelled else None,
@@ -104,13 +104,13 @@ def open_source(
 
 
 def split_names(name: str, cache_dir: str | os.PathLike | None) -> list[str]:
-    """The splits of a data set, without a look at their rows."""
+    """The splits of a dataset, without a look at their rows."""
     return list(_tables(name, cache_dir))
 
 
 def _read(table, image_key, label_key):
-    """The labels of all rows, or None, and the bytes of their pictures, int [N]; -1 is a label or
-    picture that is not there, or a picture that is in a file of its own."""
+    """The labels of all rows, or None, and the bytes of their images, int [N]; -1 is a label or
+    image that is not there, or an image that is in a file of its own."""
     import pyarrow.compute as pc
 
     columns = [key for key in (image_key, label_key) if key]
@@ -125,7 +125,7 @@ def _read(table, image_key, label_key):
 
 @functools.lru_cache(maxsize=4)
 def _tables(name, cache_dir):
-    """{split: table} of a data set."""
+    """{split: table} of a dataset."""
     name, cache_dir = name.removeprefix("hf:"), cache_dir and str(cache_dir)
     try:
         import datasets
@@ -145,8 +145,8 @@ def _tables(name, cache_dir):
             raise ValueError(f"hf:{name} is several: write hf:{name}:CONFIG. {reason}") from error
         first = reason.splitlines()[0].rstrip(".")
         raise FileNotFoundError(
-            f"hf:{name}: {first}. Expected a data set of the Hub, for which the network is needed "
-            "once, or a directory of pictures, parquet files or save_to_disk."
+            f"hf:{name}: {first}. Expected a dataset of the Hub, for which the network is needed "
+            "once, or a directory of images, parquet files or save_to_disk."
         ) from error
     if isinstance(tables, datasets.Dataset):
         tables = {"train": tables}

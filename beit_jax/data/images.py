@@ -1,6 +1,6 @@
-"""Decoding, cropping and resizing of pictures on the host, with Pillow.
+"""Decoding, cropping and resizing of images on the host, with Pillow.
 
-Crops take a picture as `PIL.Image.open` gives it, not yet decoded, and return each rendering that
+Crops take an image as `PIL.Image.open` gives it, not yet decoded, and return each rendering that
 is asked for, uint8 [H, W, 3], by its name: what is cut out is resized once for every network that
 is to see it. A crop that knows how little of a large JPEG it needs can decode it at a half, a
 quarter or an eighth of its size.
@@ -25,7 +25,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _EMPTY = "the file is empty"
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 _ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # may tell it, in a PNG
-_MOST_PIXELS = 1 << 26  # that a resized picture may have before it is cropped
+_MOST_PIXELS = 1 << 26  # that a resized image may have before it is cropped
 _ROUNDING = 1e-6  # 224 / (224 / 354) is less than 354
 _REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size
 
@@ -40,12 +40,12 @@ class Rendering(NamedTuple):
 
 
 Renderings = Mapping[str, Rendering]
-Pictures = dict[str, np.ndarray]  # uint8 [H, W, 3] for each rendering
+Rendered = dict[str, np.ndarray]  # uint8 [H, W, 3] for each rendering
 Encoded = bytes | os.PathLike | np.ndarray  # a file's content, a file, uint8 [H, W] or [H, W, 3]
 
 
 class BadImageError(ValueError):
-    """A picture that cannot be decoded; has `name` (a file or an id) and `reason`."""
+    """An image that cannot be decoded; has `name` (a file or an id) and `reason`."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -57,7 +57,7 @@ class BadImageError(ValueError):
 
 @contextlib.contextmanager
 def naming(name: Callable[[], str]):
-    """Turns whatever opening or decoding raises into a BadImageError that names the picture.
+    """Turns whatever opening or decoding raises into a BadImageError that names the image.
 
     Pillow's readers meet damaged files with errors of many kinds, not of OSError alone.
     """
@@ -66,7 +66,7 @@ def naming(name: Callable[[], str]):
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(name(), f"not a picture ({', '.join(_FORMATS)})") from error
+        raise BadImageError(name(), f"not an image ({', '.join(_FORMATS)})") from error
     except FileNotFoundError as error:
         raise BadImageError(name(), "no such file, or a broken link") from error
     except Exception as error:
@@ -74,7 +74,7 @@ def naming(name: Callable[[], str]):
 
 
 def open_image(image: Encoded) -> Image.Image:
-    """Opens a picture without decoding it; only the formats of `EXTENSIONS` are tried."""
+    """Opens an image without decoding it; only the formats of `EXTENSIONS` are tried."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     if not isinstance(image, bytes):
@@ -86,7 +86,7 @@ def open_image(image: Encoded) -> Image.Image:
 
 
 def read_size(image: Encoded) -> Size:
-    """Reads height and width from the header of an encoded picture."""
+    """Reads height and width from the header of an encoded image."""
     file = io.BytesIO(image) if isinstance(image, bytes) else image
     if not (len(image) if isinstance(image, bytes) else os.path.getsize(image)):
         raise ValueError(_EMPTY)
@@ -120,19 +120,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(image: Image.Image) -> np.ndarray:
-    """The whole picture as it is; uint8 [H, W, 3]."""
+    """The whole image as it is; uint8 [H, W, 3]."""
     return np.asarray(to_rgb(image))
 
 
-def squash(image: Image.Image, renderings: Renderings) -> Pictures:
-    """The whole picture, whatever its aspect ratio."""
+def squash(image: Image.Image, renderings: Renderings) -> Rendered:
+    """The whole image, whatever its aspect ratio."""
     return _resize(to_rgb(image), renderings)
 
 
-def covering(picture: Size, size: Size, crop_pct: float) -> tuple[Size, Size]:
-    """The size in which a picture just covers `size` / `crop_pct`, and the top and left of `size`
+def covering(image: Size, size: Size, crop_pct: float) -> tuple[Size, Size]:
+    """The size in which an image just covers `size` / `crop_pct`, and the top and left of `size`
     in the middle of it."""
-    height, width = picture
+    height, width = image
     tall, wide = (math.floor(side / crop_pct + _ROUNDING) for side in size)
     if tall * width >= wide * height:
         wide = tall * width // height
@@ -141,7 +141,7 @@ def covering(picture: Size, size: Size, crop_pct: float) -> tuple[Size, Size]:
     return (tall, wide), (round((tall - size[0]) / 2), round((wide - size[1]) / 2))
 
 
-def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.0) -> Pictures:
+def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.0) -> Rendered:
     """Resizes until `size` / `crop_pct` is just covered, and cuts `size` out of the middle.
 
     For a square size this is torchvision's Resize(int(size / crop_pct)) and CenterCrop(size).
@@ -162,7 +162,7 @@ def center_crop(image: Image.Image, renderings: Renderings, crop_pct: float = 1.
 
 
 def whole_crop(crop: str, renderings: Renderings, crop_pct: float = 1.0):
-    """The crop "squash" or "center" as a function of the picture alone.
+    """The crop "squash" or "center" as a function of the image alone.
 
     Raises:
       ValueError: it is another, or `crop_pct` is not above 0.
@@ -178,8 +178,8 @@ def whole_crop(crop: str, renderings: Renderings, crop_pct: float = 1.0):
 
 def pad_crop(
     image: Image.Image, renderings: Renderings, rng: np.random.Generator, pad: int = 4
-) -> Pictures:
-    """Shifts by up to `pad` pixels of the picture each way, over black, before it is resized."""
+) -> Rendered:
+    """Shifts by up to `pad` pixels of the image each way, over black, before it is resized."""
     image = to_rgb(image)
     x, y = (int(shift) - pad for shift in rng.random(2) * (2 * pad + 1))
     return _resize(image.crop((x, y, x + image.width, y + image.height)), renderings)
@@ -191,7 +191,7 @@ def random_resized_crop(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Pictures:
+) -> Rendered:
     """Cuts out a random part, see `sample_crop`, and resizes it.
 
     A JPEG is decoded at a smaller scale where the part stays at least twice as large as the largest
@@ -223,9 +223,9 @@ def sample_crop(
     """Draws top, left, height and width of a part, as torchvision's RandomResizedCrop does.
 
     Args:
-      size: height and width of the picture.
+      size: height and width of the image.
       rng: draws 40 numbers, however many attempts are needed.
-      scale: range of the part's area, as a fraction of the picture's.
+      scale: range of the part's area, as a fraction of the image's.
       ratio: range of the part's width / height, drawn uniformly in its logarithm.
     """
     height, width = size

@@ -24,7 +24,7 @@ class Split(NamedTuple):
     Attributes:
       source: where the examples are read.
       resident: all decoded examples on the device ("image" [N, H, W, C], "label" [N]), or None.
-      num_examples: N; without the pictures that are skipped, where it is resident.
+      num_examples: N; without the images that are skipped, where it is resident.
       ids: index in `source` of each resident example, int [N], or None.
     """
 
@@ -64,11 +64,11 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
     """Opens the splits that the config names, `config` being its part `data`; `class_names` as of
     `sources.get_source`.
 
-    Where each split has pictures of one size, not too large (`pipeline.fits`), that need at most
+    Where each split has images of one size, not too large (`pipeline.fits`), that need at most
     `resident_bytes` together, all splits go to the device.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such data set, split, fold or picture.
+      FileNotFoundError, ValueError: there is no such dataset, split, fold or image.
     """
     found = _open(config, names, class_names)
     if found:
@@ -79,7 +79,7 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
 
 
 def _options(config):
-    """Those that all data sets and splits take; see `sources.get_source`."""
+    """Those that all datasets and splits take; see `sources.get_source`."""
     return {
         "data_dir": config.data_dir or None,
         "on_bad_image": config.on_bad_image,
@@ -111,18 +111,18 @@ def _open(config, names, class_names):
 
 
 def _check_labels(name, source):
-    """Raises ValueError where a picture has no label, or one of no class."""
+    """Raises ValueError where an image has no label, or one of no class."""
     labels = source.labels()
     missing = int(((labels < 0) | (labels >= len(source.class_names))).sum())
     if missing:
         raise ValueError(
-            f"config.data.{name} {source.split!r} of {source.name} has {missing} pictures without "
+            f"config.data.{name} {source.split!r} of {source.name} has {missing} images without "
             f"the label of a class: choose another split, or none by --config.data.{name}="
         )
 
 
 def _tell(found, config):
-    """Tells which files are not read, how splits are used, and of pictures that are learnt and
+    """Tells which files are not read, how splits are used, and of images that are learnt and
     evaluated, and, where labels are known at once, of classes that are not both."""
     first = next(iter(found.values()))
     folder.tell_ignored(first.name, first.ignored)
@@ -139,10 +139,10 @@ def _tell_splits(first, found, config):
     named = set().union(*words.values())
     unused = [name for name in first.splits if name not in named and "all" not in named]
     if unused and config.labelled:
-        logging.info("%s has splits that are not used: %s.", first.name, ", ".join(unused))
+        logging.info("%s has unused splits: %s.", first.name, ", ".join(unused))
     if config.folds:
         logging.info(
-            "Fold %d of %d (from 0, by config.data.fold) validates, the others are learnt.",
+            "Validation is fold %d of %d (numbered from 0, config.data.fold), training the others.",
             config.fold,
             config.folds,
         )
@@ -153,8 +153,8 @@ def _tell_splits(first, found, config):
         and words["val"] == ["train"]
     ):
         logging.info(
-            "%s has no split 'test': its %r is the test, by which nothing is chosen, and %r is the "
-            "validation. To validate on %r, without a test: --config.data.train=train "
+            "%s has no split 'test': %r is the test split, which selects nothing, and %r is for "
+            "validation. To validate on %r and not test: --config.data.train=train "
             "--config.data.val=%s --config.data.test=",
             first.name,
             config.test,
@@ -169,7 +169,7 @@ def _tell_shared(found):
     for name in ("val", "test"):
         if name in found and (shared := found[name].shared_with(train)):
             logging.warning(
-                "config.data.%s %r has %d pictures of config.data.train %r, which are learnt.",
+                "config.data.%s %r shares %d images with config.data.train %r.",
                 name,
                 found[name].split,
                 shared,
@@ -194,15 +194,15 @@ def _tell_classes(found):
         )
         if unseen:
             logging.warning(
-                "The training split %r has no picture of %s, which %r has: they cannot be learnt.",
+                "The training split %r has no image of %s, unlike %r: it is not learnt.",
                 train.split,
                 errors.few(unseen),
                 source.split,
             )
         if untested:
             logging.warning(
-                "The split %r has no picture of %s, of which its accuracy says nothing, and which "
-                "count as 0 in the means of precision, recall and F1.",
+                "The split %r has no image of %s: its accuracy says nothing about them, and they "
+                "count as 0 in macro precision, recall and F1.",
                 source.split,
                 errors.few(untested),
             )
@@ -271,7 +271,7 @@ def eval_stream(
 ) -> Iterator[dict[str, Any]]:
     """Every example once, in batches of one size on the devices; padding has "weight" 0.
 
-    `image` says how a picture is cropped: the `image` of model.json.
+    `image` says how an image is cropped: the `image` of model.json.
     """
     place = sharding.split(mesh)
     if split.resident is None:

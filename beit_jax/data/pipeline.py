@@ -2,7 +2,7 @@
 
 A batch is {"image": uint8 [B, H, W, 3], "label": int32 [B], "index": int32 [B]}, in evaluation with
 "weight": float32 [B]; `source.id(index)` names an example, and a source without labels gives none.
-"image" and what else is there of pictures are the renderings that were asked for.
+"image" and what else is there of images are the renderings that were asked for.
 What a step gets depends neither on the number of threads nor on where the run was resumed: there
 is no iterator state to save. Flips, colours, mixup and normalisation belong to the device.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from beit_jax.data import images
 from beit_jax.data.source import THREADS, Source, in_chunks
 
-LARGEST = 1 << 20  # bytes of a picture on the device: one of many pixels is better resized before
+LARGEST = 1 << 20  # bytes of an image on the device: one of many pixels is better resized before
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
 _lock = threading.Lock()
@@ -104,7 +104,7 @@ def train_batches(
 ) -> Batches:
     """Batches for training, without end, from `start_step` on.
 
-    With `source.on_bad_image` other than "error" the next picture that can be decoded stands in for
+    With `source.on_bad_image` other than "error" the next image that can be decoded stands in for
     a bad one.
 
     Args:
@@ -114,16 +114,16 @@ def train_batches(
       renderings: of each crop, by the name in the batch.
       seed: of the crops.
       crop: "rrc" for a random part, see `images.random_resized_crop`; "pad" for a random shift, see
-        `images.pad_crop`; "squash" for the whole picture at another aspect ratio.
-      scale: range of a random part's area as a fraction of the picture's.
+        `images.pad_crop`; "squash" for the whole image at another aspect ratio.
+      scale: range of a random part's area as a fraction of the image's.
       ratio: range of a random part's width / height.
-      pad: of "pad", in pixels of the picture.
+      pad: of "pad", in pixels of the image.
       threads: that decode, one per core by default; 0 decodes in the caller's.
       prefetch: batches that are decoded ahead.
 
     Raises:
       ValueError: the arguments do not fit each other.
-      BadImageError: from the iterator, where a picture cannot be decoded.
+      BadImageError: from the iterator, where an image cannot be decoded.
     """
     if order.num_examples != len(source):
         raise ValueError(
@@ -162,8 +162,8 @@ def eval_batches(
 ) -> Batches:
     """Every example once and in order, in batches of one size.
 
-    "weight" is 1 for an example; it is 0, on a black picture with label 0, for the padding of the
-    last batch ("index" -1) and for a picture that cannot be decoded ("index" its own), which
+    "weight" is 1 for an example; it is 0, on a black image with label 0, for the padding of the
+    last batch ("index" -1) and for an image that cannot be decoded ("index" its own), which
     `source.on_bad_image` other than "error" lets pass. The arguments are those of `train_batches`,
     but that `crop` is "squash" or "center": the middle, where `crop_pct` is size / the shorter side
     before the crop.
@@ -186,7 +186,7 @@ def eval_batches(
 
 
 def fits(source: Source, limit_bytes: int) -> bool:
-    """Whether all pictures have one shape, and need at most `limit_bytes` together and `LARGEST`
+    """Whether all images have one shape, and need at most `limit_bytes` together and `LARGEST`
     each, as uint8. Where the first one says that they do not, no other is looked at."""
 
     def is_small(shape):
@@ -204,10 +204,10 @@ def load_all(
     *,
     threads: int = THREADS,
 ) -> dict[str, np.ndarray]:
-    """Decodes a whole source whose pictures have one shape, to be kept in device memory.
+    """Decodes a whole source whose images have one shape, to be kept in device memory.
 
     Returns {"image": uint8 [N, H, W, 3], "label": int32 [N], "index": int32 [N]}; without the
-    pictures that cannot be decoded, where `source.on_bad_image` is not "error".
+    images that cannot be decoded, where `source.on_bad_image` is not "error".
 
     Args:
       source: what to decode.
@@ -215,7 +215,7 @@ def load_all(
     """
     shape = source.image_shape
     if shape is None:
-        raise ValueError(f"the pictures of {source.name} differ in size; use train_batches")
+        raise ValueError(f"the images of {source.name} differ in size; use train_batches")
     image = np.zeros((len(source), *shape), np.uint8)
     label = np.zeros(len(source), np.int32)
     good = np.zeros(len(source), bool)
@@ -237,7 +237,7 @@ def load_all(
 
 
 def _of_shape(shape, image):
-    """The whole picture; a header may have told another shape."""
+    """The whole image; a header may have told another shape."""
     decoded = images.decode(image)
     if decoded.shape != shape:
         raise ValueError(f"decoded it is {decoded.shape}, and its header says {shape}")
@@ -270,7 +270,7 @@ def _dataset(
 
 
 def _decode(source, index, record, transform) -> tuple[Any, int | None] | None:
-    """Returns what `transform` gives, and the label; None for a bad picture, to be skipped."""
+    """Returns what `transform` gives, and the label; None for a bad image, to be skipped."""
     try:
         return source.decode(index, record, transform)
     except images.BadImageError as error:
@@ -279,7 +279,7 @@ def _decode(source, index, record, transform) -> tuple[Any, int | None] | None:
 
 
 def _first_good(source, index, record, transform) -> dict:
-    """The example at `index`, or the next one whose picture can be decoded."""
+    """The example at `index`, or the next one whose image can be decoded."""
     for _ in range(len(source)):
         decoded = _decode(source, index, record, transform)
         if decoded is not None:
@@ -289,8 +289,8 @@ def _first_good(source, index, record, transform) -> dict:
     raise source.none_left()
 
 
-def _example(pictures: images.Pictures, label: int | None, index: int) -> dict:
-    example = pictures | {"index": np.int32(index)}
+def _example(rendered: images.Rendered, label: int | None, index: int) -> dict:
+    example = rendered | {"index": np.int32(index)}
     return example if label is None else example | {"label": np.int32(label)}
 
 

@@ -1,13 +1,13 @@
 """RandAugment (arXiv:1909.13719) as timm has it, and TrivialAugment (arXiv:2103.10158).
 
-Every picture draws its own operations, and all pass through one program without branches: an
+Every image draws its own operations, and all pass through one program without branches: an
 operation that maps levels to levels is a table of 256 per channel, and geometric operations are
 one affine map, read once for two of them in a row (Pillow would interpolate twice).
 
-Pictures are uint8 and the arithmetic is Pillow's: operations equal its results, but for a level
+Images are uint8 and the arithmetic is Pillow's: operations equal its results, but for a level
 here and there where a float lies on the edge between two.
 
-H x W picture, C = 3 channels. Functions below the public ones see one picture; vmap adds B.
+H x W image, C = 3 channels. Functions below the public ones see one image; vmap adds B.
 """
 
 import itertools
@@ -71,7 +71,7 @@ def _malformed(text):
 def rand_augment(
     rng: jax.Array, image: jax.Array, policy: str, *, fill=128, interpolation: str = "bicubic"
 ) -> jax.Array:
-    """Applies random operations to each picture.
+    """Applies random operations to each image.
 
     Args:
       rng: decides.
@@ -121,7 +121,7 @@ def arguments(kind, magnitude, sign, increasing: bool) -> jax.Array:
 def trivial_augment(
     rng: jax.Array, image: jax.Array, *, fill=128, interpolation: str = "bicubic"
 ) -> jax.Array:
-    """Applies one operation of any strength to each picture: torchvision's TrivialAugmentWide.
+    """Applies one operation of any strength to each image: torchvision's TrivialAugmentWide.
 
     Its 14 choices, "nothing" among them, with its ranges; torchvision's shear differs by the
     point that it leaves in place, and its translation of up to 32 pixels is cut at the side.
@@ -157,7 +157,7 @@ def trivial_augment(
 def apply_ops(
     image: jax.Array, kind: jax.Array, arg: jax.Array, *, fill=128, interpolation: str = "bicubic"
 ) -> jax.Array:
-    """Applies n operations to each picture, one after the other.
+    """Applies n operations to each image, one after the other.
 
     Args:
       image: uint8 [B, H, W, 3].
@@ -170,7 +170,7 @@ def apply_ops(
       uint8 [B, H, W, 3].
 
     Raises:
-      ValueError: the pictures are not uint8 RGB, or the interpolation is unknown.
+      ValueError: the images are not uint8 RGB, or the interpolation is unknown.
     """
     if image.dtype != jnp.uint8 or image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(f"Expected uint8 [B, H, W, 3], got {image.dtype} {list(image.shape)}.")

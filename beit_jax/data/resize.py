@@ -4,7 +4,7 @@ Equal to torch's `interpolate(antialias=True, align_corners=False)`. Pillow, whi
 rounds to uint8 after each axis: a result differs by about one level of 255. Results are not
 rounded, and where the filter rings (bicubic, lanczos) they leave [0, 255].
 
-B batch, h x w picture as stored, H x W result, C channels.
+B batch, h x w image as stored, H x W result, C channels.
 """
 
 import jax
@@ -32,7 +32,7 @@ FILTERS = {"bicubic": _bicubic, "bilinear": _bilinear, "lanczos": _lanczos}
 
 
 def resize(image: jax.Array, size: Size, method: str = "bicubic") -> jax.Array:
-    """Resizes whole pictures [B, h, w, C] to float32 [B, H, W, C]; the same size is no work.
+    """Resizes whole images [B, h, w, C] to float32 [B, H, W, C]; the same size is no work.
 
     Raises:
       ValueError: `method` is none of FILTERS.
@@ -65,7 +65,7 @@ def center_crop(
 def crop_and_resize(
     image: jax.Array, box: jax.Array, size: Size, method: str = "bicubic"
 ) -> jax.Array:
-    """Cuts a box out of each picture and resizes it; pixels outside of it have no influence.
+    """Cuts a box out of each image and resizes it; pixels outside of it have no influence.
 
     Args:
       image: [B, h, w, C].
@@ -84,7 +84,7 @@ def crop_and_resize(
 
 
 def _resize_window(image, size, corner, window, method):
-    """The `window` from `corner` on of pictures resized to `size`."""
+    """The `window` from `corner` on of images resized to `size`."""
     old, (top, left), (height, width) = image.shape[1:3], corner, window
     if tuple(old) == tuple(size):
         return image[:, top : top + height, left : left + width].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What a source of uint8 pictures and labels is, with random access; its parts and folds."""
+"""What a source of uint8 images and labels is, with random access; its parts and folds."""
 
 import functools
 import hashlib
@@ -20,12 +20,12 @@ THREADS = min(os.cpu_count() or 1, 16)
 CHUNK = 64  # examples that a thread takes at once
 _SKIP = (
     "--config.data.on_bad_image=skip (of other commands --on-bad-image=skip) goes on without such "
-    "pictures"
+    "images"
 )
 
 
 class SplitError(ValueError):
-    """A data set has no such split, or nothing in it."""
+    """A dataset has no such split, or nothing in it."""
 
 
 class Record(NamedTuple):
@@ -41,16 +41,16 @@ class Source:
     Without labels (`class_names` is None) there is no "label". A source can be read in many threads
     at once.
 
-    Reading a picture that cannot be decoded raises. What the pipeline does about one is up to
-    `on_bad_image`: it raises for "error", and leaves the picture out for "skip", with a line in the
+    Reading an image that cannot be decoded raises. What the pipeline does about one is up to
+    `on_bad_image`: it raises for "error", and leaves the image out for "skip", with a line in the
     log, and for "record", where the caller tells of it.
 
     Attributes:
-      bad_images: id -> reason, of every picture that was left out so far.
-      ignored: how many other files lie beside the pictures, by ending: (".txt", 2), ...
+      bad_images: id -> reason, of every image that was left out so far.
+      ignored: how many other files lie beside the images, by ending: (".txt", 2), ...
       mixed: folders named as splits that are none, because others lie beside them.
-      parts: the splits of the data set that it is of, and which of their examples.
-      splits: the names of all that the data set has.
+      parts: the splits of the dataset that it is of, and which of their examples.
+      splits: the names of all that the dataset has.
       knows_labels: whether `labels` can tell them at once.
     """
 
@@ -89,11 +89,11 @@ class Source:
         return self._ids[index]
 
     def fetch(self, indices: Sequence[int]) -> list[Record]:
-        """The pictures as they are stored, with their labels."""
+        """The images as they are stored, with their labels."""
         raise NotImplementedError
 
     def labels(self) -> np.ndarray | None:
-        """All labels, int [N], without a look at the pictures; None without labels."""
+        """All labels, int [N], without a look at the images; None without labels."""
         return self._labels
 
     def _label(self, index):
@@ -106,10 +106,10 @@ class Source:
         record: Record,
         transform: Callable[[Image.Image], Any] = images.decode,
     ) -> tuple[Any, int | None]:
-        """Returns `transform(picture)` and the label of a record that `fetch` gave for `index`.
+        """Returns `transform(image)` and the label of a record that `fetch` gave for `index`.
 
         Raises:
-          BadImageError: the picture cannot be decoded.
+          BadImageError: the image cannot be decoded.
           ValueError: the label is not the number of a class.
         """
         label = record.label
@@ -122,7 +122,7 @@ class Source:
             return transform(images.open_image(record.image)), label
 
     def refuse(self, error: images.BadImageError) -> None:
-        """Notes the error of a picture; raises it, with what to do about it, unless such are left
+        """Notes the error of an image; raises it, with what to do about it, unless such are left
         out."""
         if self.on_bad_image == "error":
             flags = "--check" if self.class_names else "--unlabelled --check"
@@ -136,19 +136,19 @@ class Source:
             logging.warning("skipped: %s", error)
 
     def shared_with(self, other: "Source") -> int:
-        """How many examples are in another split of the same data set too."""
+        """How many examples are in another split of the same dataset too."""
         return np.intersect1d(self._places(), other._places()).size
 
     def _places(self) -> np.ndarray:
-        """A number for each example that no other picture of the data set has, int64 [N]."""
+        """A number for each example that no other image of the dataset has, int64 [N]."""
         starts = {split: i << 40 for i, split in enumerate(self.splits)}
         places = (starts[split] + np.arange(r.start, r.stop, r.step) for split, r in self.parts)
         return np.concatenate(list(places))
 
     def none_left(self) -> ValueError:
-        """The error to raise where not one picture can be decoded."""
+        """The error to raise where not one image can be decoded."""
         return ValueError(
-            f"None of the {len(self)} pictures of {self.name} ({self.split}) can be decoded."
+            f"None of the {len(self)} images of {self.name} ({self.split}) can be decoded."
         )
 
     @functools.cached_property
@@ -162,11 +162,11 @@ class Source:
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """H, W, 3 of all pictures; None where two differ, until which it may look at headers."""
+        """H, W, 3 of all images; None where two differ, until which it may look at headers."""
         return self.shape_of(range(len(self)))
 
     def shape_of(self, indices: Sequence[int]) -> tuple[int, int, int] | None:
-        """H, W, 3 of these pictures, by their headers; None where two differ."""
+        """H, W, 3 of these images, by their headers; None where two differ."""
         shape = None
         for start in range(0, len(indices), CHUNK):
             chunk = indices[start : start + CHUNK]
@@ -264,7 +264,7 @@ def stratified_fold(source: Source, fold: int, folds: int) -> tuple[Source, Sour
 def check(
     source: Source, *, threads: int = THREADS, progress: Callable[[int, int], None] | None = None
 ) -> list[images.BadImageError]:
-    """Decodes every picture and returns the errors, in the order of the examples."""
+    """Decodes every image and returns the errors, in the order of the examples."""
     errors = {}
 
     def try_to_decode(indices):
@@ -302,7 +302,7 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, r
     Args:
       split: such as "train[:90%]+test".
       sizes: the number of examples of each split there is.
-      name: the data set, for messages.
+      name: the dataset, for messages.
 
     Raises:
       SplitError: there is no such split, or it selects nothing.
@@ -356,10 +356,10 @@ def find_column(
     *,
     is_needed: bool = True,
 ) -> str | None:
-    """The column of a data set that is called `key`, or else by its usual name, or the only one.
+    """The column of a dataset that is called `key`, or else by its usual name, or the only one.
 
     Args:
-      name: the data set, for messages.
+      name: the dataset, for messages.
       features: of each column, by a class of TFDS or `datasets`.
       what: "image" or "label", the usual names.
       kind: name of the class that the column's feature has to be of.

@@ -1,10 +1,10 @@
-"""Data sets by name, as random-access sources of uint8 pictures and labels.
+"""Datasets by name, as random-access sources of uint8 images and labels.
 
     digits                      scikit-learn's handwritten digits, 1,797 of 8 x 8: no network
     cifar10, cifar100           prepared on first use
     tfds:NAME                   what TFDS has prepared as array_record
     hf:NAME                     of HuggingFace's `datasets`: of the Hub, or a directory: hub.py
-    folder:PATH                 pictures in PATH/CLASS, or listed in PATH, a CSV file: folder.py
+    folder:PATH                 images in PATH/CLASS, or listed in PATH, a CSV file: folder.py
 
 Splits are written as in TFDS: "train", "test", "train[:90%]", "train[10:20]", "train+test", "all".
 All but those of TFDS are first put into a fixed order with the classes mixed evenly, so that
@@ -33,25 +33,25 @@ def get_source(
     image_key: str | None = None,
     label_key: str | None = None,
 ) -> Source:
-    """Opens one split of a data set.
+    """Opens one split of a dataset.
 
     Args:
       name: one of `NAMES`.
       split: in the syntax of TFDS.
-      data_dir: where TFDS keeps its data sets (default: `TFDS_DATA_DIR`, or TFDS's own) and
+      data_dir: where TFDS keeps its datasets (default: `TFDS_DATA_DIR`, or TFDS's own) and
         `datasets` its cache, or what the path of a folder is relative to.
-      on_bad_image: what the pipeline does about a picture that cannot be decoded: "error";
+      on_bad_image: what the pipeline does about an image that cannot be decoded: "error";
         "skip", which takes the next one and counts; or "record", the same without a word.
-      labelled: False leaves the labels out, and takes a folder's pictures at any depth.
+      labelled: False leaves the labels out, and takes a folder's images at any depth.
       class_names: of a folder or CSV file, the classes in the order of their numbers, as a model
-        knows them; some of them may have no picture. An int is how many there are, without names.
-      image_key: name of the picture's column (default: "image", or the only one).
+        knows them; some of them may have no image. An int is how many there are, without names.
+      image_key: name of the image's column (default: "image", or the only one).
       label_key: name of the label's, such as "coarse_label" of cifar100 (default: "label", or the
         only one).
 
     Raises:
       FileNotFoundError: the data are not there; says how to get them.
-      ValueError: no such data set, split, column or class; says which there are.
+      ValueError: no such dataset, split, column or class; says which there are.
     """
     if on_bad_image not in ("error", "skip", "record"):
         raise ValueError(f"on_bad_image={on_bad_image!r}; expected 'error', 'skip' or 'record'")
@@ -78,16 +78,16 @@ def get_source(
     if name == "folder:":
         raise ValueError("folder: names no folder; expected --config=configs/image_folder.py:PATH")
     if os.path.exists(os.path.expanduser(name)):
-        raise ValueError(f"no data set {name!r}; a folder or CSV file is folder:{name}")
+        raise ValueError(f"no dataset {name!r}; a folder or CSV file is folder:{name}")
     raise ValueError(
-        f"no data set {name!r}; available: {', '.join(NAMES)}. Any data set of TFDS is tfds:NAME, "
-        "any of HuggingFace hf:NAME, and any folder or CSV list of pictures folder:PATH "
+        f"no dataset {name!r}; available: {', '.join(NAMES)}. Any dataset of TFDS is tfds:NAME, "
+        "any of HuggingFace hf:NAME, and any folder or CSV list of images folder:PATH "
         "(--config=configs/image_folder.py:PATH)"
     )
 
 
 def own_test(names: Sequence[str]) -> str | None:
-    """Of the splits that a data set has, the one that is the test: a validation where none is
+    """Of the splits that a dataset has, the one that is the test: a validation where none is
     called so.
 
     Raises:
@@ -103,7 +103,7 @@ def own_test(names: Sequence[str]) -> str | None:
 
 
 def split_names(name: str, *, data_dir: str | os.PathLike | None = None, **options) -> list[str]:
-    """The splits that a data set has; arguments and errors as of `get_source`."""
+    """The splits that a dataset has; arguments and errors as of `get_source`."""
     kind, _, rest = name.partition(":")
     if kind == "hf" and rest:
         return hub.split_names(name, data_dir)

@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared as array_record, read without TensorFlow."""
+"""Datasets that TFDS has prepared as array_record, read without TensorFlow."""
 
 import logging
 import os
@@ -10,11 +10,11 @@ import tensorflow_datasets as tfds
 from beit_jax.data import cifar
 from beit_jax.data.source import THREADS, Record, Source, find_column, in_chunks, select
 
-_MANY = 100_000  # pictures whose labels take a while to be read
+_MANY = 100_000  # images whose labels take a while to be read
 
 
 class TfdsSource(Source):
-    """A data set that TFDS has prepared as array_record; pictures are decoded here."""
+    """A dataset that TFDS has prepared as array_record; images are decoded here."""
 
     knows_labels = False
 
@@ -51,7 +51,7 @@ class TfdsSource(Source):
         if self.class_names is None:
             return None
         if len(self) > _MANY:
-            logging.info("Reads %s for the labels of its %d pictures.", self.name, len(self))
+            logging.info("Reading %s for the labels of its %d images.", self.name, len(self))
         labels = np.zeros(len(self), int)
 
         def read(indices):
@@ -84,7 +84,7 @@ def open_source(
     try:
         builder = tfds.builder(theirs, data_dir=data_dir, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
-        raise ValueError(f"TFDS has no data set {theirs!r}, and {data_dir} has none") from None
+        raise ValueError(f"TFDS has no dataset {theirs!r}, and {data_dir} has none") from None
     except (AssertionError, ValueError) as error:  # of a version or a config
         raise ValueError(f"tfds:{theirs}: {str(error).strip().partition(chr(10))[0]}") from None
     if not builder.info.splits:

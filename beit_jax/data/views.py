@@ -1,7 +1,7 @@
-"""Stored pictures as networks see them: augmented in training, as they are in evaluation.
+"""Stored images as networks see them: augmented in training, as they are in evaluation.
 
-B batch, H x W picture as stored, S side as a network sees it, C channels. Everywhere `prepared` is
-the `image` of model.json, and `resized` tells that the host has cropped and resized the pictures.
+B batch, H x W image as stored, S side as a network sees it, C channels. Everywhere `prepared` is
+the `image` of model.json, and `resized` tells that the host has cropped and resized the images.
 """
 
 import jax
@@ -14,7 +14,7 @@ from beit_jax.data.resize import FILTERS, Size
 def train_view(
     rng, image, config, prepared, size: Size, *, resized: bool, clean: bool = False
 ) -> jax.Array:
-    """uint8 pictures [B, H, W, C] as training sees them: float [B, *size, C], augmented; a `clean`
+    """uint8 images [B, H, W, C] as training sees them: float [B, *size, C], augmented; a `clean`
     view has no noise and nothing erased."""
     a = config.augment
     return _augmented(
@@ -35,7 +35,7 @@ def tokenizer_train_view(
     rng, image, config, prepared, seen: images.Rendering, *, resized: bool
 ) -> jax.Array:
     """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and as a tokenizer
-    is to see it; without noise and erasing, which are no part of the picture."""
+    is to see it; without noise and erasing, which are no part of the image."""
     view = _augmented(
         rng,
         image,
@@ -111,7 +111,7 @@ def check(config) -> None:
 
 
 def eval_view(image, prepared, size: Size, *, resized: bool) -> jax.Array:
-    """uint8 pictures [B, H, W, C] without augmentation: float [B, *size, C]."""
+    """uint8 images [B, H, W, C] without augmentation: float [B, *size, C]."""
     return augment.eval_view(
         image,
         image_size=size,
@@ -146,17 +146,17 @@ def stored(batch, name: str) -> jax.Array:
 
 
 def host_crop(prepared, renderings: images.Renderings):
-    """Returns the function that crops and resizes a Pillow picture as for evaluation."""
+    """Returns the function that crops and resizes a Pillow image as for evaluation."""
     return images.whole_crop(prepared["crop"], renderings, prepared["crop_pct"])
 
 
-def as_batch(pictures) -> dict[str, np.ndarray]:
-    """Stacks what a crop gave of each picture: uint8 [B, H, W, C] for each rendering."""
-    return jax.tree.map(lambda *rows: np.stack(rows), *pictures)
+def as_batch(rendered) -> dict[str, np.ndarray]:
+    """Stacks what a crop gave of each image: uint8 [B, H, W, C] for each rendering."""
+    return jax.tree.map(lambda *rows: np.stack(rows), *rendered)
 
 
-def first_pictures(split, prepared, renderings: images.Renderings, index) -> dict[str, np.ndarray]:
-    """The pictures of a split that a task draws, as a batch; `index` as in its outputs."""
+def first_images(split, prepared, renderings: images.Renderings, index) -> dict[str, np.ndarray]:
+    """The images of a split that a task draws, as a batch; `index` as in its outputs."""
     if split.resident is not None:
         return {"image": np.asarray(split.resident["image"][: len(index)])}
     crop = host_crop(prepared, renderings)

@@ -225,7 +225,7 @@ class Beit(nn.Module):
         """Runs the network.
 
         Args:
-          image: normalised pictures [B, H, W, C].
+          image: normalised images [B, H, W, C].
           bool_masked_pos: patches replaced by the mask token, bool [B, N] or [B, h, w]; None masks
           nothing.
           masked_index: the patches [B, M] to which "mim" and "tokens" confine their result.

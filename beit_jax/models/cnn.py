@@ -1,6 +1,6 @@
 """A small convolutional network to compare with: two convolutions with pooling, three dense layers.
 
-With its one preset, for 32 x 32 pictures and 10 classes, it has 44,110 parameters:
+With its one preset, for 32 x 32 images and 10 classes, it has 44,110 parameters:
 
     layer_0     5 x 5 convolution 3 -> 6, ReLU, 2 x 2 max pooling: 28 x 28 -> 14 x 14      456
     layer_1     5 x 5 convolution 6 -> 16, ReLU, 2 x 2 max pooling: 10 x 10 -> 5 x 5     2,416
@@ -85,7 +85,7 @@ class Cnn(nn.Module):
 
     @nn.compact
     def __call__(self, image, *, deterministic=True):
-        """Float32 logits [B, K], or features [B, D], of normalised pictures [B, H, W, C].
+        """Float32 logits [B, K], or features [B, D], of normalised images [B, H, W, C].
 
         `deterministic` changes nothing: there is no dropout.
         """

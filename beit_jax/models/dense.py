@@ -253,7 +253,7 @@ class Conv(nn.Module):
 
 
 def widen(x, kernel, multiple: int = 8):
-    """Pictures [B, H, W, C], kernel [S, S, C, F] and padding of the same convolution with more
+    """Images [B, H, W, C], kernel [S, S, C, F] and padding of the same convolution with more
     channels, where C is not a `multiple`: a row of pixels that the kernel sees as channels of one
     pixel, filled up with zeros, as tensor cores want them."""
     size, _, channels, features = kernel.shape

@@ -1,4 +1,4 @@
-"""What every layer of a network says of a picture, without a change to the network.
+"""What every layer of a network says of an image, without a change to the network.
 
 B batch, T tokens, N patches, D width, L layers, H heads.
 """
@@ -109,7 +109,7 @@ def _num_tokens(model) -> int:
 
 
 def pool(tokens: jax.Array, num_prefix: int) -> jax.Array:
-    """Features of a picture in float32: the first token, if it is a class token, beside the mean of
+    """Features of an image in float32: the first token, if it is a class token, beside the mean of
     the patch tokens; [B, T, D] -> [B, 2D], or [B, D] without a class token.
 
     As in microsoft/unilm `beit/run_linear_eval.py`.

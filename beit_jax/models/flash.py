@@ -1,6 +1,6 @@
 """Attention with a learned bias as Pallas kernels for GPUs.
 
-FlashAttention-2 (Dao, 2023) with a bias and its gradient, for the few hundred tokens of a picture.
+FlashAttention-2 (Dao, 2023) with a bias and its gradient, for the few hundred tokens of an image.
 Logits are made tile by tile, forward and once more backward. Of their size memory sees one array,
 in the type of the computation: their gradient, of which the gradients of the queries and, as a sum
 over the batch, of the bias are made. Nothing is added up in an order that changes between runs.
@@ -29,7 +29,7 @@ ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
 KEPT = "flash attention"  # name of what policies of `jax.checkpoint` may keep
 LOG2_E = math.log2(math.e)  # logits are kept in powers of 2
 LARGEST_TILE = 64  # of columns of the bias: keys, and queries in the backward pass
-PICTURES, COLUMNS = 8, 2048  # that a sum takes at once
+IMAGES, COLUMNS = 8, 2048  # that a sum takes at once
 PROGRAMS = 400  # that a sum is split into, about, if its columns are fewer
 
 
@@ -205,7 +205,7 @@ class _Kernel(NamedTuple):
     """A kernel, what its arguments and results are, and how it is cut into tiles.
 
     Attributes:
-      body: is given references to what a picture and a head have of each array.
+      body: is given references to what an image and a head have of each array.
       takes: its arguments: "query", "key" and "value", each [B, T, H, K] or together
         [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
         "pairs" [B, H, T, T]; "sums" [B, tiles, H, K]; "shift" and "offset" [H, K] and "bias"
@@ -231,7 +231,7 @@ class _Kernel(NamedTuple):
     aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
-        """Runs for all pictures and heads."""
+        """Runs for all images and heads."""
         return self._sized(arrays[0].shape[1])._call(*arrays)
 
     def _sized(self, tokens):
@@ -312,7 +312,7 @@ class _Kernel(NamedTuple):
 
 _CUT = "queries", "keys"
 PARTS = "query", "key", "value"
-_SHARED = "shift", "bias", "offset"  # by all pictures
+_SHARED = "shift", "bias", "offset"  # by all images
 
 
 _FORWARD = _Kernel(
@@ -347,12 +347,12 @@ _QUERIES = _Kernel(
 )
 
 
-def _sum_of_pictures(x):
+def _sum_over_batch(x):
     """Sum of x [B, ...] over the batch, in float32; XLA takes half as long again."""
 
     def run(x):
         batch, width = len(x), math.prod(x.shape[1:])
-        columns, step = pl.cdiv(width, COLUMNS), math.gcd(batch, PICTURES)
+        columns, step = pl.cdiv(width, COLUMNS), math.gcd(batch, IMAGES)
         parts = math.gcd(batch // step, kernels.power_of_two(PROGRAMS // columns))
 
         def body(x_ref, out_ref):
@@ -375,7 +375,7 @@ def _sum_of_pictures(x):
             out_shape=jax.ShapeDtypeStruct((parts, width), jnp.float32),
             compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
             interpret=kernels.is_interpreted(),
-            name="sum_of_pictures",
+            name="sum_over_batch",
         )(x.reshape(batch, width))
         return (total.sum(0).reshape(x.shape[1:]),)
 
@@ -499,7 +499,7 @@ def _attend_backward(residuals, d_out):
     if offset is not None:
         d_offset = wide.sum((0, 1)).astype(offset.dtype)
     if bias is not None:
-        d_bias = _bias_gradient(bias, _sum_of_pictures(d_logits))
+        d_bias = _bias_gradient(bias, _sum_over_batch(d_logits))
     if isinstance(qkv, tuple):
         d_qkv = tuple(d_qkv[:, :, part] for part in range(3))
     return d_qkv, d_shift, d_offset, d_bias

@@ -83,7 +83,7 @@ def try_out(what: str, trial: Callable[[], float]) -> bool:
         return False
     if reason := fault(trial):
         logging.warning(
-            "Kernels of %s are of no use here, XLA's are slower. The trial: %s", what, reason
+            "Our kernels for %s fail here, and slower ones of XLA are used: %s", what, reason
         )
     return reason is None
 

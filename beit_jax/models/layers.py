@@ -66,7 +66,7 @@ class DropPath(nn.Module):
       rate: share of samples that skip the branch.
       mode: "sample" draws for each sample. "window" skips the same run of places in the batch in
         every step and computes nothing for them: `rate` of each device's part, rounded; which
-        picture comes to which place is random anyway. Where that rounds to no place, it draws.
+        image comes to which place is random anyway. Where that rounds to no place, it draws.
     """
 
     rate: float
@@ -257,7 +257,7 @@ class TransformerConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Of a picture, without padding."""
+        """Of an image, without padding."""
         return self.num_prefix + math.prod(self.grid)
 
     def resolved_attention(self, tokens: int, biased: bool) -> str:
@@ -481,14 +481,14 @@ def argmax(logits: jax.Array) -> jax.Array:
 
 
 def patchify(image, size: int):
-    """Pictures [B, H, W, C] to patches of pixels [B, N, P P C], row by row."""
+    """Images [B, H, W, C] to patches of pixels [B, N, P P C], row by row."""
     batch, height, width, channels = image.shape
     x = image.reshape(batch, height // size, size, width // size, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
 
 
 def unpatchify(patches, grid: Grid, size: int):
-    """Patches of pixels [B, N, P P C] to pictures [B, H, W, C]."""
+    """Patches of pixels [B, N, P P C] to images [B, H, W, C]."""
     x = patches.reshape(patches.shape[0], *grid, size, size, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(x.shape[0], grid[0] * size, grid[1] * size, -1)
 
@@ -527,11 +527,11 @@ def _uniform(bound: float):
 
 
 def check_image(config, image):
-    """Raises ValueError where pictures [B, H, W, C] are not of the configured shape."""
+    """Raises ValueError where images [B, H, W, C] are not of the configured shape."""
     expected = (*config.image_size, config.num_channels)
     if image.shape[1:] != expected:
         raise ValueError(
-            f"{config.FAMILY} expects pictures of shape {expected}, got {image.shape[1:]}."
+            f"{config.FAMILY} expects images of shape {expected}, got {image.shape[1:]}."
         )
 
 

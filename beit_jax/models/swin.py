@@ -383,7 +383,7 @@ class Swin(nn.Module):
         """Runs the network.
 
         Args:
-          image: normalised pictures [B, H, W, C].
+          image: normalised images [B, H, W, C].
           deterministic: False applies dropout and drop path and needs the rng "dropout".
 
         Returns:
@@ -433,7 +433,7 @@ def layer_id(name: str, num_layers: int) -> int:
 def adapt_params(params: dict, old: SwinConfig, new: SwinConfig, method: str = "unilm") -> dict:
     """Fits the tables of `params`, made for `old`, to the windows and grid of `new`.
 
-    Bicubic whatever the `method`, as microsoft/Swin-Transformer `utils.py`. A larger picture in
+    Bicubic whatever the `method`, as microsoft/Swin-Transformer `utils.py`. A larger image in
     windows of the same size needs nothing but this for absolute positions.
     """
     del method

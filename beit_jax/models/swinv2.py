@@ -78,7 +78,7 @@ class Swinv2Config(swin.SwinConfig):
         """Window, shift and window in pretraining of a stage; transformers looks at the height."""
         height = self.grid[0] // 2**index
         expect(
-            self, height > 0, f"a picture of {self.image_size} is too small for stage {index + 1}"
+            self, height > 0, f"an image of {self.image_size} is too small for stage {index + 1}"
         )
         window = min(self.window_size, height)
         shift = 0 if height <= window else self.window_size // 2

@@ -1,5 +1,5 @@
 """ViT (arXiv:2010.11929) and its kin: DeiT (arXiv:2012.12877), DINO, DINOv2 (arXiv:2304.07193) and
-MAE encoders, and the post-norm ViT for small pictures. Names as in transformers' `ViTConfig`.
+MAE encoders, and the post-norm ViT for small images. Names as in transformers' `ViTConfig`.
 
 B batch, T tokens (class token, distillation token?, registers, N patches), D hidden, K classes.
 """
@@ -228,7 +228,7 @@ class ViT(nn.Module):
         """Runs the network.
 
         Args:
-          image: normalised pictures [B, H, W, C].
+          image: normalised images [B, H, W, C].
           deterministic: False applies dropout and drop path and needs the rng "dropout".
 
         Returns:

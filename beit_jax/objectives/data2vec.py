@@ -1,6 +1,6 @@
 """data2vec (arXiv:2202.03555): smooth L1 distance from an averaged teacher's features.
 
-The teacher, a running average of the network, sees the whole picture; its last layers, each normed,
+The teacher, a running average of the network, sees the whole image; its last layers, each normed,
 are averaged, normed once more, and predicted at the masked patches.
 """
 

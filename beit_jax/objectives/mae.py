@@ -24,7 +24,7 @@ _EPSILON = 1e-6  # of the patch's variance
 
 
 def check(config) -> None:
-    """Raises ValueError where masks differ in their count, or pictures are spoilt."""
+    """Raises ValueError where masks differ in their count, or images are spoilt."""
     pixels.check(config)
     if config.mask.kind == "beit_v1":
         raise ValueError(
@@ -104,7 +104,7 @@ def make(config, model) -> Objective:
         return pixels.sums(value, baseline, masks.weight), model_state
 
     def reconstruct(params, frozen, views, masks):
-        _, mean, std = targets(views, masks)  # as in the paper's figures, those of the picture
+        _, mean, std = targets(views, masks)  # as in the paper's figures, those of the image
         predicted = predict(params, views, masks, None) * std + mean
         content = pixels.fill(patchify(views.image, c.patch_size), masks.index, predicted)
         return unpatchify(content, c.grid, c.patch_size)

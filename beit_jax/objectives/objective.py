@@ -9,11 +9,11 @@ from beit_jax.data.images import Rendering
 
 
 class Views(NamedTuple):
-    """One view of a picture, rendered for the model and, where it has one, for the tokenizer.
+    """One view of an image, rendered for the model and, where it has one, for the tokenizer.
 
     Attributes:
       image: float [B, H, W, C], normalised.
-      target: float [B, h, w, C] in [0, 1]; or the picture's tokens, int [B, N], where they are
+      target: float [B, h, w, C] in [0, 1]; or the image's tokens, int [B, N], where they are
         cached; or None.
     """
 
@@ -30,11 +30,11 @@ class Objective(NamedTuple):
       loss: (params, model_state, frozen, views, masks, rng) -> (sums, model_state), with "loss" and
         "weight" among the sums; rng None is evaluation. `masks.weight` leaves patches out.
       summarize: sums -> dict of scalars.
-      reconstruct: (params, frozen, views, masks) -> pictures [B, h, w, C] in [0, 1] with the
+      reconstruct: (params, frozen, views, masks) -> images [B, h, w, C] in [0, 1] with the
         masked patches as predicted; or None.
       target: how `Views.target` is rendered, or None.
-      tokenize: (frozen, pictures as `Views.target`) -> tokens int [B, N]; or None.
-      detokenize: (frozen, tokens) -> pictures as of `reconstruct`; or None.
+      tokenize: (frozen, images as `Views.target`) -> tokens int [B, N]; or None.
+      detokenize: (frozen, tokens) -> images as of `reconstruct`; or None.
       loaded: parts of `frozen` as they were loaded, where it has them in another form.
     """
 
@@ -57,6 +57,6 @@ def apply_options(rng) -> dict:
 
 
 def init_params(model, rng) -> dict:
-    """Initial parameters of a network that takes one picture."""
+    """Initial parameters of a network that takes one image."""
     image = jax.numpy.zeros((1, *model.config.image_size, model.config.num_channels))
     return model.init(rng, image)["params"]

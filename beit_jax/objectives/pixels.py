@@ -31,6 +31,6 @@ def sums(loss, baseline, weight):
 
 
 def summarize(sums) -> dict:
-    """Means: the loss, and what saying the mean of the picture would cost."""
+    """Means: the loss, and what saying the mean of the image would cost."""
     total = jnp.maximum(sums["weight"], 1)
     return {"loss": sums["loss"] / total, "baseline_loss": sums["baseline"] / total}

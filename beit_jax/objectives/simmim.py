@@ -14,7 +14,7 @@ MASK_KIND, MASK_RATIO = "simmim", 0.6
 
 
 def check(config) -> None:
-    """Raises ValueError where pictures are spoilt."""
+    """Raises ValueError where images are spoilt."""
     pixels.check(config)
 
 

@@ -43,8 +43,8 @@ def make(config, model) -> Objective:
     t = tokenizer.model.config
     if tuple(t.grid) != tuple(c.grid):
         raise ValueError(
-            f"The tokenizer {config.tokenizer} makes {t.grid[0]} x {t.grid[1]} tokens of a "
-            f"picture, the network has {c.grid[0]} x {c.grid[1]} patches; change "
+            f"The tokenizer {config.tokenizer} makes {t.grid[0]} x {t.grid[1]} tokens of an "
+            f"image, the network has {c.grid[0]} x {c.grid[1]} patches; change "
             "config.model.image_size or patch_size, or take a tokenizer of that grid."
         )
     if t.vocab_size != c.vocab_size:
@@ -54,14 +54,14 @@ def make(config, model) -> Objective:
         )
     if t.num_channels != c.num_channels:
         raise ValueError(
-            f"The tokenizer {config.tokenizer} takes pictures of {t.num_channels} channels, the "
+            f"The tokenizer {config.tokenizer} takes images of {t.num_channels} channels, the "
             f"network of {c.num_channels}."
         )
     patches = c.grid[0] * c.grid[1]
     network = tokenizer.model
 
     def tokenize(frozen, target, index=None):
-        """Tokens int [B, N] of pictures, or [B, M], at an index alone; cached ones are tokens
+        """Tokens int [B, N] of images, or [B, M], at an index alone; cached ones are tokens
         already."""
         if jnp.issubdtype(target.dtype, jnp.integer):
             return target if index is None else jnp.take_along_axis(target, index, axis=1)

@@ -1,6 +1,6 @@
 """Image classification: fine-tuning, or training from scratch.
 
-B batch, H x W picture as stored, S side as the network sees it, C channels, K classes.
+B batch, H x W image as stored, S side as the network sees it, C channels, K classes.
 """
 
 import csv
@@ -30,7 +30,7 @@ def check_classes(config, class_names) -> None:
     if class_names is None:
         raise ValueError(
             f"Classification needs labels, which {config.data.name} does not have, or "
-            "config.data.labelled leaves out: put the pictures in one folder for each class, or "
+            "config.data.labelled leaves out: put the images in one folder for each class, or "
             "list them with their labels in a CSV file."
         )
     if len(class_names) < 2:
@@ -126,11 +126,11 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
 def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
     """Weight of the loss of each class, float32 [K], or None where all count the same.
 
-    "balanced" is the number of pictures / (K * number of the class), as scikit-learn's
-    `class_weight="balanced"`; a class without a picture has weight 0. The mean over all pictures is
-    1 where every class has some, so that the loss of a batch is a mean over its pictures, and not
+    "balanced" is the number of images / (K * number of the class), as scikit-learn's
+    `class_weight="balanced"`; a class without an image has weight 0. The mean over all images is
+    1 where every class has some, so that the loss of a batch is a mean over its images, and not
     over their weights as torch's: it is the same in however many parts a batch comes. With label
-    smoothing all of a picture's loss has the weight of its label; in torch's the part that is
+    smoothing all of an image's loss has the weight of its label; in torch's the part that is
     spread has those of the classes that it falls on, and what is rare is favoured.
 
     Raises:
@@ -145,7 +145,7 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
 
 
 def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Array:
-    """Logits [B, K] of uint8 pictures [B, H, W, C], prepared as `info.image` says.
+    """Logits [B, K] of uint8 images [B, H, W, C], prepared as `info.image` says.
 
     `resized` tells that they are cropped and resized already.
     """
@@ -164,22 +164,23 @@ def draw(workdir, results, outputs, split, params, model_state, *, num_mistakes:
     wrong = np.flatnonzero(outputs["predicted"] != outputs["label"])
     worst = wrong[np.argsort(-outputs["probability"][wrong], kind="stable")][:num_mistakes]
     if len(worst):
-        pictures, captions = [], []
+        thumbnails, captions = [], []
         renderings = {"image": images.Rendering((96, 96))}
         thumbnail = functools.partial(images.squash, renderings=renderings)
         for i in worst:
             index = int(outputs["index"][i])
             (record,) = split.source.fetch([index])
-            pictures.append(split.source.decode(index, record, thumbnail)[0]["image"])
+            thumbnails.append(split.source.decode(index, record, thumbnail)[0]["image"])
             label, predicted = (names[int(outputs[key][i])] for key in ("label", "predicted"))
             file = os.path.basename(split.source.id(index))
             captions.append(f"{label} → {predicted}\n{outputs['probability'][i]:.0%}, {file}")
         title = "Most confident mistakes: true → predicted"
-        plots.contact_sheet(pictures, captions, os.path.join(workdir, "mistakes.png"), title=title)
+        path = os.path.join(workdir, "mistakes.png")
+        plots.contact_sheet(thumbnails, captions, path, title=title)
 
 
 def write_predictions(outputs, source, path: str) -> None:
-    """A row for each picture: its file or id, its class, the predicted one and its probability."""
+    """A row for each image: its file or id, its class, the predicted one and its probability."""
     names = source.class_names
     columns = (outputs[key].tolist() for key in ("index", "label", "predicted", "probability"))
     with fileio.writing(path) as file:
@@ -191,7 +192,7 @@ def write_predictions(outputs, source, path: str) -> None:
 
 
 def write_confusion_matrix(confusion, class_names, workdir) -> None:
-    """The counts [K, K] (row: label, column: prediction) as a table and as a picture."""
+    """The counts [K, K] (row: label, column: prediction) as a table and as an image."""
     path = os.path.join(workdir, "confusion_matrix")
     with fileio.writing(f"{path}.csv") as file:
         rows = csv.writer(file)
@@ -212,7 +213,7 @@ def _model_info(config, class_names, start: ModelInfo | None) -> ModelInfo:
         sizes = family.PRESETS.get(config.preset, {})
         differ = any(fields.get(key, value) != value for key, value in sizes.items())
         if config.preset != "base" and differ:
-            logging.info("The checkpoint decides the size, not config.preset %r.", config.preset)
+            logging.info("The checkpoint determines the size; config.preset is ignored.")
     overrides = architecture.overrides(config, family)
     num_labels = overrides.setdefault("num_labels", len(class_names))
     if num_labels != len(class_names):

@@ -138,7 +138,7 @@ def frozen_network(config, start, class_names) -> tuple[ModelInfo, dict]:
 
 
 def summarize(sums) -> dict:
-    """Accuracy and loss of the layer that is best on these pictures, of equal ones the one of the
+    """Accuracy and loss of the layer that is best on these images, of equal ones the one of the
     lowest loss; and of each from 0 on."""
     accuracy, loss = (np.asarray(sums[key]) / float(sums["count"]) for key in ("correct", "loss"))
     best = int(np.lexsort((-loss, accuracy))[-1])
@@ -163,8 +163,8 @@ def choose(validation: dict | None, test: dict) -> dict:
     """The test of the layer that is best in the validation, or without one in the test itself."""
     if validation is None:
         logging.warning(
-            "Without a validation the layer is chosen by the test itself, in which it does better "
-            "than on other pictures."
+            "Without a validation split the layer is selected on the test split itself, whose "
+            "accuracy is then optimistic."
         )
         return {**test, "chosen_by": "the test"}
     best = validation["best_layer"]
@@ -174,7 +174,7 @@ def choose(validation: dict | None, test: dict) -> dict:
 def draw(workdir, metrics, outputs, split, params, model_state) -> None:
     """The accuracy over the layers, with the one that `choose` took."""
     accuracy = [value for key, value in metrics.items() if key.startswith("accuracy_layer_")]
-    by = metrics.get("chosen_by", "these pictures")
+    by = metrics.get("chosen_by", "these images")
     title = f"Linear probe of each layer, {split.source.split}"
     path = os.path.join(workdir, "layers.png")
     plots.layers(accuracy, metrics["best_layer"], path, title=title, by=by)

@@ -1,6 +1,6 @@
-"""Pre-training by masked image modelling: pictures alone, no labels.
+"""Pre-training by masked image modelling: images alone, no labels.
 
-B batch, H x W picture as stored, C channels, N patches, M masked ones.
+B batch, H x W image as stored, C channels, N patches, M masked ones.
 """
 
 import math
@@ -19,7 +19,7 @@ from beit_jax.pretrained import Pretrained, fit
 from beit_jax.tasks.task import OF_LABELS, Data, Task
 
 _POSITIONS = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
-_PICTURES = 4  # drawn
+_IMAGES = 4  # drawn
 
 
 def unused(config) -> dict:
@@ -69,7 +69,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         return scalars.pop("loss"), (model_state, scalars)
 
     def fixed(frozen, batch):
-        """Views without augmentation, and the masks of a picture's place in the split."""
+        """Views without augmentation, and the masks of an image's place in the split."""
         seen = eval_views(info, objective, size, batch, resized)
         masks = masking.take(frozen["masks"], batch["index"] % frozen["masks"]["count"].size)
         return seen, masks
@@ -83,8 +83,8 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     def draw(workdir, results, outputs, split, params, model_state):
         if objective.reconstruct is None:
             return
-        chosen = outputs["index"][:_PICTURES]
-        batch = views.first_pictures(split, info.image, renderings, chosen)
+        chosen = outputs["index"][:_IMAGES]
+        batch = views.first_images(split, info.image, renderings, chosen)
         rows = np.arange(len(chosen))
         reconstruct = make_reconstruction(info, objective, size, resized)
         path = os.path.join(workdir, "reconstructions.png")
@@ -145,7 +145,7 @@ def make_renderings(info, objective: Objective, size) -> images.Renderings:
 
 
 def train_views(config, info, objective: Objective, size, rng, batch, resized: bool) -> Views:
-    """One augmented view of the pictures of a batch, for model and tokenizer."""
+    """One augmented view of the images of a batch, for model and tokenizer."""
     view = views.train_view(rng, batch["image"], config, info.image, size, resized=resized)
     if objective.target is None:
         return Views(view, None)
@@ -167,20 +167,20 @@ def eval_views(info, objective: Objective, size, batch, resized: bool) -> Views:
 
 
 def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
-    """Tokens int [N, patches] of the whole pictures of a split.
+    """Tokens int [N, patches] of the whole images of a split.
 
     Raises:
-      ValueError: the pictures are not on the device, or training would move them.
+      ValueError: the images are not on the device, or training would move them.
     """
     a = config.augment
     if split.resident is None:
         raise ValueError(
-            "config.cache_tokens needs pictures of one size that stay on the device, see "
+            "config.cache_tokens needs images of one size that stay on the device, see "
             "config.data.resident_bytes."
         )
     if a.crop != "squash" or a.flip or a.randaugment or a.color_jitter:
         raise ValueError(
-            "config.cache_tokens needs training that does not change the picture: "
+            "config.cache_tokens needs training that does not change the image: "
             "config.augment.crop=squash, flip=0, color_jitter=0 and no randaugment; got "
             f"crop={a.crop}, flip={a.flip}, color_jitter={a.color_jitter}, "
             f"randaugment={a.randaugment!r}."
@@ -189,8 +189,8 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
     @jax.jit
     def tokenize(frozen, image):
         whole = {**info.image, "crop": "squash"}  # as training sees it
-        picture = views.tokenizer_eval_view(image, whole, objective.target, resized=False)
-        return objective.tokenize(frozen, picture)
+        pixels = views.tokenizer_eval_view(image, whole, objective.target, resized=False)
+        return objective.tokenize(frozen, pixels)
 
     image, step = split.resident["image"], config.eval_batch_size
     parts = [tokenize(objective.frozen, image[i : i + step]) for i in range(0, len(image), step)]
@@ -198,12 +198,12 @@ def cached_tokens(config, info, objective: Objective, split) -> np.ndarray:
 
 
 def make_reconstruction(info, objective: Objective, size, resized: bool):
-    """Returns f(params, frozen, batch, rows of the bank [B]) -> {caption: pictures
+    """Returns f(params, frozen, batch, rows of the bank [B]) -> {caption: images
     uint8 [B, h, w, C]}: as the model sees them, masked, and with the masked patches predicted. Of
     visual tokens, which the tokenizer draws, also with its own for all patches."""
 
     @jax.jit
-    def pictures(params, frozen, batch, rows):
+    def render(params, frozen, batch, rows):
         seen = eval_views(info, objective, size, batch, resized)
         masks = masking.take(frozen["masks"], rows % frozen["masks"]["count"].size)
         mean, std = (jnp.asarray(info.image[key]) for key in ("mean", "std"))
@@ -215,7 +215,7 @@ def make_reconstruction(info, objective: Objective, size, resized: bool):
         return original, masks.index, {"from its tokens": own, "masked ones predicted": predicted}
 
     def reconstruct(params, frozen, batch, rows):
-        original, index, predicted = jax.device_get(pictures(params, frozen, batch, rows))
+        original, index, predicted = jax.device_get(render(params, frozen, batch, rows))
         grid = _grid(info)
         hidden = np.asarray(masking.to_bool(index, grid[0] * grid[1])).reshape(-1, *grid, 1)
         patch = info.architecture["patch_size"]
@@ -227,13 +227,13 @@ def make_reconstruction(info, objective: Objective, size, resized: bool):
     return reconstruct
 
 
-def draw_reconstructions(pictures, path: str) -> None:
-    """Draws what `make_reconstruction` tells of each picture, one or two of them in a row."""
-    rows = list(zip(*pictures.values(), strict=True))
+def draw_reconstructions(columns, path: str) -> None:
+    """Draws what `make_reconstruction` tells of each image, one or two of them in a row."""
+    rows = list(zip(*columns.values(), strict=True))
     sheet = [_rgb(image) for row in rows for image in row]
-    across = len(pictures) * max(1, 8 // len(pictures))
+    across = len(columns) * max(1, 8 // len(columns))
     options = {"title": "Masked patches as predicted", "columns": across}
-    plots.contact_sheet(sheet, list(pictures) * len(rows), path, **options)
+    plots.contact_sheet(sheet, list(columns) * len(rows), path, **options)
 
 
 def _rgb(image):

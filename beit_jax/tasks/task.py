@@ -24,10 +24,10 @@ class Data(NamedTuple):
 
     Attributes:
       class_names: in the order of the labels; None without labels.
-      resized: whether the host has cropped the pictures and resized them, as the task's renderings.
-      class_counts: pictures of each class in the training split, int [K], or None where there is no
+      resized: whether the host has cropped the images and resized them, as the task's renderings.
+      class_counts: images of each class in the training split, int [K], or None where there is no
         such split or no label.
-      train: the training split, for what is computed once for all its pictures; or None.
+      train: the training split, for what is computed once for all its images; or None.
     """
 
     class_names: list[str] | tuple[str, ...] | None
@@ -48,7 +48,7 @@ def check_classes_of(info: ModelInfo, data_name: str, class_names: Sequence[str]
 class Task(NamedTuple):
     """Pure functions; one loop, one evaluator and one checkpoint path serve every task.
 
-    `batch` holds uint8 pictures "image" [B, H, W, C], perhaps other renderings of them, and what
+    `batch` holds uint8 images "image" [B, H, W, C], perhaps other renderings of them, and what
     else the data has ("label" [B]).
     `model_state` is what changes without a gradient (running averages); `frozen` are weights that
     are used but neither trained nor saved (a tokenizer, a teacher).
@@ -61,11 +61,11 @@ class Task(NamedTuple):
       evaluate: (params, model_state, frozen, batch) -> (sums, outputs). The sums of all batches are
         added up, examples of "weight" 0 left out; outputs are arrays of one entry per example.
       summarize: sums -> dict of metrics; floats are logged.
-      draw: (workdir, metrics, outputs, split, params, model_state) -> None, writes pictures of a
+      draw: (workdir, metrics, outputs, split, params, model_state) -> None, writes images of a
         final evaluation.
       layer_id: parameter name -> depth, for layer-wise learning-rate decay.
       num_layers: of the network.
-      renderings: what is seen of a picture, by its name in the batch: "image" by the network. A
+      renderings: what is seen of an image, by its name in the batch: "image" by the network. A
         split on the device has only "image", as it is stored, and is rendered in the step.
       info: what model.json says.
       choose: (metrics of the validation, of the test) -> of the test, where something was chosen by

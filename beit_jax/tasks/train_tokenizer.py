@@ -1,6 +1,6 @@
-"""Training of a visual tokenizer on pictures alone, for `tasks/pretrain.py` to predict its tokens.
+"""Training of a visual tokenizer on images alone, for `tasks/pretrain.py` to predict its tokens.
 
-B batch, H x W picture as stored, N tokens, F width of the teacher's features.
+B batch, H x W image as stored, N tokens, F width of the teacher's features.
 """
 
 import os
@@ -20,7 +20,7 @@ from beit_jax.models import features
 from beit_jax.tasks.task import OF_LABELS, Data, Task
 from beit_jax.tokenizers.trainer import summarize
 
-_PICTURES = 9  # drawn
+_IMAGES = 9  # drawn
 
 
 def unused(config) -> dict:
@@ -108,8 +108,8 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         return sums, {}
 
     def draw(workdir, metrics, outputs, split, params, model_state):
-        chosen = outputs["index"][:_PICTURES]
-        batch = views.first_pictures(split, info.image, renderings, chosen)
+        chosen = outputs["index"][:_IMAGES]
+        batch = views.first_images(split, info.image, renderings, chosen)
 
         @jax.jit
         def reconstruct(variables, batch):
@@ -121,7 +121,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         sheet = [np.uint8(255 * np.asarray(x) + 0.5) for pair in pairs for x in pair]
         path = os.path.join(workdir, "reconstructions.png")
         captions = ["original", "from its tokens"] * (len(sheet) // 2)
-        plots.contact_sheet(sheet, captions, path, title="Pictures as tokens tell them")
+        plots.contact_sheet(sheet, captions, path, title="Images as tokens tell them")
 
     return Task(
         init=trainer.init,
@@ -143,11 +143,11 @@ class Teacher(NamedTuple):
 
     Attributes:
       params: of the network.
-      image: how its pictures are prepared, as in model.json.
+      image: how its images are prepared, as in model.json.
       size: (height, width) that it sees.
       grid: of its patches.
       width: F.
-      features: (params, normalised pictures) -> float32 [B, N, F].
+      features: (params, normalised images) -> float32 [B, N, F].
     """
 
     params: Any

@@ -1,6 +1,6 @@
 """Visual tokenizers; `config.tokenizer_name` is the name of a module in this package.
 
-Each has `PRESETS`, `Model(**architecture)`, a linen network whose methods `tokenize` (pictures
+Each has `PRESETS`, `Model(**architecture)`, a linen network whose methods `tokenize` (images
 [B, H, W, C] in [0, 1] -> tokens int32 [B, N], or [B, M] where it is given an index of patches) and
 `decode` (back) need nothing but its variables, `for_inference(model, variables)`, the same for that
 alone, and `make(config, model, teacher_dim) -> Trainer`, of the width of a teacher's features or 0.
@@ -24,7 +24,7 @@ class Tokenizer(NamedTuple):
     Attributes:
       model: the network; `model.config` has image_size, grid, vocab_size and num_channels.
       variables: of the network, as `model.apply` takes them.
-      interpolation: the filter of the pictures that it learnt from.
+      interpolation: the filter of the images that it learnt from.
       loaded: the variables as they were saved, where `variables` are others.
     """
 
@@ -39,7 +39,7 @@ def load(source: str, *, grid: tuple[int, int], dtype: str = "auto") -> Tokenize
 
     Args:
       source: the directory.
-      grid: the tokens (down, across) that are wanted; a dVAE takes pictures of any size, so that
+      grid: the tokens (down, across) that are wanted; a dVAE takes images of any size, so that
         this decides it. Others have the grid that they have.
       dtype: of the computation, as `config.model.dtype`.
 

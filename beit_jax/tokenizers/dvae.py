@@ -134,7 +134,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Squeezed pictures [B, H, W, C] to logits float32 [B, h, w, V]; or [B, 1, M, V], of patches at
+    """Squeezed images [B, H, W, C] to logits float32 [B, h, w, V]; or [B, 1, M, V], of patches at
     an index [B, M] alone."""
 
     config: DVAEConfig
@@ -186,7 +186,7 @@ class DVAE(nn.Module):
         self.decoder = Decoder(self.config)
 
     def encode(self, image, index=None):
-        """Pictures [B, H, W, C] in [0, 1] to logits float32 [B, h, w, V]; see `Encoder`."""
+        """Images [B, H, W, C] in [0, 1] to logits float32 [B, h, w, V]; see `Encoder`."""
         layers.check_image(self.config, image)
         return self.encoder(squeeze(image), index)
 
@@ -195,12 +195,12 @@ class DVAE(nn.Module):
         return jnp.split(self.decoder(mixture), 2, axis=-1)
 
     def tokenize(self, image, index=None):
-        """Pictures [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row; or [B, M], of patches
+        """Images [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row; or [B, M], of patches
         at an index [B, M] alone."""
         return layers.argmax(self.encode(image, index)).reshape(len(image), -1)
 
     def decode(self, token):
-        """Tokens [B, N] to pictures float32 [B, H, W, C] in [0, 1]."""
+        """Tokens [B, N] to images float32 [B, H, W, C] in [0, 1]."""
         code = jax.nn.one_hot(token, self.config.vocab_size)
         location, _ = self.predict(code.reshape(len(token), *self.config.grid, -1))
         return unsqueeze(jax.nn.sigmoid(location))
@@ -261,7 +261,7 @@ def anneal(step, start: float, end: float, steps: float):
 def make(config, model: DVAE, teacher_dim: int) -> Trainer:
     """The training of a network: reconstruction, and the divergence of the tokens from uniform.
 
-    Both are sums over a picture, divided by its number of pixels and channels; the divergence has a
+    Both are sums over an image, divided by its number of pixels and channels; the divergence has a
     weight that grows from 0 to config.dvae.kl_weight, while the temperature of the relaxation
     falls, each along a cosine. In evaluation the choice is the best token, and the weight is the
     last.

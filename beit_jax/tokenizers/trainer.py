@@ -12,7 +12,7 @@ class Trainer(NamedTuple):
 
     Attributes:
       init: rng -> (params, model_state).
-      loss: (params, model_state, pictures [B, H, W, C] in [0, 1], features [B, N, F] of a teacher
+      loss: (params, model_state, images [B, H, W, C] in [0, 1], features [B, N, F] of a teacher
         or None, weight [B], rng) -> (sums, model_state). The sums are weighted, so that they can be
         added up: each name means that times the weight, but for "weight" itself and "counts" [V],
         how often each token was seen. The gradient is that of "loss". rng None is evaluation.
@@ -37,6 +37,6 @@ def summarize(sums) -> dict:
 
 
 def count(token, weight, vocab_size: int):
-    """How often each token [B, N] was seen in pictures of weight [B]: float32 [V]."""
+    """How often each token [B, N] was seen in images of weight [B]: float32 [V]."""
     weight = jnp.broadcast_to(weight[:, None], token.shape)
     return jnp.zeros(vocab_size).at[token].add(weight)

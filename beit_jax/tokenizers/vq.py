@@ -120,7 +120,7 @@ class VQ(nn.Module):
             self.teacher_head = Head(config, config.teacher_dim, dtype)
 
     def encode(self, image, index=None, *, deterministic=True):
-        """Pictures [B, H, W, C] in [0, 1] to unit vectors float32 [B, N, E]; or [B, M, E], of
+        """Images [B, H, W, C] in [0, 1] to unit vectors float32 [B, N, E]; or [B, M, E], of
         patches at an index [B, M] alone."""
         layers.check_image(self.config, image)
         x = self.encoder(self.patch_embeddings(2 * image - 1), deterministic)
@@ -135,13 +135,13 @@ class VQ(nn.Module):
         return self.pixel_head(jax.lax.stop_gradient(x)) + 0.5, self.teacher_head(x)
 
     def tokenize(self, image, index=None):
-        """Pictures [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row; or [B, M], of patches
+        """Images [B, H, W, C] in [0, 1] to tokens int32 [B, N], row by row; or [B, M], of patches
         at an index [B, M] alone."""
         vectors = self.encode(image, index)
         return codebook.nearest(self.get_variable("codebook", "embedding"), vectors)
 
     def decode(self, token):
-        """Tokens [B, N] to pictures float32 [B, H, W, C] in [0, 1]."""
+        """Tokens [B, N] to images float32 [B, H, W, C] in [0, 1]."""
         config = self.config
         pixels, _ = self.predict(self.get_variable("codebook", "embedding")[token])
         return unpatchify(pixels.clip(0, 1), config.grid, config.patch_size)

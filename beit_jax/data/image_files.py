@@ -1,4 +1,4 @@
-"""Files and folders of pictures that a command is given."""
+"""Files and folders of images that a command is given."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from beit_jax.data.source import Source
 
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:
-    """The files among `paths`, all pictures below the folders among them, and those that CSV files
+    """The files among `paths`, all images below the folders among them, and those that CSV files
     among them list; what else lies in folders is told.
 
     Raises:
-      FileNotFoundError: a path is not there, or a folder has no pictures.
+      FileNotFoundError: a path is not there, or a folder has no images.
       ValueError: a CSV file cannot be read, or lists nothing.
     """
     found = []
@@ -29,26 +29,26 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
         elif path.exists():
             found.append(path)
         else:
-            raise FileNotFoundError(f"There is no picture or folder {path}.")
+            raise FileNotFoundError(f"There is no image or folder {path}.")
     return found
 
 
 def as_source(paths: Sequence[pathlib.Path]) -> Source:
     """The files as a source without labels, which notes those that cannot be read."""
     return FileSource(
-        "files", "pictures", None, "record", root=pathlib.Path(), ids=paths, labels=None
+        "files", "images", None, "record", root=pathlib.Path(), ids=paths, labels=None
     )
 
 
 def unread(source: Source) -> list[images.BadImageError]:
-    """An error for each picture of a source that could not be read."""
+    """An error for each image of a source that could not be read."""
     ids = map(source.id, range(len(source)))
     return [images.BadImageError(x, source.bad_images[x]) for x in ids if x in source.bad_images]
 
 
 def read(
     paths: Sequence[pathlib.Path], crop
-) -> tuple[list[images.Pictures], list[images.BadImageError]]:
+) -> tuple[list[images.Rendered], list[images.BadImageError]]:
     """What `crop` makes of each file, and an error for each that cannot be read.
 
     Raises:

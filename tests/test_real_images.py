@@ -1,6 +1,6 @@
-"""The main job on real pictures: CIFAR-10, a HuggingFace checkpoint, and back; minutes on a CPU.
+"""The main job on real images: CIFAR-10, a HuggingFace checkpoint, and back; minutes on a CPU.
 
-    BEIT_JAX_CIFAR10=DATA_DIR python -m pytest -m slow tests/test_real_pictures.py -s
+    BEIT_JAX_CIFAR10=DATA_DIR python -m pytest -m slow tests/test_real_images.py -s
 
 DATA_DIR is a data_dir of TFDS with cifar10 in it, as `python -m beit_jax.data cifar10` prepares.
 """
