@@ -448,7 +448,7 @@ def test_a_validation_that_is_the_test_is_told(tmp_path, caplog, name):
     inputs.open_splits(config, mesh)
     (message,) = caplog.messages
     assert f"has no split 'test': '{name}' is the test" in message
-    flags = message.partition("without a test: ")[2].replace("--config.data.", "").split()
+    flags = message.partition("and not test: ")[2].replace("--config.data.", "").split()
     config.update_from_flattened_dict(dict(flag.split("=") for flag in flags))
     caplog.clear()
     splits = inputs.open_splits(config, mesh)
