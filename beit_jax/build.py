@@ -10,7 +10,7 @@ import numpy as np
 
 from beit_jax import checkpoint, compiler, lora, modules, optim, pretrained, sharding
 from beit_jax import state as states
-from beit_jax.models import attention, layers
+from beit_jax.models import attention, layers, position
 from beit_jax.steps import to_steps
 from beit_jax.tasks.task import Data
 
@@ -67,21 +67,14 @@ def make_task(config, splits, workdir, mesh, step: int | None, start=None):
             if step is not None:
                 error.add_note(f"It is the base that the adapters in {workdir} belong to.")
             raise
-    counts = None
-    if class_names is not None and "train" in splits and config.class_weights != "none":
-        labels = splits["train"].source.labels()
-        counts = np.bincount(labels, minlength=len(class_names))
-    data = Data(
-        class_names,
-        resized=any(split.resident is None for split in splits.values()),
-        class_counts=counts,
-        train=splits.get("train"),
-    )
+    resized = any(split.resident is None for split in splits.values())
+    data = Data(class_names, resized, splits.get("train"))
     module = modules.load("tasks", config.task_name)
     task = module.make_task(config, data, start=start, info=info)
     if config.lora.rank:
         task = lora.wrap(task, config, lora.absolute(config.pretrained))
-    return task._replace(frozen=sharding.put(task.frozen, sharding.replicated(mesh)))
+    frozen = sharding.put(task.frozen, sharding.replicated(mesh))
+    return task._replace(frozen=frozen, loaded=None, fingerprint=frozen_fingerprint(task))
 
 
 def check_use(config) -> None:
@@ -108,10 +101,12 @@ def check(config) -> None:
     ):
         if config[key] is not None and not 0 < config[key] < np.inf:
             raise ValueError(f"config.{key} is {config[key]}; expected a {kind} number above 0.")
-    rates = ("learning_rate", "end_value", "warmup_init", "weight_decay", "weight_decay_end", "eps")
+    rates = ("learning_rate", "end_value", "warmup_init", "weight_decay", "weight_decay_end")
     for key in (*rates, "clip_norm"):
         if (value := config.optim[key]) is not None and not 0 <= value < np.inf:
             raise ValueError(f"config.optim.{key} is {value}; expected a finite number from 0 up.")
+    if not 0 < config.optim.eps < np.inf:
+        raise ValueError(f"config.optim.eps is {config.optim.eps}; expected a number above 0.")
     for key in ("b1", "b2", "momentum"):
         if (value := config.optim[key]) is not None and not 0 <= value < 1:
             raise ValueError(f"config.optim.{key} is {value}; expected 0 <= {key} < 1.")
@@ -129,6 +124,7 @@ def check(config) -> None:
     for key, value, known in (
         ("best_mode", config.best_mode, ("max", "min")),
         ("pretrained_classes", config.pretrained_classes, ("names", "numbers")),
+        ("resize_method", config.resize_method, position.METHODS),
         ("model.attention", config.model.attention, layers.ATTENTIONS),
         ("model.remat", config.model.remat, layers.REMAT_POLICIES),
         ("model.drop_path_mode", config.model.drop_path_mode, layers.DROP_PATH_MODES),
@@ -158,8 +154,7 @@ def check(config) -> None:
 
 
 def frozen_fingerprint(task) -> str:
-    """A checksum of the weights that a task uses but does not train: a tokenizer, a teacher. It is
-    of what was loaded, the same on every device."""
+    """A checksum of the floating-point weights that a task uses but does not train."""
     loaded = task.frozen if task.loaded is None else task.loaded
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(loaded))
     weights = {
@@ -229,8 +224,9 @@ def shapes(config, task):
     return jax.eval_shape(task.init, jax.random.key(config.seed))
 
 
-def make_optimizer(config, task, plan, params):
-    """The optimizer of the config for `params`, or their shapes, and its learning-rate schedule."""
+def make_optimizer(config, task, plan, params, trainable):
+    """The optimizer of the config for `params`, or their shapes, of which those are trained that
+    the tree of bools `trainable` names; and its learning-rate schedule."""
     c, weight_decay = config.optim, config.optim.weight_decay
     if c.weight_decay_end is not None:
         weight_decay = optim.make_schedule(
@@ -264,16 +260,20 @@ def make_optimizer(config, task, plan, params):
         layer_id=task.layer_id,
         num_layers=task.num_layers,
         clip_norm=c.clip_norm,
-        freeze=frozen_names(config, task, params),
+        trainable=trainable,
     )
     return tx, schedule
 
 
-def frozen_names(config, task, params) -> list[str]:
-    """Patterns of the parameters, given as such or as shapes, that do not learn, by
-    `config.trainable` and `optim.freeze`."""
-    names = optim.untrained(config.trainable, params, task.layer_id, task.num_layers)
-    return [*config.optim.freeze, *map(re.escape, names)]
+def trainable(config, task, params):
+    """A tree of bools like `params`, which may be shapes: whether each parameter is trained."""
+    return optim.trainable_mask(
+        params,
+        trainable=config.trainable,
+        freeze=config.optim.freeze,
+        layer_id=task.layer_id,
+        num_layers=task.num_layers,
+    )
 
 
 def make_checkpointer(config, workdir, keep_every: float = 0) -> checkpoint.Checkpointer:
@@ -309,13 +309,14 @@ def make_state(config, task, tx, saver, mesh, shapes):
     return state
 
 
-def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
-    """The training step, compiled for these shapes; the state's buffers are reused."""
+def compile_step(config, task, tx, schedule, trainable, mesh, state, resident, batch):
+    """The training step, compiled for a state, a batch and data on the device; the state's buffers
+    are reused. The arguments before are those of `make_optimizer` and what it returns."""
     step = states.make_train_step(
         task,
         tx,
         schedule=schedule,
-        trainable=optim.trainable_mask(state.params, frozen_names(config, task, state.params)),
+        trainable=trainable,
         seed=config.seed,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
@@ -329,10 +330,9 @@ def compile_step(config, task, tx, schedule, mesh, state, resident, batch):
     return step.lower(state, task.frozen, resident, batch).compile()
 
 
-def num_trainable(config, task, params) -> int:
-    """Numbers that the optimizer changes."""
-    mask = optim.trainable_mask(params, frozen_names(config, task, params))
-    sizes = jax.tree.map(lambda x, learns: x.size * learns, params, mask)
+def num_trainable(params, trainable) -> int:
+    """How many values of the parameters are trained."""
+    sizes = jax.tree.map(lambda x, learns: x.size * learns, params, trainable)
     return sum(jax.tree.leaves(sizes))
 
 

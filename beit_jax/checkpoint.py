@@ -166,7 +166,6 @@ class Checkpointer:
       best_metric: key of the `metrics` given to `save`.
       best_mode: "max" or "min".
       keep_every: checkpoints at multiples of this many steps, rounded, are kept for good; 0: none.
-      max_failures: so many failed saves in a row are an error; one is a message.
     """
 
     def __init__(
@@ -178,12 +177,11 @@ class Checkpointer:
         best_metric: str = "accuracy",
         best_mode: str = "max",
         keep_every: float = 0,
-        max_failures: int = 2,
     ):
         self.directory = os.path.join(os.path.abspath(workdir), "checkpoints")
         self._metric, self._sign = best_metric, 1 if best_mode == "max" else -1
         self._keep_best = keep_best
-        self._max_failures, self._failures, self._error = max_failures, 0, None
+        self._failures, self._error = 0, None
         self._is_saving = False
         self._scores: dict[int, float | None] = {}
         policies = [preservation_policy.LatestN(max(keep_last, 1))]
@@ -223,7 +221,7 @@ class Checkpointer:
             candidate for the best.
 
         Raises:
-          CheckpointError: `max_failures` saves in a row have failed.
+          CheckpointError: two saves in a row have failed; the first is a message.
         """
         steps = self.all_steps()
         if step in steps:
@@ -255,7 +253,7 @@ class Checkpointer:
         """Waits for the save that is under way.
 
         Raises:
-          CheckpointError: `max_failures` saves in a row have failed.
+          CheckpointError: two saves in a row have failed; the first is a message.
         """
         if not self._is_saving:
             return
@@ -277,7 +275,7 @@ class Checkpointer:
         with contextlib.suppress(Exception):  # of the save that has failed
             self._manager.close()
         self._open()  # forgets the step, and removes what is left of it
-        if self._failures >= self._max_failures:
+        if self._failures > 1:
             fix = ". With room for it, the same command goes on from the last checkpoint"
             raise CheckpointError(f"{self._error}{fix}") from error
 
@@ -301,28 +299,20 @@ class Checkpointer:
         steps = _by_preference(self._scores if step == "best" else {}, self.all_steps())
         if step not in (None, "best"):
             steps = [_check_step(step, steps, self.directory)]
-        damaged = {}
-        for candidate in steps:
-            try:
-                arrays = _read(self._manager, candidate)
-            except Exception as error:  # orbax raises many kinds for damaged files
-                if _may_pass(error):
-                    raise
-                logging.warning("Checkpoint %s cannot be read: %s", candidate, _reason(error))
-                damaged[candidate] = error
-                continue
-            state = traverse_util.unflatten_dict(arrays) if target is None else _fit(arrays, target)
-            for bad, error in damaged.items():  # only now that there is a better one
-                _quarantine(self.directory, bad, error)
-            if damaged:
-                self._manager.reload()
-            return state
-        if steps:
+        if not steps:
+            return None
+        arrays, damaged = _read_first(self._manager, steps)
+        if arrays is None:
             raise CheckpointError(
                 f"None of the checkpoints {sorted(steps)} in {self.directory} can be read: "
                 f"{_reason(damaged[steps[0]])}. Restore the files, or start with another workdir."
             )
-        return None
+        state = traverse_util.unflatten_dict(arrays) if target is None else _fit(arrays, target)
+        for bad, error in damaged.items():  # only now that there is a better one
+            _quarantine(self.directory, bad, error)
+        if damaged:
+            self._manager.reload()
+        return state
 
     def all_steps(self) -> list[int]:
         """Steps that are saved, in order; waits for a save that is under way."""
@@ -406,17 +396,11 @@ def _load(workdir, step, choose):
         steps = _by_preference(_read_scores(manager) if chooses else {}, manager.all_steps())
         candidates = {"best": steps, "latest": steps[:1]}.get(step, [step])
         _check_step(next(iter(candidates), None), steps, directory)
-        for candidate in candidates:
-            try:
-                items = {name.split("/")[0] for name in _read_meta(manager, candidate)["arrays"]}
-                return _read(manager, candidate, items=choose(items))
-            except Exception as error:  # as in `Checkpointer.restore`
-                if _may_pass(error):
-                    raise
-                problem = f"{directory}/{candidate} is damaged: {_reason(error)}"
-                if candidate == candidates[-1]:
-                    raise CheckpointError(problem) from error
-                logging.warning("%s; trying another checkpoint", problem)
+        arrays, damaged = _read_first(manager, candidates, choose)
+    if arrays is None:
+        last = candidates[-1]
+        raise CheckpointError(f"{directory}/{last} is damaged: {_reason(damaged[last])}")
+    return arrays
 
 
 def _chooses(workdir) -> bool:
@@ -484,7 +468,7 @@ def _read_scores(manager) -> dict[int, float | None]:
     for step in manager.all_steps():
         try:
             scores[step] = _read_meta(manager, step)["score"]
-        except Exception as error:  # as in `Checkpointer.restore`
+        except Exception as error:  # as in `_read_first`
             if _may_pass(error):
                 raise
             logging.warning("Checkpoint %s cannot be read: %s", step, _reason(error))
@@ -503,12 +487,30 @@ def _by_preference(scores: Mapping[int, float | None], steps: Iterable[int]) -> 
     return best + sorted(set(steps) - set(best), reverse=True)
 
 
-def _read(manager, step, items=None) -> dict[_Path, np.ndarray]:
-    """The arrays of some items, or of all, verified."""
+def _read_first(manager, steps, choose=None):
+    """The arrays of the first of the `steps` that can be read, see `_read`, or None; and by step
+    the errors of those before."""
+    damaged = {}
+    for step in steps:
+        try:
+            return _read(manager, step, choose), damaged
+        except Exception as error:  # orbax raises many kinds for damaged files
+            if _may_pass(error):
+                raise
+            logging.warning("Checkpoint %s cannot be read: %s", step, _reason(error))
+            damaged[step] = error
+    return None, damaged
+
+
+def _read(manager, step, choose=None) -> dict[_Path, np.ndarray]:
+    """The arrays of a step by path, verified: of all items, or of those that `choose` picks from
+    their names."""
     described = {
         tuple(name.split("/")): array for name, array in _read_meta(manager, step)["arrays"].items()
     }
-    described = {k: v for k, v in described.items() if items is None or _item(k) in items}
+    if choose:
+        items = choose({path[0] for path in described})
+        described = {path: array for path, array in described.items() if _item(path) in items}
     if not described:
         raise ValueError("there are no arrays in it")
     targets = {

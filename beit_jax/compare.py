@@ -274,7 +274,7 @@ def run(name: str, flags: list[str], workdir: str) -> None:
     with interrupt.noted() as caught:  # the run was sent it, too, and saves its step
         status = process.wait()
     if caught:
-        print("Interrupted; the same command goes on from there.", file=sys.stderr)
+        print("Interrupted; the same command resumes from there.", file=sys.stderr)
         sys.exit(128 + caught[0])
     if status:
         raise RuntimeError(f"The run {name} ended with status {status}; its message is above.")

@@ -28,6 +28,7 @@ from beit_jax.models.dense import Folded, LowRank, add_low_rank
 from beit_jax.models.layers import DTYPES
 from beit_jax.tasks.task import Task
 
+CLASSIFIERS = "(distillation_)?classifier/.*"  # the default of config.lora.trainable
 Flat = dict[str, Any]  # by name, such as "layer_0/attention/query/kernel"
 
 
@@ -62,6 +63,7 @@ def wrap(task: Task, config, base: str) -> Task:
         "base_crc32": fingerprint(frozen),
         "base_dtype": config.lora.base_dtype,
         "resize_method": config.resize_method,
+        "classes": config.pretrained_classes,
     }
     check_base(task.info.lora, identity)
     dtype = jnp.dtype(config.lora.base_dtype)
@@ -186,17 +188,27 @@ def pretrained_params(task: Task) -> Flat:
 
 
 def trained_names(params: Flat, patterns) -> set[str]:
-    """Parameters that are trained beside the adapters: named by the patterns, or not pretrained."""
-    try:
-        return {
-            name
-            for name, x in params.items()
-            if any(re.fullmatch(p, name) for p in patterns) or np.isnan(x).any()
-        }
-    except re.error as error:
-        raise ValueError(
-            f"config.lora.trainable: {error.pattern!r} is no regular expression: {error}."
-        ) from None
+    """Parameters that are trained beside the adapters: named by the patterns, or not pretrained.
+
+    Raises:
+      ValueError: a pattern is no regular expression, or matches nothing, unless it is of a
+        classifier, which some networks lack.
+    """
+    named = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in params if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(
+                f"config.lora.trainable: {error.pattern!r} is no regular expression: {error}."
+            ) from None
+        if not found and pattern != CLASSIFIERS:
+            raise ValueError(
+                f"config.lora.trainable: {pattern!r} matches no whole parameter name, such as "
+                f"{next(iter(params))}; they are in a workdir's parameters.txt."
+            )
+        named |= found
+    return named | {name for name, x in params.items() if np.isnan(x).any()}
 
 
 def targets(params: Flat, names) -> list[str]:

@@ -120,7 +120,7 @@ def make_optimizer(
     layer_id: Callable[[str], int] | None = None,
     num_layers: int | None = None,
     clip_norm: float | None = None,
-    freeze: Sequence[str] = (),
+    trainable=None,
 ) -> optax.GradientTransformation:
     """The optimizer by name.
 
@@ -145,11 +145,12 @@ def make_optimizer(
       layer_id: from a parameter name to 0 (embeddings), i + 1 (layer i), num_layers + 1 (the rest).
       num_layers: number of transformer layers.
       clip_norm: largest global norm of the trained parameters' gradients; None or 0 for any.
-      freeze: patterns of parameters that get neither updates nor optimizer state.
+      trainable: a tree of bools like `params`, see `trainable_mask`; the others get neither updates
+        nor optimizer state. None trains all.
 
     Raises:
-      ValueError: an unknown name, a pattern that matches nothing, nothing left to train, or
-        layer decay without its arguments or with ids out of range.
+      ValueError: an unknown name, a pattern that matches nothing, or layer decay without its
+        arguments or with ids out of range.
     """
 
     def decayed(tree):
@@ -174,7 +175,10 @@ def make_optimizer(
         _scale_by_layer_decay(layer_decay, layer_id, num_layers, params),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _freeze(tx, freeze, params)
+    if trainable is None or all(jax.tree.leaves(trainable)):
+        return tx
+    labels = jax.tree.map(lambda learns: "trained" if learns else "frozen", trainable)
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 def apply_updates(params, updates, trainable):
@@ -219,47 +223,64 @@ def decay_mask(params, *, no_decay: Sequence[str] = (), decay_position_bias: boo
     return jax.tree.map_with_path(is_decayed, params)
 
 
-def trainable_mask(params, freeze: Sequence[str]):
-    """True for the parameters that no pattern of `freeze` matches, in a tree like `params`."""
-    return jax.tree.map_with_path(lambda path, _: not _matches(path_name(path), freeze), params)
-
-
-def untrained(trainable: str, params, layer_id: Callable[[str], int], num_layers: int) -> list[str]:
-    """Names of the parameters that do not learn.
+def trainable_mask(
+    params,
+    *,
+    trainable: str = "all",
+    freeze: Sequence[str] = (),
+    layer_id: Callable[[str], int] | None = None,
+    num_layers: int = 0,
+):
+    """True for the parameters that are trained, in a tree like `params`.
 
     Args:
-      trainable: "all"; "head" for the classifier alone; "bias" for it and all biases (BitFit,
-        arXiv:2106.10199); "last-N" for what stands above all but the last N layers.
       params: the parameters or their shapes.
+      trainable: "all"; "head" for the classifier alone; "bias" for it and all biases (BitFit,
+        arXiv:2106.10199); "last-N" for the last N layers and what follows them.
+      freeze: patterns of further parameters that are not trained.
       layer_id: from a parameter name to 0 (embeddings), i + 1 (layer i), num_layers + 1 (the rest).
       num_layers: number of layers.
 
     Raises:
-      ValueError: it is none of these, or there are fewer than N layers.
+      ValueError: `trainable` is none of these, or there are fewer than N layers, a pattern matches
+        nothing, or nothing is left to train.
     """
+    names = _names(params)
+    _check_patterns("freeze", freeze, params)
+    is_trained = _rule(trainable, names, layer_id, num_layers)
+    trained = {name for name in names if is_trained(name) and not _matches(name, freeze)}
+    if not trained:
+        raise ValueError(
+            f"trainable={trainable!r} and freeze={list(freeze)}: nothing is left to train"
+        )
+    return jax.tree.map_with_path(lambda path, _: path_name(path) in trained, params)
+
+
+def _rule(trainable, names, layer_id, num_layers) -> Callable[[str], bool]:
+    """Whether a parameter is trained by `config.trainable`, from its name."""
 
     def is_head(name):
-        return re.fullmatch(r"(distillation_)?classifier/.*", name)
+        return bool(re.fullmatch(r"(distillation_)?classifier/.*", name))
 
     last = re.fullmatch(r"last-(\d+)", trainable)
     if last and 0 < int(last[1]) <= num_layers:
-        first = num_layers - int(last[1]) + 1
-        return [name for name in _names(params) if layer_id(name) < first]
-    if trainable == "all":
-        return []
-    if trainable in ("head", "bias") and not any(map(is_head, _names(params))):
+        return lambda name: layer_id(name) > num_layers - int(last[1])
+    if trainable in ("head", "bias") and not any(map(is_head, names)):
         raise ValueError(
             f"config.trainable is {trainable!r}, and the network of this task has no classifier: "
             "expected all or last-N."
         )
-    if trainable == "head":
-        return [name for name in _names(params) if not is_head(name)]
-    if trainable == "bias":
-        return [n for n in _names(params) if not is_head(n) and not n.endswith("bias")]
-    raise ValueError(
-        f"config.trainable is {trainable!r}; expected all, head, bias, or last-N with N from 1 to "
-        f"{num_layers}."
-    )
+    rules = {
+        "all": lambda name: True,
+        "head": is_head,
+        "bias": lambda name: is_head(name) or name.endswith("bias"),
+    }
+    if trainable not in rules:
+        raise ValueError(
+            f"config.trainable is {trainable!r}; expected all, head, bias, or last-N with N from 1 "
+            f"to {num_layers}."
+        )
+    return rules[trainable]
 
 
 def global_norm(tree) -> jax.Array:
@@ -318,20 +339,6 @@ def _scale_by_layer_decay(layer_decay, layer_id, num_layers, params):
     if bad := {name: i for name, i in ids.items() if not 0 <= i <= num_layers + 1}:
         raise ValueError(f"layer ids must lie in 0 ... {num_layers + 1}; got {bad}")
     return scale_by_layer(lambda name: layer_decay ** (num_layers + 1 - ids[name]))
-
-
-def _freeze(tx, freeze, params):
-    if not freeze:
-        return tx
-    _check_patterns("freeze", freeze, params)
-    if not any(jax.tree.leaves(trainable_mask(params, freeze))):
-        raise ValueError(f"freeze={list(freeze)} matches every parameter: nothing is left to train")
-
-    def labels(tree):
-        mask = trainable_mask(tree, freeze)
-        return jax.tree.map(lambda trained: "trained" if trained else "frozen", mask)
-
-    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 def _matches(name, patterns):

@@ -130,18 +130,22 @@ def load_workdir(workdir: str, step: str | int = "best") -> Pretrained:
             "Then `convert to-hf` makes a model of both that needs no base."
         )
         raise FileNotFoundError(message) from error
-    base = blank_filled(start, info, info.lora["resize_method"])
+    method, by = info.lora["resize_method"], info.lora.get("classes", "names")
+    base = blank_filled(start, info, method, by)
     return Pretrained(lora.merge(params, base, info.lora), info._replace(lora=None))
 
 
-def blank_filled(base: Pretrained, info: ModelInfo, method: str) -> dict[str, Any]:
-    """What of a checkpoint fits a model, nested; NaN for what does not."""
+def blank_filled(
+    base: Pretrained, info: ModelInfo, method: str, by: str = "names"
+) -> dict[str, Any]:
+    """What of a checkpoint fits a model, nested; NaN for what does not. `method` resizes position
+    tables, see `fit`, and `by` matches classes, see `with_head_for`."""
     network = modules.load("models", info.model_name).Model(**info.architecture)
     image = jnp.zeros((1, *network.config.image_size, network.config.num_channels))
     shapes = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
     blank = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
     if info.class_names is not None:
-        base = with_head_for(base, info.class_names)
+        base = with_head_for(base, info.class_names, by)
     return fit(base, blank, info.architecture, reset=(".*",), method=method)
 
 

@@ -7,15 +7,15 @@ import re
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 
 
 @contextlib.contextmanager
 def at_steps(
     steps: str, workdir: str, start_step: int, total_steps: int
 ) -> Iterator[dict[int, Callable[[], None]]]:
-    """Yields what to call before which step, so that `workdir/profile` gets a trace; one that still
-    goes on at the end, because the run was stopped, is written then.
+    """Yields what to call before which step, once the device has done those before, so that
+    `workdir/profile` gets a trace; one that still goes on at the end, because the run was stopped,
+    is written then.
 
     Args:
       steps: "10:15" traces the steps 11 to 15; "" none. The first ones compile and warm up.
@@ -42,18 +42,9 @@ def at_steps(
         return
     trace = contextlib.ExitStack()
 
-    def wait():
-        """For what the device has been given before."""
-        jnp.zeros(()).block_until_ready()
-
     def start():
-        wait()
         directory = os.path.join(workdir, "profile")
         trace.enter_context(jax.profiler.trace(directory, create_perfetto_trace=True))
 
-    def stop():
-        wait()
-        trace.close()
-
     with trace:
-        yield {first: start, last: stop}
+        yield {first: start, last: trace.close}

@@ -2,8 +2,11 @@
 
 import collections
 import contextlib
+import functools
 import os
 import signal
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,6 +14,7 @@ from beit_jax import build, checkpoint, evaluate, interrupt, profiling, report, 
 from beit_jax import workdir as workdirs
 from beit_jax.data import inputs, views
 from beit_jax.steps import is_time
+from beit_jax.tasks.task import Task
 
 LAG = 2  # steps queued on the device while the numbers of an earlier one are read
 HARMLESS = (  # may differ between the starts of a run
@@ -31,6 +35,32 @@ HARMLESS = (  # may differ between the starts of a run
     "save_every",
     "tensorboard",
 )
+
+
+class Run(NamedTuple):
+    """What a run works with, from its first step to its last.
+
+    Attributes:
+      splits: by name, "train" among them.
+      step_of: (state, batch) -> the compiled training step.
+      trace: what to call before which step, see `profiling.at_steps`.
+      start_step: at which this start of the run begins.
+      facts: of the run, for results.json; they are added to.
+    """
+
+    config: Any
+    workdir: str
+    mesh: jax.sharding.Mesh
+    splits: dict[str, inputs.Split]
+    task: Task
+    plan: build.Plan
+    saver: checkpoint.Checkpointer
+    log: report.Report
+    evaluator: Callable
+    step_of: Callable
+    trace: dict[int, Callable[[], None]]
+    start_step: int
+    facts: dict[str, Any]
 
 
 def run(config, workdir: str) -> dict | int:
@@ -66,23 +96,38 @@ def run(config, workdir: str) -> dict | int:
 
 
 def _train(config, workdir, mesh, stack):
+    run, state = _set_up(config, workdir, mesh, stack)
+    with catch_signals() as caught:
+        state, validated = _loop(run, state, caught)
+        step = int(state.step)
+        with run.log.timer("save"):
+            if caught:
+                run.saver.save(step, state)
+            run.saver.wait()
+    if not caught:
+        return _finish(run, state, validated)
+    if run.saver.latest_step() == step:  # else the saver raises when it is closed
+        run.log.info(f"Saved step {step}; the same command resumes from there.")
+    return caught[0]
+
+
+def _set_up(config, workdir, mesh, stack):
+    """The run, and the state that it begins or goes on with."""
     splits = inputs.open_splits(config.data, mesh)
     if "train" not in splits:
         raise ValueError("config.data.train is empty; to evaluate only, set config.eval_only.")
     build.check_classes(config, splits)
-    fingerprints = {name: split.source.fingerprint for name, split in splits.items()}
-    train = splits["train"]
-    plan = build.make_plan(config, train.num_examples)
+    plan = build.make_plan(config, splits["train"].num_examples)
     saver = stack.enter_context(build.make_checkpointer(config, workdir, plan.keep_every))
     task = build.make_task(config, splits, workdir, mesh, saver.latest_step())
-    fingerprints[workdirs.FROZEN] = build.frozen_fingerprint(task)
-    task = task._replace(loaded=None)  # a copy on the host
-    workdirs.check_data(workdir, fingerprints)
+    fingerprints = {name: split.source.fingerprint for name, split in splits.items()}
+    workdirs.check_data(workdir, {**fingerprints, workdirs.FROZEN: task.fingerprint})
     shapes = build.shapes(config, task)
-    tx, schedule = build.make_optimizer(config, task, plan, shapes[0])
+    trainable = build.trainable(config, task, shapes[0])
+    tx, schedule = build.make_optimizer(config, task, plan, shapes[0], trainable)
     state = build.make_state(config, task, tx, saver, mesh, shapes)
     checkpoint.write_model_info(workdir, task.info)
-    step = start_step = int(state.step)
+    start_step = int(state.step)
     log = stack.enter_context(
         report.Report(
             workdir,
@@ -95,63 +140,83 @@ def _train(config, workdir, mesh, stack):
     )
     sizes = (f"{name} {split.num_examples:,}" for name, split in splits.items())
     log.info(f"{config.data.name}: {', '.join(sizes)} images.")
-    num_trainable = build.num_trainable(config, task, state.params)
+    num_trainable = build.num_trainable(state.params, trainable)
     log.parameters(state.params, task.num_frozen, num_trainable)
     if start_step >= plan.total_steps:
         log.info(f"The run is complete, with {start_step} steps; it is evaluated again.")
-    evaluator = evaluate.make_evaluator(task, config, mesh)
     if "val" in splits:
         evaluate.check_best_metric(task, config, mesh, splits["val"], state)
     build.warn_of_few_steps(config, plan)
-    steps = range(start_step, plan.total_steps)
-    if steps:
+    if start_step < plan.total_steps:
         report.reopen_results(workdir)
-    stream = inputs.train_stream(train, config, mesh, steps=steps, renderings=task.renderings)
-    stream = stack.enter_context(contextlib.closing(inputs.one_ahead(stream)))
-    train_step, facts = None, report.read_facts(workdir)
-    facts["num_trainable_parameters"] = num_trainable
-    trace = stack.enter_context(
-        profiling.at_steps(config.profile_steps, workdir, start_step, plan.total_steps)
+    trace = profiling.at_steps(config.profile_steps, workdir, start_step, plan.total_steps)
+    run = Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        splits=splits,
+        task=task,
+        plan=plan,
+        saver=saver,
+        log=log,
+        evaluator=evaluate.make_evaluator(task, config, mesh),
+        step_of=functools.partial(build.compile_step, config, task, tx, schedule, trainable, mesh),
+        trace=stack.enter_context(trace),
+        start_step=start_step,
+        facts=report.read_facts(workdir) | {"num_trainable_parameters": num_trainable},
     )
-    queue = collections.deque()
-    validated = {}  # by step: what the validation found, of the best and of the last
+    return run, state
+
+
+def _loop(run, state, caught):
+    """Trains to the end, or until a signal is `caught`.
+
+    Returns:
+      The state, and what validation found in the best and in the last step, by step.
+    """
+    config, plan, log, saver = run.config, run.plan, run.log, run.saver
+    train, val = run.splits["train"], run.splits.get("val")
+    queue, validated, train_step = collections.deque(), {}, None
+
+    def is_due(step, *periods):
+        return any(is_time(step, every, plan.total_steps) for every in periods)
 
     def read(keep: int):
-        """Reads the numbers of finished steps, all but the newest `keep`."""
+        """Reads the scalars of finished steps, all but the newest `keep`."""
         while len(queue) > keep:
             done, scalars = queue.popleft()
             scalars = {key: float(value) for key, value in jax.device_get(scalars).items()}
             if not scalars.pop("finite"):
                 raise FloatingPointError(not_finite(done, scalars, saver, config))
-            write = (
-                is_time(done, every, plan.total_steps)
-                for every in (plan.log_every, plan.save_every)
-            )
-            log.train(done, scalars, write=any(write))
+            log.train(done, scalars, write=is_due(done, plan.log_every, plan.save_every))
 
-    with catch_signals() as stopped:
-        while step < plan.total_steps and not stopped:
+    steps = range(run.start_step, plan.total_steps)
+    stream = inputs.train_stream(
+        train, config, run.mesh, steps=steps, renderings=run.task.renderings
+    )
+    with contextlib.closing(inputs.one_ahead(stream)) as stream:
+        for last in steps:
+            if caught:
+                break
             with log.timer("input"):
                 batch = next(stream)
             if train_step is None:
                 with log.timer("compile"):
-                    train_step = build.compile_step(
-                        config, task, tx, schedule, mesh, state, train.resident, batch
-                    )
-                facts["step_memory_bytes"] = build.memory_of(train_step)
-                facts["step_fused_kernels"] = build.fused_kernels_of(train_step)
-            if step in trace:
+                    train_step = run.step_of(state, train.resident, batch)
+                run.facts["step_memory_bytes"] = build.memory_of(train_step)
+                run.facts["step_fused_kernels"] = build.fused_kernels_of(train_step)
+            if last in run.trace:
                 read(keep=0)
-                trace[step]()
-            state, scalars = train_step(state, task.frozen, train.resident, batch)
-            step += 1
+                run.trace[last]()
+            state, scalars = train_step(state, run.task.frozen, train.resident, batch)
+            step = last + 1
             queue.append((step, scalars))
             read(keep=LAG)
             scores, is_kept = None, False
-            if "val" in splits and is_time(step, plan.eval_every, plan.total_steps):
+            if val and is_due(step, plan.eval_every):
                 read(keep=0)
                 with log.timer("evaluate"):
-                    found = evaluator(splits["val"], state.eval_params, state.model_state)
+                    found = run.evaluator(val, state.eval_params, state.model_state)
                 scores = evaluate.scalars_of(found[0])
                 log.scalars(step, {f"val/{key}": value for key, value in scores.items()})
                 with log.timer("save"):  # perhaps it waits for the last one
@@ -161,39 +226,36 @@ def _train(config, workdir, mesh, stack):
                     validated.clear()
                 if is_best or step == plan.total_steps:
                     validated[step] = found
-            periods = plan.save_every, plan.keep_every
-            is_due = any(is_time(step, every, plan.total_steps) for every in periods)
-            if stopped or is_kept or is_due:
+            if caught or is_kept or is_due(step, plan.save_every, plan.keep_every):
                 read(keep=0)
                 with log.timer("save"):
                     saver.save(step, state, metrics=scores)
-        with log.timer("save"):
-            if stopped:
-                read(keep=0)
-                saver.save(step, state)
-            saver.wait()
-        if stopped:
-            log.info(f"Saved step {step}; the same command goes on from there.")
-            return stopped[0]
+        read(keep=0)
+    return state, validated
+
+
+def _finish(run, state, validated):
+    """Evaluates the best step, or the last; returns the results."""
+    log, facts, saver = run.log, run.facts, run.saver
+    shown = evaluate.Snapshot(int(state.step), state.eval_params, state.model_state)
+    trained = shown.step > run.start_step
     facts["complete"] = True
-    if step > start_step:
-        # those of this start; without a step the earlier ones stay
+    if trained:  # without a step those of an earlier start stay
         facts["seconds"], facts["environment"] = None, report.environment()
-    params, model_state = state.eval_params, state.model_state
-    if (best_step := saver.best_step()) not in (None, step):
-        step, params, model_state = evaluate.load_best(saver, mesh)
-    which = "the last" if best_step is None else f"the best by val/{config.best_metric}"
-    log.info(f"Evaluates step {step}, {which}.")
+    if (best_step := saver.best_step()) not in (None, shown.step):
+        shown = evaluate.load_best(saver, run.mesh)
+    which = "the last" if best_step is None else f"the best by val/{run.config.best_metric}"
+    log.info(f"Evaluating step {shown.step}, {which}.")
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
-        facts["seconds_per_step"] = config.batch_size / log.images_per_second
-    if start_step < plan.total_steps:  # what a start that only evaluates would not know
-        facts["num_skipped"] = evaluate.num_skipped(splits, facts)
-        known = {"step": step, **facts, "seconds": log.times(), "complete": False}
-        report.write_results(workdir, known)
-    found = {"val": validated[step]} if step in validated else {}
+        facts["seconds_per_step"] = run.config.batch_size / log.images_per_second
+    if trained:  # what a start that only evaluates would not know
+        facts["num_skipped"] = evaluate.num_skipped(run.splits, facts)
+        known = {"step": shown.step, **facts, "seconds": log.times(), "complete": False}
+        report.write_results(run.workdir, known)
+    found = {"val": validated[shown.step]} if shown.step in validated else {}
     return evaluate.finish(
-        workdir, task, step, params, model_state, splits, evaluator, log, facts, found
+        run.workdir, run.task, shown, run.splits, run.evaluator, log, facts, found
     )
 
 

@@ -217,7 +217,7 @@ def test_a_run_that_is_interrupted_saves_its_step(monkeypatch, capsys, status):
     monkeypatch.setattr(compare.subprocess, "Popen", Process)
     with pytest.raises(SystemExit, match="130"):
         compare.run("a", ["--config=configs/quickstart.py"], "workdir")
-    assert "Interrupted; the same command goes on" in capsys.readouterr().err
+    assert "Interrupted; the same command resumes" in capsys.readouterr().err
 
 
 def test_flags_of_all_runs_are_checked_before_the_first(tmp_path, capfd):

@@ -276,7 +276,7 @@ def test_a_mask_token_is_left_out_of_an_evaluation(tmp_path, image_dir, hf_direc
 
 def test_new_head_is_no_evaluation(tmp_path, image_dir, hf_directory):
     changes = {"eval_only": True, "data.name": "digits"}
-    with pytest.raises(ValueError, match="tells 3 classes, and digits has 10 .0, 1, 2, 3, "):
+    with pytest.raises(ValueError, match="has 3 classes, and digits has 10 .0, 1, 2, 3, "):
         finetune(tmp_path / "run", image_dir, hf_directory, changes)
     changes = {"eval_only": True, "model.num_hidden_layers": 1}
     with pytest.raises(ValueError, match="layer_1/attention/.* missing in the model") as error:

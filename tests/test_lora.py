@@ -212,12 +212,11 @@ def test_adapters_are_not_folded(hf_directory, batch, target, attention, monkeyp
 def compiled_step(task, config):
     """The compiled training step of a task, for 8 images."""
     params = jax.eval_shape(task.init, jax.random.key(0))[0]
-    frozen = build.frozen_names(config, task, params)
+    mask = build.trainable(config, task, params)
     schedule = optim.make_schedule("constant", learning_rate=1e-3, total_steps=1)
     tx = optim.make_optimizer(
-        "adamw", learning_rate=schedule, params=params, freeze=frozen, layer_id=task.layer_id
+        "adamw", learning_rate=schedule, params=params, trainable=mask, layer_id=task.layer_id
     )
-    mask = optim.trainable_mask(params, frozen)
     step = state.make_train_step(task, tx, schedule=schedule, trainable=mask, seed=0)
     current = jax.eval_shape(lambda p: state.create(p, {}, tx, ema=False), params)
     image = jax.ShapeDtypeStruct((8, *task.renderings["image"].size, 3), jnp.uint8)
@@ -489,6 +488,25 @@ def test_a_frozen_head_in_the_order_of_the_data(tmp_path, image_dir, hf_director
         assert head["bias"][i] == expected
 
 
+def test_a_frozen_head_of_classes_by_number(tmp_path, image_dir, hf_directory):
+    """Which the base keeps, also where the adapters are put to it again."""
+    images = tmp_path / "images"
+    for i, name in enumerate(("red", "blue", "green")):
+        shutil.copytree(image_dir / name, images / f"n{i}")
+    changes = {"lora.trainable": (), "pretrained_classes": "numbers"}
+    finetune(tmp_path / "run", images, hf_directory, changes)
+    base = pretrained.load(str(hf_directory)).params["classifier"]["bias"]
+    head = pretrained.load_workdir(str(tmp_path / "run")).params["classifier"]["bias"]
+    np.testing.assert_array_equal(head, base)
+
+
+def test_patterns_of_what_is_trained_besides_match_something():
+    params = {"layer_0/fc1/kernel": np.zeros((2, 2))}
+    assert lora.trained_names(params, (lora.CLASSIFIERS,)) == set()
+    with pytest.raises(ValueError, match="'layer_1/.*' matches no whole parameter name, such as"):
+        lora.trained_names(params, ("layer_0/.*", "layer_1/.*"))
+
+
 def test_a_classifier_of_peft_without_its_bias(tmp_path, start, hf_directory):
     """Of another number of classes than the base, whose bias is no help then."""
     factors = {f"{LAYER}/a": np.ones((16, 2)), f"{LAYER}/b": np.ones((2, 16))}
@@ -696,7 +714,7 @@ def test_what_is_trained_is_a_known_word():
         with pytest.raises(
             ValueError, match="expected all, head, bias, or last-N with N from 1 to 1"
         ):
-            optim.untrained(word, params, lambda name: 1, 1)
+            optim.trainable_mask(params, trainable=word, layer_id=lambda name: 1, num_layers=1)
 
 
 def test_interception_reaches_remat_layers():

@@ -1,5 +1,7 @@
 """Losses against torch."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,9 +58,15 @@ def test_softmax_cross_entropy_gradient_equals_torch(labels):
     np.testing.assert_allclose(grad, logits.grad, rtol=1e-5, atol=1e-6)
 
 
+def data_of(names, labels):
+    """What a task is told of a training split with these labels."""
+    source = types.SimpleNamespace(labels=lambda: labels)
+    return Data(names, resized=True, train=types.SimpleNamespace(source=source))
+
+
 def test_class_weights_are_scikit_learns():
     labels = np.array([0] * 7 + [1] * 2 + [3])
-    weights = classify.class_weights("balanced", np.bincount(labels, minlength=4))
+    weights = classify.class_weights("balanced", data_of("abcd", labels))
     expected = class_weight.compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
     np.testing.assert_allclose(weights[[0, 1, 3]], expected * 3 / 4, rtol=1e-6)
     assert weights[2] == 0
@@ -77,8 +85,7 @@ def test_balanced_classes_weigh_the_same(smoothing, mixup):
             **{"augment.flip": 0.0, "model.image_size": 8, "model.patch_size": 4},
         }
     )
-    data = Data(("often", "seldom", "once"), resized=True, class_counts=np.bincount(labels))
-    task = classify.make_task(config, data, start=None)
+    task = classify.make_task(config, data_of(("often", "seldom", "once"), labels), start=None)
     params, _ = task.init(jax.random.key(0))
     classifier = params["classifier"] = jax.tree.map(jnp.zeros_like, params["classifier"])
 

@@ -258,7 +258,7 @@ def test_optimizer_equals_torch(name, make, kwargs):
 
 def test_frozen_parameters_get_no_update_and_no_state():
     params = random_params()
-    freeze = ["embeddings/.*", "layer_0/.*"]
+    mask = optim.trainable_mask(params, freeze=["embeddings/.*", "layer_0/.*"])
     tx = optim.make_optimizer(
         "adamw",
         learning_rate=0.01,
@@ -268,11 +268,11 @@ def test_frozen_parameters_get_no_update_and_no_state():
         layer_id=layer_id,
         num_layers=NUM_LAYERS,
         clip_norm=3.0,
-        freeze=freeze,
+        trainable=mask,
     )
     actual, state = run(tx, params, STEPS, gradients)
     frozen = [n for n in named(params) if n.startswith(("embeddings/", "layer_0/"))]
-    assert [n for n, m in named(optim.trainable_mask(params, freeze)).items() if not m] == frozen
+    assert [n for n, m in named(mask).items() if not m] == frozen
     expected = run_torch(lambda t, g: t.AdamW(g), [0.01] * STEPS, 0.5, 0.3, 3.0, frozen)
     for path, value in named(actual).items():
         if path in frozen:
@@ -404,10 +404,7 @@ LAYERS = {"layer_decay": 0.5, "layer_id": layer_id, "num_layers": NUM_LAYERS}
     ("kwargs", "message"),
     [
         ({"name": "adamww"}, "unknown optimizer 'adamww'; available: adam, adamw, sgd, lion"),
-        ({"freeze": ["layer_0"]}, r"freeze patterns .*\['layer_0'\].*Available: classifier/bias"),
         ({"no_decay": ["head/.*"]}, r"no_decay patterns .*\['head/\.\*'\].*classifier/kernel"),
-        ({"freeze": ["*"]}, r"freeze: '\*' is no regular expression: nothing to repeat"),
-        ({"freeze": [".*"]}, "nothing is left to train"),
         ({"layer_decay": 0.5}, "needs layer_id and num_layers"),
         ({**LAYERS, "layer_decay": 1.5}, r"must lie in \(0, 1\]"),
         ({**LAYERS, "num_layers": 1}, r"layer ids must lie in 0 ... 2; got .*classifier/bias': 3"),
@@ -418,6 +415,19 @@ def test_optimizer_errors(kwargs, message):
         optim.make_optimizer(
             **{"name": "adamw", "learning_rate": 0.1, "params": random_params(), **kwargs}
         )
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        ("layer_0", r"freeze patterns .*\['layer_0'\].*Available: classifier/bias"),
+        ("*", r"freeze: '\*' is no regular expression: nothing to repeat"),
+        (".*", "nothing is left to train"),
+    ],
+)
+def test_patterns_of_frozen_parameters(freeze, message):
+    with pytest.raises(ValueError, match=message):
+        optim.trainable_mask(random_params(), freeze=[freeze])
 
 
 # Weight averaging.
@@ -514,7 +524,7 @@ def test_weight_decay_on_its_own_schedule():
     params = {"kernel": jnp.ones((2, 2))}
     task = types.SimpleNamespace(layer_id=lambda name: 0, num_layers=0)
     plan = build.make_plan(config, num_examples=64)
-    tx, _ = build.make_optimizer(config, task, plan, params)
+    tx, _ = build.make_optimizer(config, task, plan, params, trainable=None)
     state = tx.init(params)
     for expected in unilm_schedule(0.2, 0.1, total=8, warmup=0, start=0.0):
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)

@@ -256,6 +256,7 @@ def test_a_resumed_run_is_bit_identical(objective, tmp_path, runs, state_of, mon
         ("tokens", {}, "needs config.tokenizer"),
         ("token", {}, "Unknown name 'token' in objectives; available: data2vec, mae, simmim, tok"),
         ("mae", {"mask.kind": "beit_v1"}, "needs masks of one count"),
+        ("simmim", {"mask.kind": "beit_v1", "accumulate_steps": 2}, "config.accumulate_steps=1"),
         ("mae", {"model.use_shared_relative_position_bias": True}, "needs config.model.use_shared"),
         ("simmim", {"mask.num_mask_patches": 17}, "17 masked patches of a grid of 4 x 4 = 16"),
         ("simmim", {"model.early_layers": 1}, "early_layers is for config.objective 'tokens'"),

@@ -190,7 +190,7 @@ def test_probes_of_other_classes_or_of_another_network_are_no_evaluation(tmp_pat
     config = linear_probe.get_config("digits")
     config.pretrained = str(network)
     data = Data(("a", *info.class_names), resized=True)
-    with pytest.raises(ValueError, match="The model tells 10 classes .0, 1, .* has 11 .a, 0"):
+    with pytest.raises(ValueError, match="The model has 10 classes .0, 1, .* has 11 .a, 0"):
         task.make_task(config, data, start=start, info=info)
     params = jax.tree.map(lambda x: x + 1, checkpoint.load_params(network))
     shutil.rmtree(network / "checkpoints")

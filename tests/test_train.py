@@ -226,12 +226,30 @@ def test_sigterm_saves_and_changes_nothing(tmp_path, start, flags, state_of, uni
     status, output = program.wait(10)
     steps = losses(tmp_path)
     assert status == 128 + signal.SIGTERM
-    assert f"Saved step {max(steps)}; the same command goes on from there." in output
+    assert f"Saved step {max(steps)}; the same command resumes from there." in output
     assert 0 < len(steps) < 40
     end = start("main.py", *flags(tmp_path, LONG)).wait()
     assert f"at step {max(steps)} of 40" in end.output
     assert_same_state(state_of(tmp_path), uninterrupted[0])
     assert losses(tmp_path) == uninterrupted[1]
+
+
+def test_a_step_that_could_not_be_saved_is_not_called_saved(tmp_path, monkeypatch, caplog, train):
+    """A signal, and then no room for the checkpoint."""
+    caplog.set_level("INFO")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def log(self, step, *args, **kwargs):
+        if step == 1:
+            monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(report.Report, "train", log)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+        train(tmp_path, {"total_steps": 20, "log_every": "1"})
+    assert "Saved step" not in caplog.text
 
 
 def test_second_signal_ends_at_once(tmp_path, start, flags):
@@ -481,7 +499,7 @@ def test_evaluates_only(tmp_path, train, finished, caplog):
     assert losses(workdir) == losses(finished[0])
     assert not results["complete"]  # as far as the files tell
     pretrained.load(str(workdir))
-    assert "has not ended" in caplog.text
+    assert "has not finished" in caplog.text
     assert train(workdir, ALL)["complete"]  # it is still the run that it was
     assert train(workdir, ALL | {"eval_only": True})["complete"]
     caplog.clear()

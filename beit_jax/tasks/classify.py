@@ -17,12 +17,12 @@ from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import augment, images, views
 from beit_jax.pretrained import Pretrained, fit, with_head_for
-from beit_jax.tasks.task import Data, Task, check_classes_of
+from beit_jax.tasks.task import OF_PRETRAINING, Data, Task, check_classes_of
 
 
 def unused(config) -> dict:
     """Settings that change nothing here, see `tasks/__init__.py`."""
-    return {"objective": "tokens", "tokenizer": "", "teacher": ""}
+    return OF_PRETRAINING | {"teacher": ""}
 
 
 def check_classes(config, class_names) -> None:
@@ -56,7 +56,7 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
         info = _model_info(config, class_names, start.info if start else None)
     else:
         check_classes_of(info, config.data.name, class_names)
-    weights = class_weights(config.class_weights, data.class_counts)
+    weights = class_weights(config.class_weights, data)
     family = modules.load("models", info.model_name)
     model = architecture.make_model(info, **architecture.runtime(config))
     size, num_classes = model.config.image_size, len(class_names)
@@ -123,8 +123,9 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     )
 
 
-def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
-    """Weight of the loss of each class, float32 [K], or None where all count the same.
+def class_weights(kind: str, data: Data) -> np.ndarray | None:
+    """Weight of the loss of each class, float32 [K]; None where all count the same, or there is no
+    training split.
 
     "balanced" is the number of images / (K * number of the class), as scikit-learn's
     `class_weight="balanced"`; a class without an image has weight 0. The mean over all images is
@@ -138,8 +139,9 @@ def class_weights(kind: str, counts: np.ndarray | None) -> np.ndarray | None:
     """
     if kind not in ("none", "balanced"):
         raise ValueError(f"Unknown class_weights {kind!r}; available: none, balanced.")
-    if kind == "none" or counts is None:
+    if kind == "none" or data.train is None:
         return None
+    counts = np.bincount(data.train.source.labels(), minlength=len(data.class_names))
     total = counts.sum() / len(counts)
     return np.divide(total, counts, out=np.zeros(len(counts)), where=counts > 0).astype(np.float32)
 

@@ -19,13 +19,13 @@ from beit_jax.convert import preprocessor
 from beit_jax.data import views
 from beit_jax.metrics import wilson_interval
 from beit_jax.models import features
-from beit_jax.tasks.task import OF_LABELS, Data, Task, check_classes_of
+from beit_jax.tasks.task import OF_LABELS, OF_PRETRAINING, Data, Task, check_classes_of
 
 
 def unused(config) -> dict:
     """Settings that change nothing here, see `tasks/__init__.py`."""
     fields = set(config.model) - {*architecture.RUNTIME, "image_size"}
-    own = {"objective": "tokens", "tokenizer": "", "teacher": ""}
+    own = OF_PRETRAINING | {"teacher": ""}
     own |= {"optim.layer_decay": 1.0, "lora.rank": 0, "trainable": "all"}
     return OF_LABELS | own | {f"model.{key}": None for key in sorted(fields)}
 

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from beit_jax import errors
 from beit_jax.checkpoint import ModelInfo
 from beit_jax.data.images import Renderings
@@ -17,6 +15,9 @@ OF_LABELS = {  # settings of who learns from labels, and their values that are o
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
 }
+OF_PRETRAINING = {"objective": "tokens", "tokenizer": "", "cache_tokens": False} | {
+    f"mask.{key}": None for key in ("kind", "ratio", "num_mask_patches", "unit")
+}
 
 
 class Data(NamedTuple):
@@ -25,14 +26,11 @@ class Data(NamedTuple):
     Attributes:
       class_names: in the order of the labels; None without labels.
       resized: whether the host has cropped the images and resized them, as the task's renderings.
-      class_counts: images of each class in the training split, int [K], or None where there is no
-        such split or no label.
-      train: the training split, for what is computed once for all its images; or None.
+      train: the training split, for what is computed once for all of it; or None.
     """
 
     class_names: list[str] | tuple[str, ...] | None
     resized: bool
-    class_counts: np.ndarray | None = None
     train: Split | None = None
 
 
@@ -40,7 +38,7 @@ def check_classes_of(info: ModelInfo, data_name: str, class_names: Sequence[str]
     """Raises ValueError where a model tells other classes than the data have."""
     if list(info.class_names) != list(class_names):
         raise ValueError(
-            f"The model tells {len(info.class_names)} classes ({errors.few(info.class_names, 4)}), "
+            f"The model has {len(info.class_names)} classes ({errors.few(info.class_names, 4)}), "
             f"{data_name} has {len(class_names)} ({errors.few(class_names, 4)})."
         )
 
@@ -71,8 +69,9 @@ class Task(NamedTuple):
       choose: (metrics of the validation, of the test) -> of the test, where something was chosen by
         the validation; or None.
       num_frozen: parameters of the network that are in `frozen`.
-      loaded: `frozen` with weights as they were loaded, where it may have them in another form; or
-        None.
+      loaded: `frozen` with weights as they were loaded, where it has them in another form; until
+        `build.make_task` has taken their checksum.
+      fingerprint: that checksum, of the weights in `frozen`.
     """
 
     init: Callable
@@ -89,3 +88,4 @@ class Task(NamedTuple):
     choose: Callable | None = None
     num_frozen: int = 0
     loaded: Any = None
+    fingerprint: str = ""

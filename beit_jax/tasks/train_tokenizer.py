@@ -17,7 +17,7 @@ from beit_jax.checkpoint import ModelInfo
 from beit_jax.convert import preprocessor
 from beit_jax.data import views
 from beit_jax.models import features
-from beit_jax.tasks.task import OF_LABELS, Data, Task
+from beit_jax.tasks.task import OF_LABELS, OF_PRETRAINING, Data, Task
 from beit_jax.tokenizers.trainer import summarize
 
 _IMAGES = 9  # drawn
@@ -25,7 +25,7 @@ _IMAGES = 9  # drawn
 
 def unused(config) -> dict:
     """Settings that change nothing here, see `tasks/__init__.py`."""
-    own = {"model_name": "auto", "objective": "tokens", "tokenizer": ""}
+    own = OF_PRETRAINING | {"model_name": "auto"}
     own |= {"optim.layer_decay": 1.0, "lora.rank": 0, "trainable": "all"}
     own |= {"augment.noise_std": 0.0, "augment.erasing": 0.0}
     return OF_LABELS | own | {f"image.{key}": None for key in ("mean", "std", "interpolation")}
