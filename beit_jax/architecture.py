@@ -1,4 +1,4 @@
-"""The architecture of a network: a checkpoint's or a preset's, with single fields of the config."""
+"""The architecture of a network: that of a checkpoint or a preset, with fields of the config."""
 
 import dataclasses
 from types import ModuleType

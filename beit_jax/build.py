@@ -49,8 +49,8 @@ def check_classes(config, splits):
 
 
 def make_task(config, splits, workdir, mesh, step: int | None, start=None):
-    """The task of the config: of the model in the workdir, if it has a step, else of a new one,
-    which begins with `start`, or else with what the config names.
+    """The task of the config: for the model in the workdir if it has a step, else for a new one,
+    initialised from `start` or from what the config names.
 
     Raises:
       ValueError: task, data, architecture and weights do not fit each other.
@@ -78,7 +78,7 @@ def make_task(config, splits, workdir, mesh, step: int | None, start=None):
 
 
 def check_use(config) -> None:
-    """Raises ValueError where a setting changes nothing in the task."""
+    """Raises ValueError where a setting that was changed has no effect in the task."""
     whose = f"the task {config.task_name!r}"
     if config.task_name == "pretrain":
         whose += f" with config.objective {config.objective!r}"
@@ -91,7 +91,7 @@ def check_use(config) -> None:
 
 
 def check(config) -> None:
-    """Raises ValueError where settings make no run."""
+    """Raises ValueError where a setting is out of range or contradicts another."""
     for key, kind in (
         ("batch_size", "whole"),
         ("eval_batch_size", "whole"),
@@ -208,7 +208,7 @@ def make_plan(config, num_examples: int) -> Plan:
 
 
 def warn_of_few_steps(config, plan: Plan) -> None:
-    """Warns of a run whose epochs make few steps."""
+    """Warns if the epochs make few steps."""
     if config.total_steps is None and plan.total_steps < FEW_STEPS:
         logging.warning(
             "%d training steps are few: use a smaller config.batch_size than %d, or more than %g "
@@ -220,7 +220,7 @@ def warn_of_few_steps(config, plan: Plan) -> None:
 
 
 def shapes(config, task):
-    """Shapes of the parameters and of the model state; a second for a large network."""
+    """Shapes of the parameters and of the model state; takes a second for a large network."""
     return jax.eval_shape(task.init, jax.random.key(config.seed))
 
 
@@ -289,8 +289,8 @@ def make_checkpointer(config, workdir, keep_every: float = 0) -> checkpoint.Chec
 
 
 def make_state(config, task, tx, saver, mesh, shapes):
-    """The newest state in the workdir, or else the first: initialised, then pretrained. `shapes`
-    are those of the task."""
+    """The newest state in the workdir, else a new one: initialised, then filled with the pretrained
+    parameters. `shapes` are those of the task."""
     everywhere = sharding.replicated(mesh)
     rng = jax.random.key(config.seed)
 
@@ -337,12 +337,12 @@ def num_trainable(params, trainable) -> int:
 
 
 def memory_of(compiled) -> int:
-    """Bytes that a compiled step needs on a device: state, data and what it holds meanwhile."""
+    """Bytes that a compiled step needs on a device: state, data and temporaries."""
     memory = compiled.memory_analysis()
     together = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return together - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def fused_kernels_of(compiled) -> int:
-    """How many kernels of a compiled step are cuDNN's attention, or of `models/kernels.py`."""
+    """How many kernels of a compiled step are cuDNN's attention or our own Pallas kernels."""
     return len(re.findall(_FUSED, compiled.as_text() or ""))

@@ -97,8 +97,8 @@ def read_model_info(workdir: str | os.PathLike) -> ModelInfo:
 
 
 class _ArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's, but that an array that cannot be read or written is an error only when the others
-    are done: each of these would find the event loop closed, and print a traceback."""
+    """Orbax's handler, except that it raises a failed array's error only after all others have
+    finished; otherwise they meet a closed event loop and print tracebacks."""
 
     async def deserialize(self, infos, args=None):
         read = super().deserialize
@@ -203,7 +203,7 @@ class Checkpointer:
             self._scores |= _read_scores(self._manager)
 
     def _sweep(self):
-        """Removes old checkpoints, and what a killed or failed save has left."""
+        """Removes deleted checkpoints, and what a killed or failed save has left."""
         for path in pathlib.Path(self.directory).glob("*"):
             if path.name == _TRASH or ocp.utils.TMP_DIR_SUFFIX in path.name:
                 shutil.rmtree(path, ignore_errors=True)
@@ -357,7 +357,7 @@ class Checkpointer:
 
 
 def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[str, Any]:
-    """Reads only the parameters, the averaged ones where there are any, as nested dict of numpy.
+    """Reads only the parameters, or their EMA where there is one, as a nested dict of numpy arrays.
 
     Args:
       workdir: of a run or a converted model.
@@ -375,8 +375,8 @@ def load_params(workdir: str | os.PathLike, step: str | int = "best") -> dict[st
 def load_model(
     workdir: str | os.PathLike, step: str | int = "best"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the parameters and what the task changed without a gradient, both of one step;
-    arguments and errors as of `load_params`."""
+    """Reads the parameters and the model state of one step; arguments and errors as of
+    `load_params`."""
     arrays = _load(workdir, step, lambda items: (*_averaged_or_not(items), "rest"))
     state = traverse_util.unflatten_dict(arrays)
     return state.get("ema_params", state.get("params")), state.get("model_state", {})
@@ -404,7 +404,7 @@ def _load(workdir, step, choose):
 
 
 def _chooses(workdir) -> bool:
-    """Whether the run in a workdir, if it is of one, chooses its best step."""
+    """Whether the run in a workdir, if any, selects a best step."""
     config = None
     with contextlib.suppress(fileio.FileFormatError):  # it is enough that the model can be read
         config = fileio.read_json(os.path.join(workdir, "config.json"), _FIX)
@@ -428,15 +428,15 @@ def _check_step(step, steps, directory):
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a file that could not be read may be sound: another try may succeed."""
+    """Whether an error may be transient, so that the file may be sound."""
     if isinstance(error, OSError):
         return isinstance(error, PermissionError) or error.errno in _PASSING
     return isinstance(error, MemoryError) or bool(_STATUS.match(str(error)))
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence or so; tensorstore's errors go on with pages of JSON, and of a full disk
-    their first word is that of a device whose memory is."""
+    """The first sentence or so of an error: tensorstore's go on with pages of JSON, and its errors
+    of a full disk begin like those of a full device memory."""
     if "No space left on device" in str(error):
         return "No space left on device"
     return str(error).split(" [")[0][:500] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Which errors are told to the user by their message, and which are bugs, told by a traceback."""
+"""Which errors are shown as messages, and which are bugs, shown as tracebacks."""
 
 import pathlib
 import traceback
@@ -12,8 +12,8 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def message(error: BaseException) -> str:
-    """What to tell the user: the text of an error of the system, or of one raised on purpose, by a
-    `raise` of this package, with its notes.
+    """The text to show for an error of the system, or for one that a `raise` of this package made
+    on purpose, with its notes.
 
     Raises:
       error: it is a bug, of ours or of a library.

@@ -1,4 +1,4 @@
-"""Evaluation of any task: every example once, sums added up on the device; and what it leaves."""
+"""Evaluation of any task: every example counted once, sums added on the device; and results."""
 
 import contextlib
 import functools
@@ -222,13 +222,14 @@ def finish(workdir, task, shown: Snapshot, splits, evaluator, log, facts, found=
 
 
 def num_skipped(splits, facts) -> int:
-    """How many images cannot be decoded, of those that this start or an earlier one has met."""
+    """How many undecodable images this start or an earlier one has met."""
     skipped = len({id for s in splits.values() for id in list(s.source.bad_images)})
     return max(skipped, facts.get("num_skipped") or 0)
 
 
 def check_best_metric(task, config, mesh, split, state) -> None:
-    """Raises ValueError where a validation has no `config.best_metric`; nothing is computed."""
+    """Raises ValueError if the validation does not compute `config.best_metric`; found by shapes
+    alone."""
     stream = inputs.eval_stream(
         split, config, mesh, renderings=task.renderings, image=task.info.image
     )

@@ -1,4 +1,4 @@
-"""What a network says of every image of a source, batch by batch."""
+"""A function of every image of a source, computed batch by batch."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What signals do: in the training loop, which `train.catch_signals` ends after a step, and Ctrl-C
+"""Signals: in the training loop, which `train.catch_signals` ends after a step, and Ctrl-C
 elsewhere."""
 
 import contextlib

@@ -135,7 +135,7 @@ def wrap(task: Task, config, base: str) -> Task:
 
 
 def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, context):
-    """Calls a method of a module, and adds to what a targeted layer says."""
+    """Calls a method of a module, and adds the adapter's output where the layer is targeted."""
     out = call(*args, **kwargs)
     path = "/".join(context.module.path)
     if context.method_name not in ("__call__", "weights") or f"lora/{path}/a" not in adapters:
@@ -155,7 +155,8 @@ def _add(adapters: Flat, scale: float, rate: float, rng, call, args, kwargs, con
 
 
 def check(config) -> None:
-    """Raises ValueError where the settings make no adapters, or none that learn."""
+    """Raises ValueError where the settings are out of range, or the adapters would not be
+    trained."""
     lora = config.lora
     if config.trainable in ("head", "bias"):
         raise ValueError(
@@ -181,7 +182,7 @@ def check(config) -> None:
 
 
 def pretrained_params(task: Task) -> Flat:
-    """What the task starts from; NaN where that is nothing but random numbers."""
+    """The task's initial parameters by name, NaN where they are not pretrained."""
     shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     blank = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
     return flat(task.start(blank))
@@ -249,7 +250,8 @@ def fingerprint(params: Flat) -> int:
 
 
 def absolute(base: str) -> str:
-    """A base that is here, as it is found from other directories, too; of the Hub, its id."""
+    """A local base as an absolute path, so that it is found from other directories; a hub id as it
+    is."""
     path = os.path.expanduser(base)
     workdir, at, step = path.rpartition("@")
     if os.path.exists(path) or not os.path.exists(workdir):
@@ -276,7 +278,7 @@ def check_shapes(adapters: Flat, params: Flat, base: str) -> None:
 
 
 def check_base(expected: Mapping | None, found: Mapping) -> None:
-    """Raises ValueError where adapters were trained on another base than they meet."""
+    """Raises ValueError if adapters meet another base than they were trained on."""
     if expected and expected["base_crc32"] != found["base_crc32"]:
         raise ValueError(
             f"The adapters belong to another base: they were trained on {expected['base']} "

@@ -260,7 +260,7 @@ def _finish(run, state, validated):
 
 
 def not_finite(step, scalars, saver, config) -> str:
-    """What to say when a step's loss or gradient is not finite."""
+    """The message for a loss or gradient that is not finite."""
     last = saver.latest_step()
     kept, place = "There is no checkpoint yet", ""
     if last is not None:
@@ -275,7 +275,8 @@ def not_finite(step, scalars, saver, config) -> str:
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yields a list that holds a signal once SIGTERM or SIGINT came; a second one ends at once."""
+    """Yields a list that SIGTERM or SIGINT is added to; a second signal ends the process at
+    once."""
     caught = []
 
     def catch(number, frame):

@@ -17,9 +17,8 @@ FROZEN = "frozen weights"  # the name of their fingerprint
 
 
 def check_place(workdir: str | os.PathLike, data: str, data_dir: str = "") -> None:
-    """Raises ValueError where the workdir lies among the images of the dataset "folder:PATH",
-    PATH from `data_dir` on, or "hf:PATH": the figures that a run leaves would be images of the
-    next."""
+    """Raises ValueError if the workdir lies inside the image folder of "folder:PATH" (PATH relative
+    to `data_dir`) or "hf:PATH": the figures of a run would become images of the next."""
     kind, _, path = data.partition(":")
     path = os.path.expanduser(os.path.join(data_dir, path) if kind == "folder" else path)
     if kind not in ("folder", "hf") or not os.path.isdir(path):
@@ -66,7 +65,7 @@ def open_workdir(
 
 
 def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> None:
-    """Writes data.json, or compares it: a run that goes on must find the same data.
+    """Writes data.json, or compares it: a resumed run must find the same data.
 
     Args:
       workdir: of the run.
@@ -87,8 +86,8 @@ def check_data(workdir: str | os.PathLike, fingerprints: Mapping[str, str]) -> N
 
 
 def check_frozen(workdir: str | os.PathLike, fingerprint: str) -> None:
-    """Raises ValueError where the weights that a run used and did not train, such as a tokenizer or
-    the network below its probes, are others now than those of the run in the workdir."""
+    """Raises ValueError if frozen weights that the run used, such as a tokenizer or the network
+    below its probes, have changed since."""
     path = os.path.join(workdir, "data.json")
     if os.path.exists(path) and _changed(path, {FROZEN: fingerprint}):
         raise ValueError(
@@ -98,7 +97,7 @@ def check_frozen(workdir: str | os.PathLike, fingerprint: str) -> None:
 
 
 def changed_data(workdir: str | os.PathLike, splits: Mapping[str, Any]) -> list[str]:
-    """Names of the splits whose data are others than those of the run in the workdir, if any."""
+    """Names of the splits whose images have changed since the run in the workdir."""
     path = os.path.join(workdir, "data.json")
     if not os.path.exists(path):
         return []
@@ -159,13 +158,13 @@ def _is_measured(workdir):
 
 
 def _has_begun(workdir):
-    """Whether a step was saved; until then a workdir may be had for any config."""
+    """Whether a step was saved; until then the workdir may be reused with any config."""
     path = os.path.join(workdir, "checkpoints")
     return os.path.isdir(path) and any(entry.name.isdecimal() for entry in os.scandir(path))
 
 
 def _compare(workdir, stored, given, allow_change):
-    """A setting that the run does not have came into being after it."""
+    """Keys unknown to the stored config were added later, and are not compared."""
     keys = sorted(set(stored) | set(given))
     allow_change = {*allow_change, *(set(given) - set(stored))}
     drift = [key for key in keys if stored.get(key) != given.get(key) and key not in allow_change]

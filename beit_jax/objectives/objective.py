@@ -1,4 +1,4 @@
-"""What the task knows of an objective."""
+"""The contract between the pre-training task and an objective."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What objectives of pixels share.
+"""What pixel objectives share.
 
 B batch, N patches, P patch size, C channels, Q = P P C pixels of a patch.
 """

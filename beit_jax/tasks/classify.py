@@ -26,7 +26,7 @@ def unused(config) -> dict:
 
 
 def check_classes(config, class_names) -> None:
-    """Raises ValueError where there is nothing to tell apart."""
+    """Raises ValueError if there are fewer than two classes."""
     if class_names is None:
         raise ValueError(
             f"Classification needs labels, which {config.data.name} does not have, or "
@@ -156,8 +156,8 @@ def classify(model, info: ModelInfo, params, image, *, resized: bool) -> jax.Arr
 
 
 def draw(workdir, results, outputs, split, params, model_state, *, num_mistakes: int) -> None:
-    """What a classifier's test leaves: each prediction, confusion matrix, calibration, and the most
-    confident mistakes."""
+    """Writes a classifier's predictions, confusion matrix, calibration and most confident
+    mistakes."""
     names = split.source.class_names
     write_predictions(outputs, split.source, os.path.join(workdir, "predictions.csv"))
     if results["confusion"] is not None:

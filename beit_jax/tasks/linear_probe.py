@@ -160,7 +160,8 @@ def _of_layer(metrics, layer) -> dict[str, float]:
 
 
 def choose(validation: dict | None, test: dict) -> dict:
-    """The test of the layer that is best in the validation, or without one in the test itself."""
+    """The test metrics of the layer with the best validation accuracy; without a validation split,
+    of the one with the best test accuracy."""
     if validation is None:
         logging.warning(
             "Without a validation split the layer is selected on the test split itself, whose "
@@ -172,7 +173,7 @@ def choose(validation: dict | None, test: dict) -> dict:
 
 
 def draw(workdir, metrics, outputs, split, params, model_state) -> None:
-    """The accuracy over the layers, with the one that `choose` took."""
+    """Draws the accuracy over the layers, and the selected one."""
     accuracy = [value for key, value in metrics.items() if key.startswith("accuracy_layer_")]
     by = metrics.get("chosen_by", "these images")
     title = f"Linear probe of each layer, {split.source.split}"

@@ -31,11 +31,11 @@ def unused(config) -> dict:
 
 
 def check_classes(config, class_names) -> None:
-    """Nothing: labels have no influence."""
+    """Does nothing: labels are not used."""
 
 
 def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Task:
-    """The task of a config; arguments as of `tasks/classify.py`, labels have no influence.
+    """The task of a config; arguments as of `tasks/classify.py`, labels are not used.
 
     Raises:
       ValueError: the objective, architecture, masks or weights do not fit.
@@ -233,7 +233,7 @@ def make_reconstruction(info, objective: Objective, size, resized: bool):
 
 
 def draw_reconstructions(columns, path: str) -> None:
-    """Draws what `make_reconstruction` tells of each image, one or two of them in a row."""
+    """Draws what `make_reconstruction` returns, one or two images in a row."""
     rows = list(zip(*columns.values(), strict=True))
     sheet = [_rgb(image) for row in rows for image in row]
     across = len(columns) * max(1, 8 // len(columns))

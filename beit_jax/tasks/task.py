@@ -1,4 +1,4 @@
-"""What the loop knows of a task."""
+"""The contract between the training loop and a task."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ OF_PRETRAINING = {"objective": "tokens", "tokenizer": "", "cache_tokens": False}
 
 
 class Data(NamedTuple):
-    """What a task has to know of its data.
+    """What a task needs to know about its data.
 
     Attributes:
       class_names: in the order of the labels; None without labels.
@@ -35,7 +35,7 @@ class Data(NamedTuple):
 
 
 def check_classes_of(info: ModelInfo, data_name: str, class_names: Sequence[str]) -> None:
-    """Raises ValueError where a model tells other classes than the data have."""
+    """Raises ValueError if the classes of a model differ from those of the data."""
     if list(info.class_names) != list(class_names):
         raise ValueError(
             f"The model has {len(info.class_names)} classes ({errors.few(info.class_names, 4)}), "

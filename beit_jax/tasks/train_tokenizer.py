@@ -1,4 +1,4 @@
-"""Training of a visual tokenizer on images alone, for `tasks/pretrain.py` to predict its tokens.
+"""Training of a visual tokenizer on unlabelled images, whose tokens `tasks/pretrain.py` predicts.
 
 B batch, H x W image as stored, N tokens, F width of the teacher's features.
 """
@@ -32,11 +32,11 @@ def unused(config) -> dict:
 
 
 def check_classes(config, class_names) -> None:
-    """Nothing: labels have no influence."""
+    """Does nothing: labels are not used."""
 
 
 def make_task(config, data: Data, *, start, info=None) -> Task:
-    """The task of a config; arguments as of `tasks/classify.py`, labels have no influence.
+    """The task of a config; arguments as of `tasks/classify.py`, labels are not used.
 
     Raises:
       ValueError: the tokenizer, its teacher or the config do not fit each other.
@@ -139,7 +139,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
 
 
 class Teacher(NamedTuple):
-    """A frozen network whose features are to be told.
+    """A frozen network whose patch features are the regression target.
 
     Attributes:
       params: of the network.

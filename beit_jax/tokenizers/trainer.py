@@ -1,4 +1,4 @@
-"""What the task knows of the training of a tokenizer."""
+"""The contract between the tokenizer task and a tokenizer in training."""
 
 from collections.abc import Callable
 from typing import NamedTuple
