@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from beit_jax.convert import hf_config, rules
 from beit_jax.convert.hf_config import Tensors
@@ -140,12 +139,7 @@ def _table(names: Iterable[str]) -> list[Rule]:
 
 
 def to_params(
-    tensors: Tensors,
-    architecture: Mapping[str, Any],
-    *,
-    drop: Iterable[str] = (),
-    reset: Iterable[str] = (),
-    label: str = "the checkpoint",
+    tensors: Tensors, architecture: Mapping[str, Any], label: str
 ) -> tuple[dict, tuple[str, ...]]:
     """Converts a checkpoint of any of the four formats, all of it or an error.
 
@@ -154,32 +148,21 @@ def to_params(
     Args:
       tensors: name -> float32 array.
       architecture: what the parameters are for; see `architecture_of`.
-      drop: names, or leading parts of names, of the checkpoint or ours, to leave out of it.
-      reset: paths, or leading parts of paths, of parameters not to fill: ("classifier",).
       label: what to call the checkpoint in messages.
 
     Returns:
-      the nested parameters, and the paths that are left unfilled: those that `reset` names, and the
-      norm of a pooler that a network without a head may lack.
+      the nested parameters, and the paths of those that the checkpoint lacks: the norm of a pooler,
+      without which a network without a head may be.
 
     Raises:
       ValueError: listing all that does not fit.
     """
-    found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
-    prefix = next(found, "")
-    table = rules.expand(_table(tensors), architecture["num_hidden_layers"], beit=prefix)
-    there = {path for rule in table if rule.source in tensors for path in rule.targets}
-    if architecture["head"] == "none" and there.isdisjoint(NEW_POOLER):
-        reset = (*([reset] if isinstance(reset, str) else reset), *NEW_POOLER)
-    flat, unfilled = rules.to_params(
-        {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
-        table,
-        hf_config.parameter_shapes(beit.Model(**architecture)),
-        drop=drop,
-        reset=reset,
-        label=label,
+    model = beit.Model(**architecture)
+    prefix = hf_config.prefix_in(tensors, _PREFIXES.values())
+    table = rules.expand(_table(tensors), model.config.num_hidden_layers, beit=prefix)
+    return rules.to_params(
+        tensors, table, model, ignored=_IGNORED, optional=_optional(model), label=label
     )
-    return traverse_util.unflatten_dict(flat, sep="/"), unfilled
 
 
 def to_hf(
@@ -192,23 +175,15 @@ def to_hf(
     Raises:
       ValueError: the parameters are not finite float32 arrays of this architecture.
     """
-    params, architecture = _without_aggregation(params, architecture)
-    model = beit.Model(**architecture)
-    prefix = "" if model.config.head == "none" else _PREFIXES[model_type or "beit"]
-    shapes = hf_config.parameter_shapes(model)
-    if model.config.head == "none" and "pooler_layernorm" not in params:
-        shapes = {path: shape for path, shape in shapes.items() if path not in NEW_POOLER}
-    return rules.to_tensors(
-        traverse_util.flatten_dict(params, sep="/"),
-        rules.expand(_HF, model.config.num_hidden_layers, beit=prefix),
-        shapes,
-    )
-
-
-def _without_aggregation(params: Mapping[str, Any], architecture: Mapping[str, Any]):
-    """Parameters and architecture without the extra layers of BEiT v2's patch aggregation."""
     params = {name: tree for name, tree in params.items() if not name.startswith("cls_pt_")}
-    return params, {**architecture, "early_layers": 0}
+    model = beit.Model(**{**architecture, "early_layers": 0})
+    prefix = "" if model.config.head == "none" else _PREFIXES[model_type or "beit"]
+    table = rules.expand(_HF, model.config.num_hidden_layers, beit=prefix)
+    return rules.to_tensors(params, table, model, optional=_optional(model))
+
+
+def _optional(model) -> Iterable[str]:
+    return NEW_POOLER if model.config.head == "none" else ()
 
 
 def backbone(params: Mapping[str, Any], architecture: Mapping[str, Any]):
@@ -253,24 +228,19 @@ _HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any
 }
 
 
-def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
+def architecture_of(tensors: Tensors, config: dict | None) -> dict[str, Any]:
     """The architecture of a checkpoint: from its config.json, or from its shapes (unilm, timm).
 
     Args:
       tensors: name -> array.
       config: its config.json, which HuggingFace's formats have.
-      **overrides: keyword arguments of the model that replace what was found.
 
     Raises:
       ValueError: no architecture is found.
     """
-    if "image_size" in overrides:
-        overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
     if format_of(tensors) == "unilm":
-        architecture = _architecture_from_shapes(tensors, **overrides)
-    else:
-        architecture = architecture_from_hf(config, tensors)
-    return {**architecture, **overrides}
+        return _architecture_from_shapes(tensors)
+    return architecture_from_hf(config, tensors)
 
 
 def architecture_from_hf(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
@@ -353,14 +323,17 @@ def _head_of_names(names) -> str:
     return "classifier" if parts & {"classifier", "head"} else "none"
 
 
-def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, Any]:
+def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes = hf_config.block_sizes(shapes)
     hidden_size, patch_size = sizes["hidden_size"], sizes["patch_size"]
     own = shapes.get("blocks.0.attn." + _BIAS_TABLE)
     shared = shapes.get("rel_pos_bias." + _BIAS_TABLE)
-    if not (own or shared or "num_attention_heads" in overrides or hidden_size % 64 == 0):
-        raise ValueError(f"how many heads has hidden_size={hidden_size}? Give num_attention_heads")
+    if not (own or shared or hidden_size % 64 == 0):
+        raise ValueError(
+            f"how many heads has hidden_size={hidden_size}? No shape tells: take a checkpoint in "
+            "HuggingFace's names, whose config.json does"
+        )
     head = _head_of_names(shapes)
     return {
         **sizes,
@@ -377,7 +350,7 @@ def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, A
         "drop_path_rate": 0.1,
         "use_mean_pooling": head == "mim" or "norm.weight" not in shapes,
         "vocab_size": shapes.get("lm_head.bias", (8192,))[0],
-        "image_size": overrides.get("image_size") or _image_size(shapes, own or shared, patch_size),
+        "image_size": _image_size(shapes, own or shared, patch_size),
         "num_labels": shapes.get("head.bias", (1000,))[0],
         "head": head,
     }
@@ -394,5 +367,8 @@ def _image_size(shapes, bias_table, patch_size) -> tuple[int, int]:
     else:
         side, is_square = 224 // patch_size, True
     if not is_square:
-        raise ValueError("the position tables are of no square image: give image_size=(H, W)")
+        raise ValueError(
+            "the position tables are of no square image: take a checkpoint in HuggingFace's names, "
+            "whose config.json has the image_size"
+        )
     return side * patch_size, side * patch_size

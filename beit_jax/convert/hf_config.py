@@ -1,7 +1,7 @@
 """What the converters share: values of a config.json, class names, shapes of parameters."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,12 @@ def parameter_shapes(model) -> dict[str, tuple[int, ...]]:
     variables = jax.eval_shape(lambda image: model.init(jax.random.key(0), image), image)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     return {path: value.shape for path, value in flat.items()}
+
+
+def prefix_in(names: Iterable[str], prefixes: Iterable[str]) -> str:
+    """The first of `prefixes` that some of the names begin with, or "" where none is there."""
+    names = list(names)
+    return next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
 
 
 def typed(config: Mapping[str, Any], key: str, default: Any) -> Any:

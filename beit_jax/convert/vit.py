@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from beit_jax.convert import hf_config, rules
 from beit_jax.convert.hf_config import Tensors
@@ -79,8 +78,7 @@ _TIMM = [
     *linear("head", "classifier"),
     *linear("head_dist", "distillation_classifier"),
 ]
-_DECODER = re.compile(r"decoder_.*|mask_token")  # of the originals
-_MASK_TOKEN = re.compile(r"(\w+\.)?embeddings\.mask_token")  # of DINOv2
+_IGNORED = re.compile(r"decoder[._].*|((\w+\.)?embeddings\.)?mask_token")
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 _TEACHER = "DeiTForImageClassificationWithTeacher"
 _CLASSES = {
@@ -109,12 +107,7 @@ _DEFAULTS = {  # of ViTConfig, where they count: a config.json may leave any of 
 
 
 def to_params(
-    tensors: Tensors,
-    architecture: Mapping[str, Any],
-    *,
-    drop: Iterable[str] = (),
-    reset: Iterable[str] = (),
-    label: str = "the checkpoint",
+    tensors: Tensors, architecture: Mapping[str, Any], label: str
 ) -> tuple[dict, tuple[str, ...]]:
     """Converts a checkpoint, all of it or an error; arguments and result as of `convert.beit`'s.
 
@@ -122,19 +115,9 @@ def to_params(
       ValueError: listing all that does not fit.
     """
     tensors = _as_the_original(tensors)
-    is_timm = _is_timm(tensors)
-    left_out = _DECODER if is_timm else _MASK_TOKEN
-    tensors = {name: x for name, x in tensors.items() if not left_out.fullmatch(name)}
-    found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
-    flat, unfilled = rules.to_params(
-        tensors,
-        _rules(architecture, next(found, ""), is_timm=is_timm),
-        hf_config.parameter_shapes(vit.Model(**architecture)),
-        drop=(*([drop] if isinstance(drop, str) else drop), "decoder"),
-        reset=reset,
-        label=label,
-    )
-    return traverse_util.unflatten_dict(flat, sep="/"), unfilled
+    prefix = hf_config.prefix_in(tensors, _PREFIXES.values())
+    table = _rules(architecture, prefix, is_timm=_is_timm(tensors))
+    return rules.to_params(tensors, table, vit.Model(**architecture), ignored=_IGNORED, label=label)
 
 
 def to_hf(
@@ -148,18 +131,14 @@ def to_hf(
     model = vit.Model(**architecture)
     model_type = model_type or _model_type(model.config)
     prefix = "" if model.config.head == "none" else _PREFIXES[model_type]
-    tensors = rules.to_tensors(
-        traverse_util.flatten_dict(params, sep="/"),
-        _rules(architecture, prefix),
-        hf_config.parameter_shapes(model),
-    )
+    tensors = rules.to_tensors(params, _rules(architecture, prefix), model)
     if _is_dinov2(architecture):  # wants one, which only masked images would use
         shape = (1, model.config.hidden_size)
         tensors[f"{prefix}embeddings.mask_token"] = np.zeros(shape, np.float32)
     return tensors
 
 
-def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
+def architecture_of(tensors: Tensors, config: dict | None) -> dict[str, Any]:
     """The architecture of a checkpoint, from its config.json, or with timm's names from its shapes.
 
     The head is that of its `architectures`, or of the names in `tensors` where it says nothing of
@@ -168,7 +147,6 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
     Args:
       tensors: name -> array.
       config: its config.json.
-      **overrides: keyword arguments of the model that replace what was found.
 
     Raises:
       ValueError: a value is of the wrong type, or asks for what the model does not have.
@@ -176,14 +154,12 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
     config = config or {}
     named = set(config.get("architectures") or ())
     model_type = config.get("model_type", "vit")
-    if "image_size" in overrides:
-        overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
     if _is_timm(tensors):
         if config.get("global_pool", "token") != "token" and "fc_norm.weight" not in tensors:
             raise ValueError(
                 f"config.json: global_pool {config['global_pool']!r} without fc_norm is not read"
             )
-        return {**_architecture_from_shapes(tensors), **overrides}
+        return _architecture_from_shapes(tensors)
     if not any(name.endswith("patch_embeddings.projection.weight") for name in tensors):
         raise ValueError(
             f"not a checkpoint of HuggingFace's {model_type}: its names, "
@@ -210,7 +186,7 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
     }
     if has_pooler and config.get("pooler_act", "tanh") != "tanh":
         raise ValueError(f"config.json: pooler_act must be 'tanh', got {config['pooler_act']!r}")
-    return {**architecture, **overrides}
+    return architecture
 
 
 def architecture_to_hf(
