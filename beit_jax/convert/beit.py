@@ -198,14 +198,16 @@ def backbone(params: Mapping[str, Any], architecture: Mapping[str, Any]):
     return kept, {**architecture, "head": "none"}
 
 
-HF_CLASSES = {
-    "classifier": "BeitForImageClassification",
-    "mim": "BeitForMaskedImageModeling",
-    "none": "BeitModel",
-}
-_DATA2VEC_CLASSES = {
-    "classifier": "Data2VecVisionForImageClassification",
-    "none": "Data2VecVisionModel",
+_HF_CLASSES = {  # by model_type and head
+    "beit": {
+        "classifier": "BeitForImageClassification",
+        "mim": "BeitForMaskedImageModeling",
+        "none": "BeitModel",
+    },
+    "data2vec-vision": {
+        "classifier": "Data2VecVisionForImageClassification",
+        "none": "Data2VecVisionModel",
+    },
 }
 _HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any of them out
     "hidden_size": 768,
@@ -252,13 +254,9 @@ def architecture_from_hf(config: Mapping[str, Any], tensors: Tensors) -> dict[st
     Raises:
       ValueError: a value is of the wrong type.
     """
-    architecture = {k: hf_config.typed(config, k, default) for k, default in _HF_DEFAULTS.items()}
     return {
-        **architecture,
-        "image_size": hf_config.pair(config, "image_size", 224),
-        "patch_size": hf_config.patch_size(config, 16),
-        "num_labels": hf_config.num_labels(config, tensors),
-        "head": _head(config, tensors),
+        **hf_config.read(config, tensors, _HF_DEFAULTS),
+        "head": hf_config.head(config, tensors, *_HF_CLASSES.values()),
     }
 
 
@@ -290,37 +288,13 @@ def architecture_to_hf(
             "beit_jax.export` writes a program for them instead."
         )
     model_type = model_type or "beit"
-    classes = HF_CLASSES if model_type == "beit" else _DATA2VEC_CLASSES
+    classes = _HF_CLASSES[model_type]
     if model.head not in classes:
         raise ValueError(
             f"{model_type} has no head {model.head!r}, only {', '.join(classes)}; fine-tune the "
             "model first, or write it as another type"
         )
-    # transformers 5 takes no int for a float
-    values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
-    return {
-        "architectures": [classes[model.head]],
-        "model_type": model_type,
-        **values,
-        "image_size": hf_config.image_size(model),
-        "patch_size": model.patch_size,
-        **hf_config.labels(model, class_names),
-        "dtype": "float32",
-    }
-
-
-def _head(config, tensors) -> str:
-    classes = (*HF_CLASSES.items(), *_DATA2VEC_CLASSES.items())
-    heads = {name: head for head, name in classes}
-    named = [heads[name] for name in config.get("architectures") or () if name in heads]
-    return named[0] if named else _head_of_names(tensors)
-
-
-def _head_of_names(names) -> str:
-    parts = {name.partition(".")[0] for name in names}
-    if "lm_head" in parts:
-        return "mim"
-    return "classifier" if parts & {"classifier", "head"} else "none"
+    return hf_config.write(model, _HF_DEFAULTS, classes[model.head], model_type, class_names)
 
 
 def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
@@ -334,7 +308,7 @@ def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
             f"how many heads has hidden_size={hidden_size}? No shape tells: take a checkpoint in "
             "HuggingFace's names, whose config.json does"
         )
-    head = _head_of_names(shapes)
+    head = hf_config.head_of_names(shapes)
     return {
         **sizes,
         "num_attention_heads": (own or shared or (0, hidden_size // 64))[1],

@@ -103,14 +103,10 @@ class Family(NamedTuple):
         Raises:
           ValueError: a value is of the wrong type.
         """
-        sizes = {key: _integers(config, key, value) for key, value in self.sequences.items()}
         return {
-            **{key: hf_config.typed(config, key, default) for key, default in _HF_DEFAULTS.items()},
-            **sizes,
-            "image_size": hf_config.pair(config, "image_size", 224),
-            "patch_size": hf_config.patch_size(config, 4),
-            "num_labels": hf_config.num_labels(config, tensors),
-            "head": self.head(config, tensors),
+            **hf_config.read(config, tensors, _HF_DEFAULTS, patch_size=4),
+            **{key: _integers(config, key, value) for key, value in self.sequences.items()},
+            "head": hf_config.head(config, tensors, self.hf_classes),
         }
 
     def to_params(
@@ -150,23 +146,14 @@ class Family(NamedTuple):
           ValueError: a classifier has another number of classes than there are names.
         """
         model = self.model.Model(**architecture).config
-        values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
-        return {
-            "architectures": [self.hf_classes[model.head]],
-            "model_type": self.model_name,
-            **values,
+        return hf_config.write(
+            model,
+            _HF_DEFAULTS,
+            self.hf_classes[model.head],
+            self.model_name,
+            class_names,
             **{key: list(getattr(model, key)) for key in self.sequences},
-            "image_size": hf_config.image_size(model),
-            "patch_size": model.patch_size,
-            **hf_config.labels(model, class_names),
-            "dtype": "float32",
-        }
-
-    def head(self, config: Mapping[str, Any], tensors: Tensors) -> str:
-        """The head of the class that config.json names, or else of the names of the arrays."""
-        heads = {name: head for head, name in self.hf_classes.items()}
-        named = [heads[name] for name in config.get("architectures") or () if name in heads]
-        return (named or ["classifier" if "classifier.bias" in tensors else "none"])[0]
+        )
 
     def table(self, model: nn.Module, prefix: str) -> list[Rule]:
         """The rules of a network, written out."""
