@@ -26,7 +26,7 @@ SHARED = (
     "preprocessor",
     "rules",
     "verify",
-)  # no families
+)  # modules that are not families
 MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_jax/models
     "beit": "beit",
     "data2vec-vision": "beit",
@@ -38,14 +38,14 @@ MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_ja
     "vit": "vit",
     "vit_mae": "vit",
 }
-# whose positions transformers resizes to the images that come, and how; those of DINOv2 are for
-# 518 pixels, and its preprocessor makes 224
+# transformers resizes the positions of these to each image, by this method: DINOv2's are for 518
+# pixels, and its preprocessor crops to 224
 _RESIZED = {"dinov2": "hf", "dinov2_with_registers": "timm"}
-_OF_BEIT = re.compile(r"q_bias|gamma_1|relative_position")  # and of no ViT, in timm's names
+_OF_BEIT = re.compile(r"q_bias|gamma_1|relative_position")  # in timm's names, of BEiT alone
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint in our words.
+    """A converted checkpoint.
 
     Attributes:
       params: nested dict of float32 arrays, as the family's `Model` has them.
@@ -68,8 +68,8 @@ class Checkpoint(NamedTuple):
 
 
 def load(source: str | os.PathLike, *, revision: str | None = None) -> Checkpoint:
-    """Reads a checkpoint, in the architecture and resolution that it has; DINOv2 at the resolution
-    that its preprocessor makes.
+    """Reads a checkpoint in its own architecture and image size, which for DINOv2 is the size that
+    its preprocessor crops to.
 
     Args:
       source: a directory, a file (.safetensors .msgpack .bin .pt .pth), or a repository on the Hub.

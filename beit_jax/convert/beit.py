@@ -94,8 +94,8 @@ _HF5_NAMES = {  # in this order
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-# Constants that older versions stored. A bias of the keys shifts all logits of a query alike, so
-# softmax takes no notice of it.
+# Constants that older versions stored; a bias of the keys shifts all logits of a query alike, which
+# softmax ignores.
 _IGNORED = re.compile(  # buffers, and the extra layers of BEiT v2's patch aggregation
     r"(.*\.)?relative_position_index|blocks\.\d+\.attn\.k_bias|cls_pt_(layers|norm|lm_head)\..*"
 )
@@ -151,8 +151,8 @@ def to_params(
       label: what to call the checkpoint in messages.
 
     Returns:
-      the nested parameters, and the paths of those that the checkpoint lacks: the norm of a pooler,
-      without which a network without a head may be.
+      the nested parameters, and the paths of those that the checkpoint lacks: a network without a
+      head may lack the norm of its pooler.
 
     Raises:
       ValueError: listing all that does not fit.
@@ -187,10 +187,11 @@ def _optional(model) -> Iterable[str]:
 
 
 def backbone(params: Mapping[str, Any], architecture: Mapping[str, Any]):
-    """Parameters and architecture, with head "none", of what simmim, mae and data2vec pre-trained.
+    """Parameters and architecture, with head "none", of a network that simmim, mae or data2vec
+    pre-trained.
 
-    What predicted pixels or features is left out. The norm before it becomes that of the mean of
-    all patches, where the network reads that.
+    The layers that predicted pixels or features are left out. With mean pooling, the norm before
+    them becomes the norm of the pooler.
     """
     kept = {k: tree for k, tree in params.items() if k not in ("decoder", "lm_layernorm")}
     if architecture["use_mean_pooling"]:
@@ -209,16 +210,8 @@ _HF_CLASSES = {  # by model_type and head
         "none": "Data2VecVisionModel",
     },
 }
-_HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any of them out
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "layer_norm_eps": 1e-12,
-    "num_channels": 3,
+_HF_DEFAULTS = {  # of BeitConfig
+    **hf_config.DEFAULTS,
     "use_mask_token": False,
     "use_absolute_position_embeddings": False,
     "use_relative_position_bias": False,
@@ -267,12 +260,12 @@ def architecture_to_hf(
 ) -> dict[str, Any]:
     """Writes a config.json of HuggingFace; the inverse of `architecture_from_hf`.
 
-    How our model starts (initializer_bound, head_init_scale, rescale_init) has no place there.
+    How a new model is initialised (initializer_bound, head_init_scale, rescale_init) is left out.
 
     Raises:
       ValueError: a classifier has another number of classes than there are names, or the head is
         not one that the `model_type` ("beit" by default) has; or the network has positions of a
-        grid that is not square, which transformers mixes up.
+        grid that is not square, whose rows transformers takes for columns.
     """
     model = beit.Model(**architecture).config
     has_positions = (
@@ -305,8 +298,8 @@ def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
     shared = shapes.get("rel_pos_bias." + _BIAS_TABLE)
     if not (own or shared or hidden_size % 64 == 0):
         raise ValueError(
-            f"how many heads has hidden_size={hidden_size}? No shape tells: take a checkpoint in "
-            "HuggingFace's names, whose config.json does"
+            f"how many heads has hidden_size={hidden_size}? The shapes do not show it: take a "
+            "checkpoint in HuggingFace's names, whose config.json says it"
         )
     head = hf_config.head_of_names(shapes)
     return {
@@ -343,6 +336,6 @@ def _image_size(shapes, bias_table, patch_size) -> tuple[int, int]:
     if not is_square:
         raise ValueError(
             "the position tables are of no square image: take a checkpoint in HuggingFace's names, "
-            "whose config.json has the image_size"
+            "whose config.json says the image_size"
         )
     return side * patch_size, side * patch_size

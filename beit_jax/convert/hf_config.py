@@ -9,6 +9,17 @@ import numpy as np
 from flax import traverse_util
 
 Tensors = Mapping[str, np.ndarray]
+DEFAULTS = {  # of BeitConfig and ViTConfig: a config.json may leave any of them out
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "num_channels": 3,
+}
 
 
 def parameter_shapes(model) -> dict[str, tuple[int, ...]]:
@@ -21,7 +32,7 @@ def parameter_shapes(model) -> dict[str, tuple[int, ...]]:
 
 
 def prefix_in(names: Iterable[str], prefixes: Iterable[str]) -> str:
-    """The first of `prefixes` that some of the names begin with, or "" where none is there."""
+    """The first of `prefixes` that some of the names begin with, or ""."""
     names = list(names)
     return next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
 
@@ -61,8 +72,10 @@ def read(
     patch_size: int = 16,
     head: str = "classifier",
 ) -> dict[str, Any]:
-    """What of an architecture every family has in its config.json: `defaults`, which that may leave
-    out, the sizes, and the number of classes, which the bias of `head` shows, too.
+    """The fields of an architecture that every family has in its config.json.
+
+    Those of `defaults` may be missing there, as may the number of classes, which then is the length
+    of the bias of `head`.
 
     Raises:
       ValueError: a value is of the wrong type, or patches are not square.
@@ -86,7 +99,7 @@ def write(
     class_names: Sequence[str] | None,
     **own: Any,
 ) -> dict[str, Any]:
-    """The config.json of a model's config, with what is the family's `own`; the inverse of `read`.
+    """A config.json, with the fields that are the family's `own`; the inverse of `read`.
 
     Raises:
       ValueError: a classifier has another number of classes than there are names.
@@ -106,7 +119,8 @@ def write(
 
 
 def head(config: Mapping[str, Any], names: Iterable[str], *classes: Mapping[str, str]) -> str:
-    """The head of the class that config.json names, of tables head -> class; or that of `names`."""
+    """The head of the class that config.json names, by tables head -> class, or else of arrays with
+    these names."""
     heads = {hf_class: head for table in classes for head, hf_class in table.items()}
     named = [heads[name] for name in config.get("architectures") or () if name in heads]
     return named[0] if named else head_of_names(names)
@@ -131,10 +145,10 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def block_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes that arrays with the names of unilm and timm tell, as fields of an architecture.
+    """Fields of an architecture that are read off shapes of arrays in unilm's and timm's names.
 
     Raises:
-      ValueError: they are not there.
+      ValueError: an array for them is missing.
     """
     layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     try:

@@ -66,7 +66,7 @@ def norm(source: str, target: str) -> list[Rule]:
 
 
 def expand(rules: Iterable[Rule], num_layers: int, **fields: str) -> list[Rule]:
-    """Writes a table out: a rule with `{i}` once per layer, other fields from `fields`."""
+    """Expands a table: a rule with `{i}` once per layer, other fields from `fields`."""
     return [
         rule.filled(i=i, **fields)
         for rule in rules
@@ -75,7 +75,7 @@ def expand(rules: Iterable[Rule], num_layers: int, **fields: str) -> list[Rule]:
 
 
 def renamed(rules: Iterable[Rule], names: Mapping[str, str]) -> list[Rule]:
-    """The rules of a checkpoint that has other names: parts of sources, old -> new, in order."""
+    """The rules with parts of their sources replaced, old -> new, in order."""
     changed = []
     for rule in rules:
         source = rule.source
@@ -148,8 +148,8 @@ def to_tensors(
 
 
 def _expected(model, optional, found):
-    """Path -> shape of the parameters to convert, and the optional paths that are not among them:
-    all, where none is found."""
+    """Path -> shape of the parameters to convert, and the paths that are left out: the optional
+    ones, where none of them is found."""
     shapes = hf_config.parameter_shapes(model)
     absent = [path for path in shapes if path in optional] if found.isdisjoint(optional) else []
     return {path: shape for path, shape in shapes.items() if path not in absent}, tuple(absent)

@@ -1,7 +1,7 @@
 """Swin checkpoints of HuggingFace; `swinv2` converts its own with what is here.
 
-An architecture is the dict of keyword arguments of `beit_jax.models.swin.Model`. Layers have one
-number through all stages here, and a stage and a block there.
+An architecture is the dict of keyword arguments of `beit_jax.models.swin.Model`. Our layers are
+numbered through all stages; HuggingFace's by stage and block.
 """
 
 import itertools
@@ -56,7 +56,7 @@ _HF5_NAMES = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-_HF_DEFAULTS = {  # of SwinConfig and Swinv2Config, where they count
+_HF_DEFAULTS = {  # of SwinConfig and Swinv2Config
     "num_channels": 3,
     "embed_dim": 96,
     "window_size": 7,

@@ -91,18 +91,7 @@ _CLASSES = {  # by model_type and head
         "none": "Dinov2WithRegistersModel",
     },
 }
-_DEFAULTS = {  # of ViTConfig, where they count: a config.json may leave any of them out
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "layer_norm_eps": 1e-12,
-    "num_channels": 3,
-    "qkv_bias": True,
-}
+_DEFAULTS = {**hf_config.DEFAULTS, "qkv_bias": True}  # of ViTConfig
 
 
 def to_params(
@@ -131,7 +120,7 @@ def to_hf(
     model_type = model_type or _model_type(model.config)
     prefix = "" if model.config.head == "none" else _PREFIXES[model_type]
     tensors = rules.to_tensors(params, _rules(architecture, prefix), model)
-    if _is_dinov2(architecture):  # wants one, which only masked images would use
+    if _is_dinov2(architecture):  # transformers expects one, for masked images
         shape = (1, model.config.hidden_size)
         tensors[f"{prefix}embeddings.mask_token"] = np.zeros(shape, np.float32)
     return tensors
@@ -172,7 +161,7 @@ def _from_hf(tensors, config) -> dict[str, Any]:
             tensors,
             _DEFAULTS,
             patch_size=14 if model_type == "dinov2" else 16,
-            head=_head(has_teacher),
+            head=_classifier(has_teacher),
         ),
         "head": head,
         "use_distillation_token": model_type == "deit",
@@ -184,7 +173,7 @@ def _from_hf(tensors, config) -> dict[str, Any]:
 
 
 def _dinov2_fields(config, head) -> dict[str, Any]:
-    """What of an architecture is DINOv2's own."""
+    """The fields of an architecture that DINOv2 has in other words or by other defaults."""
     if config.get("use_swiglu_ffn", False):
         raise ValueError("config.json: use_swiglu_ffn (of the giant DINOv2) is not read")
     ratio = hf_config.typed(config, "mlp_ratio", 4)
@@ -273,12 +262,12 @@ def _is_timm(names: Iterable[str]) -> bool:
 
 
 def _as_the_original(tensors: Tensors) -> Tensors:
-    """timm's networks whose class token has no position, or that in it already, as DeiT-3's and of
-    DINOv2 those with registers, under the original's names and with a position of zeros."""
+    """The tensors of timm's DeiT-3 and DINOv2 with registers as the originals have them: with a
+    position for the class token, of zeros, since timm has none or has added it to the token."""
     if "cls_token" not in tensors or np.ndim(tensors.get("pos_embed")) != 3:
         return tensors
     own, positions = dict(tensors), tensors["pos_embed"]
-    count = positions.shape[1]  # a square where they are of the patches of a square alone
+    count = positions.shape[1]  # a square number where they are of patches alone
     if "reg_token" in tensors or math.isqrt(count) ** 2 == count:
         own["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], 1)
     if "reg_token" in tensors:
@@ -292,12 +281,12 @@ def _is_dinov2(architecture) -> bool:
 
 def _rules(architecture, prefix, *, is_timm=False):
     table = _TIMM if is_timm else _DINOV2 if _is_dinov2(architecture) else _HF
-    head = _head(architecture.get("use_distillation_classifier", False))
+    head = _classifier(architecture.get("use_distillation_classifier", False))
     num_layers = vit.Model(**architecture).config.num_hidden_layers
     return rules.expand(table, num_layers, prefix=prefix, head=head)
 
 
-def _head(has_teacher: bool) -> str:
+def _classifier(has_teacher: bool) -> str:
     return "cls_classifier" if has_teacher else "classifier"
 
 
