@@ -8,7 +8,7 @@ From a shell: `python -m beit_jax.convert`.
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from beit_jax import modules
@@ -26,7 +26,7 @@ SHARED = (
     "preprocessor",
     "rules",
     "verify",
-)  # no families
+)  # modules that are not families
 MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_jax/models
     "beit": "beit",
     "data2vec-vision": "beit",
@@ -38,14 +38,14 @@ MODEL_TYPES = {  # of a config.json -> the family: a module here, and in beit_ja
     "vit": "vit",
     "vit_mae": "vit",
 }
-# whose positions transformers resizes to the images that come, and how; those of DINOv2 are for
-# 518 pixels, and its preprocessor makes 224
+# transformers resizes the positions of these to each image, by this method: DINOv2's are for 518
+# pixels, and its preprocessor crops to 224
 _RESIZED = {"dinov2": "hf", "dinov2_with_registers": "timm"}
-_OF_BEIT = re.compile(r"q_bias|gamma_1|relative_position")  # and of no ViT, in timm's names
+_OF_BEIT = re.compile(r"q_bias|gamma_1|relative_position")  # in timm's names, of BEiT alone
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint in our words.
+    """A converted checkpoint.
 
     Attributes:
       params: nested dict of float32 arrays, as the family's `Model` has them.
@@ -53,8 +53,8 @@ class Checkpoint(NamedTuple):
       class_names: in the order of the logits, or None where the checkpoint has none.
       image: how its images are prepared (mean, std, interpolation, crop, crop_pct), or None.
       source: where it came from.
-      unfilled: paths of parameters that are not in `params`: those that `reset` names, and a
-        pooler that the checkpoint does not have.
+      unfilled: paths of parameters that are not in `params`: the norm of a pooler, where the
+        checkpoint has none.
       model_name: the family, a module in beit_jax/models.
     """
 
@@ -67,28 +67,13 @@ class Checkpoint(NamedTuple):
     model_name: str = "beit"
 
 
-def load(
-    source: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    drop: Iterable[str] = (),
-    reset: Iterable[str] = (),
-    **overrides: Any,
-) -> Checkpoint:
-    """Reads a checkpoint, in the architecture and resolution that it has; DINOv2 at the resolution
-    that its preprocessor makes.
-
-    A pretraining checkpoint for fine-tuning on 10 classes:
-
-        load(source, head="classifier", num_labels=10, drop=("lm_head", "lm_layernorm"),
-             reset=("classifier", "pooler_layernorm"))
+def load(source: str | os.PathLike, *, revision: str | None = None) -> Checkpoint:
+    """Reads a checkpoint in its own architecture and image size, which for DINOv2 is the size that
+    its preprocessor crops to.
 
     Args:
       source: a directory, a file (.safetensors .msgpack .bin .pt .pth), or a repository on the Hub.
       revision: branch, tag or commit of that repository.
-      drop: what of the checkpoint to leave out: names or leading parts of names, its or ours.
-      reset: what of the model not to fill, for the caller to initialise: leading parts of paths.
-      **overrides: keyword arguments of the model that replace those of the checkpoint.
 
     Raises:
       FileNotFoundError: there is no such path, or the Hub has no such repository or no answer.
@@ -105,9 +90,9 @@ def load(
             f"{label}: weights in HuggingFace's names need the config.json that belongs to them: "
             "put it beside them"
         )
-    architecture = family.architecture_of(tensors, config, **overrides)
-    params, unfilled = family.to_params(tensors, architecture, drop=drop, reset=reset, label=label)
-    if "image_size" not in overrides and (config or {}).get("model_type") in _RESIZED:
+    architecture = family.architecture_of(tensors, config)
+    params, unfilled = family.to_params(tensors, architecture, label)
+    if (config or {}).get("model_type") in _RESIZED:
         method = _RESIZED[config["model_type"]]
         size = preprocessor.seen_size(processor or {}) or architecture["image_size"]
         params, architecture = _resized(model_name, params, architecture, size, method)

@@ -20,7 +20,7 @@ from beit_jax.convert import beit, files, peft, preprocessor, verify
 
 _TASKS = {"classifier": "classify", "mim": "pretrain", "none": "classify"}
 _TOLERANCE = 1e-4
-_OF_THE_BASE = (  # what decides the result, and no parameter shows
+_OF_THE_BASE = (  # fields that decide the result and that no parameter's shape shows
     "image_size",
     "num_attention_heads",
     "hidden_act",
@@ -167,8 +167,8 @@ def _to_peft(args) -> int:
 
 
 def _check_as_the_base(info) -> None:
-    """Raises ValueError where adapters were trained beside another network than their base itself,
-    which is all that PEFT knows of."""
+    """Raises ValueError where the network of the adapters differs from their base in more than
+    shapes: PEFT would use them with the base as it is."""
     base = pretrained.load(info.lora["base"], info.lora.get("revision", "")).info
     ours, theirs = (make_model(x).config for x in (info, base))
     for key in _OF_THE_BASE:
@@ -181,7 +181,7 @@ def _check_as_the_base(info) -> None:
 
 
 def _new_pooler(params) -> dict[str, np.ndarray]:
-    """The norm of a pooler that the base does not have, which PEFT leaves as it starts."""
+    """The initial norm of a pooler that the base lacks, which PEFT does not train."""
     return {
         name: np.full(np.shape(params[name]), x)
         for name, x in beit.NEW_POOLER.items()

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from beit_jax.convert import hf_config, rules
 from beit_jax.convert.hf_config import Tensors
@@ -95,8 +94,8 @@ _HF5_NAMES = {  # in this order
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-# Constants that older versions stored. A bias of the keys shifts all logits of a query alike, so
-# softmax takes no notice of it.
+# Constants that older versions stored; a bias of the keys shifts all logits of a query alike, which
+# softmax ignores.
 _IGNORED = re.compile(  # buffers, and the extra layers of BEiT v2's patch aggregation
     r"(.*\.)?relative_position_index|blocks\.\d+\.attn\.k_bias|cls_pt_(layers|norm|lm_head)\..*"
 )
@@ -140,12 +139,7 @@ def _table(names: Iterable[str]) -> list[Rule]:
 
 
 def to_params(
-    tensors: Tensors,
-    architecture: Mapping[str, Any],
-    *,
-    drop: Iterable[str] = (),
-    reset: Iterable[str] = (),
-    label: str = "the checkpoint",
+    tensors: Tensors, architecture: Mapping[str, Any], label: str
 ) -> tuple[dict, tuple[str, ...]]:
     """Converts a checkpoint of any of the four formats, all of it or an error.
 
@@ -154,32 +148,21 @@ def to_params(
     Args:
       tensors: name -> float32 array.
       architecture: what the parameters are for; see `architecture_of`.
-      drop: names, or leading parts of names, of the checkpoint or ours, to leave out of it.
-      reset: paths, or leading parts of paths, of parameters not to fill: ("classifier",).
       label: what to call the checkpoint in messages.
 
     Returns:
-      the nested parameters, and the paths that are left unfilled: those that `reset` names, and the
-      norm of a pooler that a network without a head may lack.
+      the nested parameters, and the paths of those that the checkpoint lacks: a network without a
+      head may lack the norm of its pooler.
 
     Raises:
       ValueError: listing all that does not fit.
     """
-    found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
-    prefix = next(found, "")
-    table = rules.expand(_table(tensors), architecture["num_hidden_layers"], beit=prefix)
-    there = {path for rule in table if rule.source in tensors for path in rule.targets}
-    if architecture["head"] == "none" and there.isdisjoint(NEW_POOLER):
-        reset = (*([reset] if isinstance(reset, str) else reset), *NEW_POOLER)
-    flat, unfilled = rules.to_params(
-        {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
-        table,
-        hf_config.parameter_shapes(beit.Model(**architecture)),
-        drop=drop,
-        reset=reset,
-        label=label,
+    model = beit.Model(**architecture)
+    prefix = hf_config.prefix_in(tensors, _PREFIXES.values())
+    table = rules.expand(_table(tensors), model.config.num_hidden_layers, beit=prefix)
+    return rules.to_params(
+        tensors, table, model, ignored=_IGNORED, optional=_optional(model), label=label
     )
-    return traverse_util.unflatten_dict(flat, sep="/"), unfilled
 
 
 def to_hf(
@@ -192,30 +175,23 @@ def to_hf(
     Raises:
       ValueError: the parameters are not finite float32 arrays of this architecture.
     """
-    params, architecture = _without_aggregation(params, architecture)
-    model = beit.Model(**architecture)
-    prefix = "" if model.config.head == "none" else _PREFIXES[model_type or "beit"]
-    shapes = hf_config.parameter_shapes(model)
-    if model.config.head == "none" and "pooler_layernorm" not in params:
-        shapes = {path: shape for path, shape in shapes.items() if path not in NEW_POOLER}
-    return rules.to_tensors(
-        traverse_util.flatten_dict(params, sep="/"),
-        rules.expand(_HF, model.config.num_hidden_layers, beit=prefix),
-        shapes,
-    )
-
-
-def _without_aggregation(params: Mapping[str, Any], architecture: Mapping[str, Any]):
-    """Parameters and architecture without the extra layers of BEiT v2's patch aggregation."""
     params = {name: tree for name, tree in params.items() if not name.startswith("cls_pt_")}
-    return params, {**architecture, "early_layers": 0}
+    model = beit.Model(**{**architecture, "early_layers": 0})
+    prefix = "" if model.config.head == "none" else _PREFIXES[model_type or "beit"]
+    table = rules.expand(_HF, model.config.num_hidden_layers, beit=prefix)
+    return rules.to_tensors(params, table, model, optional=_optional(model))
+
+
+def _optional(model) -> Iterable[str]:
+    return NEW_POOLER if model.config.head == "none" else ()
 
 
 def backbone(params: Mapping[str, Any], architecture: Mapping[str, Any]):
-    """Parameters and architecture, with head "none", of what simmim, mae and data2vec pre-trained.
+    """Parameters and architecture, with head "none", of a network that simmim, mae or data2vec
+    pre-trained.
 
-    What predicted pixels or features is left out. The norm before it becomes that of the mean of
-    all patches, where the network reads that.
+    The layers that predicted pixels or features are left out. With mean pooling, the norm before
+    them becomes the norm of the pooler.
     """
     kept = {k: tree for k, tree in params.items() if k not in ("decoder", "lm_layernorm")}
     if architecture["use_mean_pooling"]:
@@ -223,25 +199,19 @@ def backbone(params: Mapping[str, Any], architecture: Mapping[str, Any]):
     return kept, {**architecture, "head": "none"}
 
 
-HF_CLASSES = {
-    "classifier": "BeitForImageClassification",
-    "mim": "BeitForMaskedImageModeling",
-    "none": "BeitModel",
+_HF_CLASSES = {  # by model_type and head
+    "beit": {
+        "classifier": "BeitForImageClassification",
+        "mim": "BeitForMaskedImageModeling",
+        "none": "BeitModel",
+    },
+    "data2vec-vision": {
+        "classifier": "Data2VecVisionForImageClassification",
+        "none": "Data2VecVisionModel",
+    },
 }
-_DATA2VEC_CLASSES = {
-    "classifier": "Data2VecVisionForImageClassification",
-    "none": "Data2VecVisionModel",
-}
-_HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any of them out
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "layer_norm_eps": 1e-12,
-    "num_channels": 3,
+_HF_DEFAULTS = {  # of BeitConfig
+    **hf_config.DEFAULTS,
     "use_mask_token": False,
     "use_absolute_position_embeddings": False,
     "use_relative_position_bias": False,
@@ -253,24 +223,19 @@ _HF_DEFAULTS = {  # of BeitConfig, where they count: a config.json may leave any
 }
 
 
-def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
+def architecture_of(tensors: Tensors, config: dict | None) -> dict[str, Any]:
     """The architecture of a checkpoint: from its config.json, or from its shapes (unilm, timm).
 
     Args:
       tensors: name -> array.
       config: its config.json, which HuggingFace's formats have.
-      **overrides: keyword arguments of the model that replace what was found.
 
     Raises:
       ValueError: no architecture is found.
     """
-    if "image_size" in overrides:
-        overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
     if format_of(tensors) == "unilm":
-        architecture = _architecture_from_shapes(tensors, **overrides)
-    else:
-        architecture = architecture_from_hf(config, tensors)
-    return {**architecture, **overrides}
+        return _architecture_from_shapes(tensors)
+    return architecture_from_hf(config, tensors)
 
 
 def architecture_from_hf(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
@@ -282,13 +247,9 @@ def architecture_from_hf(config: Mapping[str, Any], tensors: Tensors) -> dict[st
     Raises:
       ValueError: a value is of the wrong type.
     """
-    architecture = {k: hf_config.typed(config, k, default) for k, default in _HF_DEFAULTS.items()}
     return {
-        **architecture,
-        "image_size": hf_config.pair(config, "image_size", 224),
-        "patch_size": hf_config.patch_size(config, 16),
-        "num_labels": hf_config.num_labels(config, tensors),
-        "head": _head(config, tensors),
+        **hf_config.read(config, tensors, _HF_DEFAULTS),
+        "head": hf_config.head(config, tensors, *_HF_CLASSES.values()),
     }
 
 
@@ -299,12 +260,12 @@ def architecture_to_hf(
 ) -> dict[str, Any]:
     """Writes a config.json of HuggingFace; the inverse of `architecture_from_hf`.
 
-    How our model starts (initializer_bound, head_init_scale, rescale_init) has no place there.
+    How a new model is initialised (initializer_bound, head_init_scale, rescale_init) is left out.
 
     Raises:
       ValueError: a classifier has another number of classes than there are names, or the head is
         not one that the `model_type` ("beit" by default) has; or the network has positions of a
-        grid that is not square, which transformers mixes up.
+        grid that is not square, whose rows transformers takes for columns.
     """
     model = beit.Model(**architecture).config
     has_positions = (
@@ -320,48 +281,27 @@ def architecture_to_hf(
             "beit_jax.export` writes a program for them instead."
         )
     model_type = model_type or "beit"
-    classes = HF_CLASSES if model_type == "beit" else _DATA2VEC_CLASSES
+    classes = _HF_CLASSES[model_type]
     if model.head not in classes:
         raise ValueError(
             f"{model_type} has no head {model.head!r}, only {', '.join(classes)}; fine-tune the "
             "model first, or write it as another type"
         )
-    # transformers 5 takes no int for a float
-    values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
-    return {
-        "architectures": [classes[model.head]],
-        "model_type": model_type,
-        **values,
-        "image_size": hf_config.image_size(model),
-        "patch_size": model.patch_size,
-        **hf_config.labels(model, class_names),
-        "dtype": "float32",
-    }
+    return hf_config.write(model, _HF_DEFAULTS, classes[model.head], model_type, class_names)
 
 
-def _head(config, tensors) -> str:
-    classes = (*HF_CLASSES.items(), *_DATA2VEC_CLASSES.items())
-    heads = {name: head for head, name in classes}
-    named = [heads[name] for name in config.get("architectures") or () if name in heads]
-    return named[0] if named else _head_of_names(tensors)
-
-
-def _head_of_names(names) -> str:
-    parts = {name.partition(".")[0] for name in names}
-    if "lm_head" in parts:
-        return "mim"
-    return "classifier" if parts & {"classifier", "head"} else "none"
-
-
-def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, Any]:
+def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes = hf_config.block_sizes(shapes)
     hidden_size, patch_size = sizes["hidden_size"], sizes["patch_size"]
     own = shapes.get("blocks.0.attn." + _BIAS_TABLE)
     shared = shapes.get("rel_pos_bias." + _BIAS_TABLE)
-    if not (own or shared or "num_attention_heads" in overrides or hidden_size % 64 == 0):
-        raise ValueError(f"how many heads has hidden_size={hidden_size}? Give num_attention_heads")
-    head = _head_of_names(shapes)
+    if not (own or shared or hidden_size % 64 == 0):
+        raise ValueError(
+            f"how many heads has hidden_size={hidden_size}? The shapes do not show it: take a "
+            "checkpoint in HuggingFace's names, whose config.json says it"
+        )
+    head = hf_config.head_of_names(shapes)
     return {
         **sizes,
         "num_attention_heads": (own or shared or (0, hidden_size // 64))[1],
@@ -377,7 +317,7 @@ def _architecture_from_shapes(tensors: Tensors, **overrides: Any) -> dict[str, A
         "drop_path_rate": 0.1,
         "use_mean_pooling": head == "mim" or "norm.weight" not in shapes,
         "vocab_size": shapes.get("lm_head.bias", (8192,))[0],
-        "image_size": overrides.get("image_size") or _image_size(shapes, own or shared, patch_size),
+        "image_size": _image_size(shapes, own or shared, patch_size),
         "num_labels": shapes.get("head.bias", (1000,))[0],
         "head": head,
     }
@@ -394,5 +334,8 @@ def _image_size(shapes, bias_table, patch_size) -> tuple[int, int]:
     else:
         side, is_square = 224 // patch_size, True
     if not is_square:
-        raise ValueError("the position tables are of no square image: give image_size=(H, W)")
+        raise ValueError(
+            "the position tables are of no square image: take a checkpoint in HuggingFace's names, "
+            "whose config.json says the image_size"
+        )
     return side * patch_size, side * patch_size

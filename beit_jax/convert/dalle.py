@@ -38,7 +38,7 @@ def load(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
       FileNotFoundError: one of the files is not there.
-      FileFormatError: one is damaged, no dVAE, or has what is no tensor or module in it.
+      FileFormatError: a file is damaged, is not a dVAE, or holds more than tensors and modules.
     """
     params = {}
     for part, name in zip(("encoder", "decoder"), FILES, strict=True):
@@ -153,10 +153,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read(path: str | os.PathLike) -> Any:
-    """What a file of `torch.save` holds: plain containers, numpy arrays, and inert objects.
+    """The content of a file of `torch.save`: plain containers, numpy arrays and inert objects.
 
     Raises:
-      pickle.UnpicklingError: it has anything else in it.
+      pickle.UnpicklingError: it holds anything else.
       Exception: it is damaged.
     """
     with open(path, "rb") as file:
@@ -195,7 +195,7 @@ def _storages(x):
 
 
 def _fill(x, data):
-    """The same with arrays in the place of tensors."""
+    """The same with arrays in place of tensors."""
     if isinstance(x, _Tensor):
         return _array(x, data(x.storage))
     children = _children(x)
@@ -218,7 +218,7 @@ def _array(tensor, data):
 
 
 def _tensors(x, prefix=""):
-    """Arrays by name of a module, or of a state dictionary."""
+    """The arrays, by name, of a module or a state dictionary."""
     if isinstance(x, dict):
         return {prefix + name: value for name, value in x.items() if isinstance(value, np.ndarray)}
     if not isinstance(x, _Object):

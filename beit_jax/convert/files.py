@@ -58,7 +58,7 @@ def read(source: str | os.PathLike, *, revision: str | None = None) -> Files:
     Raises:
       FileNotFoundError: there is no such path, or the Hub has no such repository or no answer.
       FileFormatError: a file is damaged, or needs torch and there is none.
-      ValueError: a `revision` of what is no repository.
+      ValueError: a `revision` of a local path.
     """
     path = Path(source)
     if not path.exists():
@@ -95,7 +95,7 @@ def write(
             safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
         except safetensors.SafetensorError as error:
             raise OSError(f"{dst} cannot be written: {_first_line(error)}") from error
-        shutil.copymode(directory / CONFIG, directory / _SAFETENSORS)  # not for the owner alone
+        shutil.copymode(directory / CONFIG, path)  # not for the owner alone
         digests = {path.name: _sha256(path) for path in sorted(directory.iterdir())}
         fileio.write_json(directory / MANIFEST, {"sha256": digests})
 
@@ -104,7 +104,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a file, by name.
 
     Raises:
-      FileFormatError: it is damaged, or its numbers are of a kind that numpy does not have.
+      FileFormatError: it is damaged, or has a dtype that numpy does not have.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -161,7 +161,7 @@ def _check_replaceable(dst: Path) -> None:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """Downloads what is needed of a repository, or finds it in the Hub's cache."""
+    """Downloads the files of a repository that are needed, or finds them in the Hub's cache."""
     import huggingface_hub
 
     is_path = repository.startswith((".", "/", "~")) or repository.count("/") > 1
@@ -204,10 +204,7 @@ def _weights_in(directory: Path) -> Path:
 
 
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
-    if path.name.endswith(".index.json"):
-        tensors = _read_shards(path)
-    else:
-        tensors = _read_file(path)
+    tensors = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     if not tensors:
         raise fileio.FileFormatError(path, "holds no arrays")
     return {

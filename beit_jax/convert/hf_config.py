@@ -1,7 +1,7 @@
 """What the converters share: values of a config.json, class names, shapes of parameters."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,17 @@ import numpy as np
 from flax import traverse_util
 
 Tensors = Mapping[str, np.ndarray]
+DEFAULTS = {  # of BeitConfig and ViTConfig: a config.json may leave any of them out
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "num_channels": 3,
+}
 
 
 def parameter_shapes(model) -> dict[str, tuple[int, ...]]:
@@ -18,6 +29,12 @@ def parameter_shapes(model) -> dict[str, tuple[int, ...]]:
     variables = jax.eval_shape(lambda image: model.init(jax.random.key(0), image), image)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     return {path: value.shape for path, value in flat.items()}
+
+
+def prefix_in(names: Iterable[str], prefixes: Iterable[str]) -> str:
+    """The first of `prefixes` that some of the names begin with, or ""."""
+    names = list(names)
+    return next((p for p in prefixes if any(name.startswith(p) for name in names)), "")
 
 
 def typed(config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -47,16 +64,74 @@ def pair(config: Mapping[str, Any], key: str, default: Any) -> tuple[int, int]:
     return tuple(size)
 
 
-def patch_size(config: Mapping[str, Any], default: int) -> int:
-    """The side of a patch.
+def read(
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    defaults: Mapping[str, Any],
+    *,
+    patch_size: int = 16,
+    head: str = "classifier",
+) -> dict[str, Any]:
+    """The fields of an architecture that every family has in its config.json.
+
+    Those of `defaults` may be missing there, as may the number of classes, which then is the length
+    of the bias of `head`.
 
     Raises:
-      ValueError: patches are not square.
+      ValueError: a value is of the wrong type, or patches are not square.
     """
-    height, width = pair(config, "patch_size", default)
+    height, width = pair(config, "patch_size", patch_size)
     if height != width:
         raise ValueError(f"config.json: patch_size {config['patch_size']} is not square")
-    return height
+    return {
+        **{key: typed(config, key, default) for key, default in defaults.items()},
+        "image_size": pair(config, "image_size", 224),
+        "patch_size": height,
+        "num_labels": _num_labels(config, tensors, head),
+    }
+
+
+def write(
+    model: Any,
+    defaults: Mapping[str, Any],
+    hf_class: str,
+    model_type: str,
+    class_names: Sequence[str] | None,
+    **own: Any,
+) -> dict[str, Any]:
+    """A config.json, with the fields that are the family's `own`; the inverse of `read`.
+
+    Raises:
+      ValueError: a classifier has another number of classes than there are names.
+    """
+    height, width = model.image_size
+    return {
+        "architectures": [hf_class],
+        "model_type": model_type,
+        # transformers 5 takes no int for a float
+        **{key: type(default)(getattr(model, key)) for key, default in defaults.items()},
+        **own,
+        "image_size": height if height == width else [height, width],
+        "patch_size": model.patch_size,
+        **_label_maps(model, class_names),
+        "dtype": "float32",
+    }
+
+
+def head(config: Mapping[str, Any], names: Iterable[str], *classes: Mapping[str, str]) -> str:
+    """The head of the class that config.json names, by tables head -> class, or else of arrays with
+    these names."""
+    heads = {hf_class: head for table in classes for head, hf_class in table.items()}
+    named = [heads[name] for name in config.get("architectures") or () if name in heads]
+    return named[0] if named else head_of_names(names)
+
+
+def head_of_names(names: Iterable[str]) -> str:
+    """The head of a model whose arrays have these names."""
+    layers = {name.partition(".")[0] for name in names}
+    if "lm_head" in layers:
+        return "mim"
+    return "classifier" if any(n == "head" or n.endswith("classifier") for n in layers) else "none"
 
 
 def class_names(config: Mapping[str, Any]) -> list[str] | None:
@@ -69,42 +144,11 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
-def num_labels(config: Mapping[str, Any], tensors: Tensors, head: str = "classifier") -> int:
-    """How many classes `id2label` has, or else the bias of the `head`."""
-    if (labels := _labels(config)) is not None:
-        return len(labels)
-    if f"{head}.bias" in tensors:
-        return len(tensors[f"{head}.bias"])
-    return config.get("num_labels", 2)
-
-
-def labels(model, names: Sequence[str] | None) -> dict[str, dict]:
-    """`id2label` and `label2id` of a model with these class names; None writes LABEL_0, ...
-
-    Raises:
-      ValueError: a classifier has another number of classes than there are names.
-    """
-    if model.head != "classifier" or names is None:
-        names = [f"LABEL_{i}" for i in range(model.num_labels)]
-    elif len(names) != model.num_labels:
-        raise ValueError(f"{len(names)} class names for num_labels={model.num_labels}")
-    return {
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
-def image_size(model) -> int | list[int]:
-    """The image's side, or height and width where they differ."""
-    height, width = model.image_size
-    return height if height == width else [height, width]
-
-
 def block_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes that arrays with the names of unilm and timm tell, as fields of an architecture.
+    """Fields of an architecture that are read off shapes of arrays in unilm's and timm's names.
 
     Raises:
-      ValueError: they are not there.
+      ValueError: an array for them is missing.
     """
     layers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     try:
@@ -132,3 +176,23 @@ def _labels(config):
         raise ValueError(
             "config.json: id2label must name classes '0', '1', ... in a dict"
         ) from None
+
+
+def _num_labels(config, tensors, head) -> int:
+    if (labels := _labels(config)) is not None:
+        return len(labels)
+    if f"{head}.bias" in tensors:
+        return len(tensors[f"{head}.bias"])
+    return config.get("num_labels", 2)
+
+
+def _label_maps(model, names) -> dict[str, dict]:
+    """`id2label` and `label2id`; LABEL_0, ... where there are no names."""
+    if model.head != "classifier" or names is None:
+        names = [f"LABEL_{i}" for i in range(model.num_labels)]
+    elif len(names) != model.num_labels:
+        raise ValueError(f"{len(names)} class names for num_labels={model.num_labels}")
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }

@@ -67,7 +67,7 @@ _OTHER_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")  # subtract what a
 
 
 class Adapters(NamedTuple):
-    """Adapters in our words.
+    """Converted adapters.
 
     Attributes:
       params: by name: "lora/layer_0/attention/query/a" [D, R], ".../b" [R, O], "classifier/kernel".
@@ -96,10 +96,10 @@ def save(
       params: by name, as `Adapters.params`.
       settings: as `ModelInfo.lora`.
       version: major version of the transformers that will read them.
-      class_names: for `read`, in a note on the weights that PEFT passes over.
+      class_names: stored for `read` in metadata of the weights, which PEFT ignores.
 
     Raises:
-      ValueError: something was trained that PEFT has no place for.
+      ValueError: PEFT has no place for a parameter.
     """
     prefix, layers = _LAYERS[version]
     tensors, targets, problems = {}, set(), []
@@ -140,7 +140,7 @@ def save(
 
 
 def _target_modules(targets) -> list[str] | str:
-    """The names of layers, which PEFT finds by their ends; a pattern of the whole name where one
+    """The layers for PEFT, which matches the ends of their names; a regex of whole names where one
     is also the end of another layer's."""
     if "output.dense" not in targets:
         return sorted(targets)
@@ -152,8 +152,8 @@ def read(src: str | os.PathLike) -> Adapters:
 
     Raises:
       FileNotFoundError: there is no such directory, or no adapters in it.
-      ValueError: a file is damaged, the adapters are of a kind that is not plain LoRA or of layers
-        that BEiT does not have, or they are not what adapter_config.json says.
+      ValueError: a file is damaged, or the adapters are not plain LoRA, are of layers that BEiT
+        does not have, or contradict adapter_config.json.
     """
     config = fileio.read_json(_file(src, _CONFIG))
     extra = [key for key in _UNSUPPORTED if config.get(key)]
@@ -208,7 +208,7 @@ def _rank_and_alpha(src, config) -> tuple[int, float]:
 
 
 def _check_pairs(src, params, rank):
-    """Raises ValueError where a layer has not both of a [D, R] and b [R, O]."""
+    """Raises ValueError where a layer lacks a [D, R] or b [R, O]."""
     problems = []
     for layer in dict.fromkeys(n.rpartition("/")[0] for n in params if n.startswith("lora/")):
         a, b = (params.get(f"{layer}/{factor}") for factor in "ab")

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its images, and the same in our words.
+"""How a checkpoint's images are prepared: HuggingFace's and timm's settings, and ours.
 
 Ours is the `image` part of a model.json: mean and std of images in [0, 1], the interpolation, and
 "squash" (resize the whole image to image_size) or "center" (resize the shorter side to
@@ -21,7 +21,7 @@ _PIL = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamm
 
 
 def describe(*settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The default with what is set in one or more mappings, the last first; None is not set."""
+    """The default, updated by one mapping after the other; a value of None changes nothing."""
     image = dict(DEFAULT)
     for given in settings:
         image |= {key: value for key, value in (given or {}).items() if value is not None}
@@ -32,7 +32,7 @@ def from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a preprocessor_config.json of a BeitImageProcessor (or former BeitFeatureExtractor).
 
     Raises:
-      ValueError: a value is not one that those write.
+      ValueError: a value cannot be read.
     """
     try:
         crop, crop_pct = _crop_from_hf(config)
@@ -58,8 +58,8 @@ def to_hf(
 ) -> dict[str, Any]:
     """Writes the preprocessor_config.json of a BeitImageProcessor; the inverse of `from_hf`.
 
-    Of an image whose middle is not a whole number of pixels from its edge, transformers takes the
-    one a pixel further up or left than ours and torchvision's.
+    Where the margins of a centre crop cannot be equal, transformers crops one pixel further up or
+    left than we and torchvision do.
 
     Raises:
       ValueError: Pillow has no such interpolation.
@@ -93,12 +93,12 @@ def to_hf(
 
 
 def _per_channel(values: Sequence[float], num_channels: int) -> list[float]:
-    """A number for each channel, where one may stand for all."""
+    """One number per channel; a single one is repeated."""
     return list(values) * num_channels if len(values) == 1 else list(values)
 
 
 def seen_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of what a preprocessor_config.json cuts out; None where it does not."""
+    """Height and width of a preprocessor_config.json's centre crop; None where it has none."""
     size = config.get("crop_size")
     if not config.get("do_center_crop", False) or size is None:
         return None

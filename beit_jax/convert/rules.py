@@ -7,10 +7,16 @@ functions below, so import and export cannot drift apart.
 Paths of ours are flat here: "layer_0/attention/query/kernel".
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
+from flax import traverse_util
+
+from beit_jax.convert import hf_config
+from beit_jax.convert.hf_config import Tensors
 
 
 class Op(NamedTuple):
@@ -36,6 +42,11 @@ class Rule(NamedTuple):
     targets: tuple[str, ...]
     op: Op = IDENTITY
 
+    def filled(self, **fields: Any) -> "Rule":
+        """The rule with fields such as `{i}` written out."""
+        targets = tuple(target.format(**fields) for target in self.targets)
+        return self._replace(source=self.source.format(**fields), targets=targets)
+
 
 def array(source: str, target: str) -> list[Rule]:
     """The rule of an array that is kept as it is."""
@@ -55,16 +66,16 @@ def norm(source: str, target: str) -> list[Rule]:
 
 
 def expand(rules: Iterable[Rule], num_layers: int, **fields: str) -> list[Rule]:
-    """Writes a table out: one rule per layer for `{i}`, other fields of a source from `fields`."""
+    """Expands a table: a rule with `{i}` once per layer, other fields from `fields`."""
     return [
-        Rule(rule.source.format(i=i, **fields), tuple(t.format(i=i) for t in rule.targets), rule.op)
+        rule.filled(i=i, **fields)
         for rule in rules
         for i in (range(num_layers) if "{i}" in rule.source else [None])
     ]
 
 
 def renamed(rules: Iterable[Rule], names: Mapping[str, str]) -> list[Rule]:
-    """The rules of a checkpoint that has other names: parts of sources, old -> new, in order."""
+    """The rules with parts of their sources replaced, old -> new, in order."""
     changed = []
     for rule in rules:
         source = rule.source
@@ -74,91 +85,91 @@ def renamed(rules: Iterable[Rule], names: Mapping[str, str]) -> list[Rule]:
     return changed
 
 
-def is_covered(name: str, parts: Iterable[str]) -> bool:
-    """True where `name` is one of `parts` or lies under one: "head" covers "head.bias"."""
-    parts = (parts,) if isinstance(parts, str) else parts
-    return any(name == part or name.startswith((f"{part}/", f"{part}.")) for part in parts)
-
-
 def to_params(
-    tensors: Mapping[str, np.ndarray],
-    rules: Iterable[Rule],
-    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Tensors,
+    rules: Sequence[Rule],
+    model: nn.Module,
     *,
-    drop: Iterable[str] = (),
-    reset: Iterable[str] = (),
-    label: str = "the checkpoint",
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    ignored: re.Pattern,
+    optional: Collection[str] = (),
+    label: str,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads a checkpoint: every array used once, every parameter filled, in its exact shape.
 
     Args:
       tensors: name in the checkpoint -> float32 array.
       rules: an expanded table.
-      shapes: our path -> shape of every parameter that the model has.
-      drop: what to leave out of the checkpoint; names or leading parts of names, its or ours.
-      reset: parameters of ours not to fill; paths or leading parts of paths.
+      model: the network that the parameters are for.
+      ignored: matches the names of arrays that the network has no use for.
+      optional: paths of parameters that a checkpoint may lack, all of them together.
       label: what to call the checkpoint in messages.
 
     Returns:
-      our path -> array, and the paths left unfilled because `reset` names them.
+      the nested parameters, and the optional paths that the checkpoint lacks.
 
     Raises:
       ValueError: listing every array that is unexpected, missing, or of the wrong shape or dtype,
         or not finite.
     """
-    rules = list(rules)
-    unfilled = tuple(path for path in shapes if is_covered(path, reset))
-    problems = _unexpected(tensors, rules, shapes, drop) + _unreachable(rules, shapes, unfilled)
+    tensors = {name: tensor for name, tensor in tensors.items() if not ignored.fullmatch(name)}
+    found = {path for rule in rules if rule.source in tensors for path in rule.targets}
+    shapes, unfilled = _expected(model, optional, found)
+    rules = _used(rules, shapes)
+    _check(tensors, rules, shapes, label)
     params = {}
     for rule in rules:
-        wanted = [path for path in rule.targets if path in shapes and path not in unfilled]
-        if not wanted:
-            continue
-        if problem := _problem(rule, tensors.get(rule.source), shapes):
-            problems.append(problem)
-            continue
-        arrays = dict(zip(rule.targets, rule.op.forward(tensors[rule.source]), strict=True))
-        params.update({path: np.ascontiguousarray(arrays[path]) for path in wanted})
-    if problems:
-        raise ValueError(_report(problems, label))
-    return params, unfilled
+        arrays = map(np.ascontiguousarray, rule.op.forward(tensors[rule.source]))
+        params.update(zip(rule.targets, arrays, strict=True))
+    return traverse_util.unflatten_dict(params, sep="/"), unfilled
 
 
 def to_tensors(
-    params: Mapping[str, np.ndarray],
-    rules: Iterable[Rule],
-    shapes: Mapping[str, tuple[int, ...]],
+    params: Mapping[str, Any],
+    rules: Sequence[Rule],
+    model: nn.Module,
     *,
-    label: str = "params",
+    optional: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Writes parameters under a checkpoint's names; the exact inverse of `to_params`.
+    """Writes nested parameters under a checkpoint's names; the exact inverse of `to_params`.
 
     Raises:
-      ValueError: the parameters are not those that `shapes` names, or not finite float32.
+      ValueError: the parameters are not those of the model, or not finite float32.
     """
-    rules = [rule for rule in rules if any(path in shapes for path in rule.targets)]
-    left, tensors = {path: np.asarray(value) for path, value in params.items()}, {}
+    flat = traverse_util.flatten_dict(params, sep="/")
+    left, tensors = {path: np.asarray(value) for path, value in flat.items()}, {}
+    shapes, _ = _expected(model, optional, left.keys())
+    rules = _used(rules, shapes)
     for rule in rules:
         if all(path in left for path in rule.targets):
             arrays = rule.op.inverse(*(left.pop(path) for path in rule.targets))
             tensors[rule.source] = np.ascontiguousarray(arrays)
-    to_params(tensors | left, rules, shapes, label=label)
+    _check(tensors | left, rules, shapes, "params")
     return tensors
 
 
-def _unexpected(tensors, rules, shapes, drop) -> list[tuple[str, str]]:
-    used = {rule.source for rule in rules if any(path in shapes for path in rule.targets)}
-    dropped = {r.source for r in rules if any(is_covered(path, drop) for path in r.targets)}
-    return [
-        ("unexpected", name)
-        for name in tensors
-        if name not in used and name not in dropped and not is_covered(name, drop)
+def _expected(model, optional, found):
+    """Path -> shape of the parameters to convert, and the paths that are left out: the optional
+    ones, where none of them is found."""
+    shapes = hf_config.parameter_shapes(model)
+    absent = [path for path in shapes if path in optional] if found.isdisjoint(optional) else []
+    return {path: shape for path, shape in shapes.items() if path not in absent}, tuple(absent)
+
+
+def _used(rules, shapes) -> list[Rule]:
+    return [rule for rule in rules if any(path in shapes for path in rule.targets)]
+
+
+def _check(tensors, rules, shapes, label) -> None:
+    """Raises ValueError, listing all problems, where tensors are not what the rules expect."""
+    sources = {rule.source for rule in rules}
+    reachable = {path for rule in rules for path in rule.targets}
+    problems = [
+        *(("unexpected", name) for name in tensors if name not in sources),
+        *(("missing", f"{p} {list(shape)}") for p, shape in shapes.items() if p not in reachable),
+        *filter(None, (_problem(rule, tensors.get(rule.source), shapes) for rule in rules)),
     ]
-
-
-def _unreachable(rules, shapes, unfilled) -> list[tuple[str, str]]:
-    reachable = {path for rule in rules for path in rule.targets}.union(unfilled)
-    return [("missing", f"{path} {list(shapes[path])}") for path in shapes if path not in reachable]
+    if problems:
+        raise ValueError(_report(problems, label))
 
 
 def _problem(rule, tensor, shapes) -> tuple[str, str] | None:
@@ -182,6 +193,6 @@ def _report(problems: list[tuple[str, str]], label: str) -> str:
         [
             f"{label} does not fit the architecture in {len(problems)} place(s):",
             *lines,
-            "Take the checkpoint that matches; from Python, `convert.load` can `drop` and `reset`.",
+            "Take the checkpoint that matches.",
         ]
     )

@@ -1,17 +1,17 @@
 """Swin checkpoints of HuggingFace; `swinv2` converts its own with what is here.
 
-An architecture is the dict of keyword arguments of `beit_jax.models.swin.Model`. Layers have one
-number through all stages here, and a stage and a block there.
+An architecture is the dict of keyword arguments of `beit_jax.models.swin.Model`. Our layers are
+numbered through all stages; HuggingFace's by stage and block.
 """
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
-from flax import traverse_util
 
 from beit_jax.convert import hf_config, rules
 from beit_jax.convert.hf_config import Tensors
@@ -56,7 +56,7 @@ _HF5_NAMES = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-_HF_DEFAULTS = {  # of SwinConfig and Swinv2Config, where they count
+_HF_DEFAULTS = {  # of SwinConfig and Swinv2Config
     "num_channels": 3,
     "embed_dim": 96,
     "window_size": 7,
@@ -97,51 +97,27 @@ class Family(NamedTuple):
             "none": f"{self.hf_name}Model",
         }
 
-    def architecture_of(
-        self, tensors: Tensors, config: Mapping[str, Any], **overrides: Any
-    ) -> dict[str, Any]:
-        """The architecture that a config.json describes, with `overrides` in place.
+    def architecture_of(self, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The architecture that a config.json describes.
 
         Raises:
           ValueError: a value is of the wrong type.
         """
-        sizes = {key: _integers(config, key, value) for key, value in self.sequences.items()}
-        if "image_size" in overrides:
-            overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
         return {
-            **{key: hf_config.typed(config, key, default) for key, default in _HF_DEFAULTS.items()},
-            **sizes,
-            "image_size": hf_config.pair(config, "image_size", 224),
-            "patch_size": hf_config.patch_size(config, 4),
-            "num_labels": hf_config.num_labels(config, tensors),
-            "head": self.head(config, tensors),
-            **overrides,
+            **hf_config.read(config, tensors, _HF_DEFAULTS, patch_size=4),
+            **{key: _integers(config, key, value) for key, value in self.sequences.items()},
+            "head": hf_config.head(config, tensors, self.hf_classes),
         }
 
     def to_params(
-        self,
-        tensors: Tensors,
-        architecture: Mapping[str, Any],
-        *,
-        drop: Iterable[str] = (),
-        reset: Iterable[str] = (),
-        label: str = "the checkpoint",
+        self, tensors: Tensors, architecture: Mapping[str, Any], label: str
     ) -> tuple[dict, tuple[str, ...]]:
         """Converts a checkpoint, all of it or an error; as `convert.beit.to_params`."""
-        prefix = f"{self.model_name}."
-        prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
-        table = self.table(architecture, prefix)
+        model = self.model.Model(**architecture)
+        table = self.table(model, hf_config.prefix_in(tensors, [f"{self.model_name}."]))
         if any(".attention.q_proj." in name for name in tensors):
             table = rules.renamed(table, _HF5_NAMES)
-        flat, unfilled = rules.to_params(
-            {name: tensor for name, tensor in tensors.items() if not _IGNORED.fullmatch(name)},
-            table,
-            hf_config.parameter_shapes(self.model.Model(**architecture)),
-            drop=drop,
-            reset=reset,
-            label=label,
-        )
-        return traverse_util.unflatten_dict(flat, sep="/"), unfilled
+        return rules.to_params(tensors, table, model, ignored=_IGNORED, label=label)
 
     def to_hf(
         self,
@@ -156,11 +132,7 @@ class Family(NamedTuple):
         """
         model = self.model.Model(**architecture)
         prefix = "" if model.config.head == "none" else f"{self.model_name}."
-        return rules.to_tensors(
-            traverse_util.flatten_dict(params, sep="/"),
-            self.table(architecture, prefix),
-            hf_config.parameter_shapes(model),
-        )
+        return rules.to_tensors(params, self.table(model, prefix), model)
 
     def architecture_to_hf(
         self,
@@ -174,43 +146,26 @@ class Family(NamedTuple):
           ValueError: a classifier has another number of classes than there are names.
         """
         model = self.model.Model(**architecture).config
-        values = {k: type(default)(getattr(model, k)) for k, default in _HF_DEFAULTS.items()}
-        return {
-            "architectures": [self.hf_classes[model.head]],
-            "model_type": self.model_name,
-            **values,
+        return hf_config.write(
+            model,
+            _HF_DEFAULTS,
+            self.hf_classes[model.head],
+            self.model_name,
+            class_names,
             **{key: list(getattr(model, key)) for key in self.sequences},
-            "image_size": hf_config.image_size(model),
-            "patch_size": model.patch_size,
-            **hf_config.labels(model, class_names),
-            "dtype": "float32",
-        }
+        )
 
-    def head(self, config: Mapping[str, Any], tensors: Tensors) -> str:
-        """The head of the class that config.json names, or else of the names of the arrays."""
-        heads = {name: head for head, name in self.hf_classes.items()}
-        named = [heads[name] for name in config.get("architectures") or () if name in heads]
-        return (named or ["classifier" if "classifier.bias" in tensors else "none"])[0]
-
-    def table(self, architecture: Mapping[str, Any], prefix: str) -> list[Rule]:
-        """The rules of an architecture, written out."""
-        depths = self.model.Model(**architecture).config.depths
-        table = [*_filled(_EMBEDDINGS, model=prefix), *_filled(_TOP, model=prefix)]
+    def table(self, model: nn.Module, prefix: str) -> list[Rule]:
+        """The rules of a network, written out."""
+        table = rules.expand([*_EMBEDDINGS, *_TOP], 0, model=prefix)
         index = itertools.count()
-        for stage, depth in enumerate(depths):
+        for stage, depth in enumerate(model.config.depths):
             fields = {"model": prefix, "stage": stage}
             for block in range(depth):
                 last = next(index)
-                table += _filled(self.layer, block=block, i=last, **fields)
-            table += _filled(_DOWNSAMPLE, i=last, **fields)
+                table += [rule.filled(block=block, i=last, **fields) for rule in self.layer]
+            table += [rule.filled(i=last, **fields) for rule in _DOWNSAMPLE]
         return table
-
-
-def _filled(table: Iterable[Rule], **fields: Any) -> list[Rule]:
-    return [
-        Rule(rule.source.format(**fields), tuple(t.format(**fields) for t in rule.targets), rule.op)
-        for rule in table
-    ]
 
 
 def _integers(config, key, default) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ def check_installed() -> None:
 def max_difference(
     directory: str | Path, params: Mapping[str, Any], architecture: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """Largest difference of an output, on random images, between ours and transformers', and the
-    largest absolute value of theirs.
+    """The largest difference between our outputs and transformers' for random images, and the
+    largest absolute output of transformers.
 
     Args:
       directory: what `save_hf` wrote of these parameters.

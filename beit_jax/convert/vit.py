@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from beit_jax.convert import hf_config, rules
 from beit_jax.convert.hf_config import Tensors
@@ -79,42 +78,24 @@ _TIMM = [
     *linear("head", "classifier"),
     *linear("head_dist", "distillation_classifier"),
 ]
-_DECODER = re.compile(r"decoder_.*|mask_token")  # of the originals
-_MASK_TOKEN = re.compile(r"(\w+\.)?embeddings\.mask_token")  # of DINOv2
+_IGNORED = re.compile(r"decoder[._].*|((\w+\.)?embeddings\.)?mask_token")
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # by width
 _TEACHER = "DeiTForImageClassificationWithTeacher"
-_CLASSES = {
-    ("vit", "classifier"): "ViTForImageClassification",
-    ("vit", "none"): "ViTModel",
-    ("deit", "classifier"): "DeiTForImageClassification",
-    ("deit", "none"): "DeiTModel",
-    ("vit_mae", "none"): "ViTMAEModel",
-    ("dinov2", "classifier"): "Dinov2ForImageClassification",
-    ("dinov2", "none"): "Dinov2Model",
-    ("dinov2_with_registers", "classifier"): "Dinov2WithRegistersForImageClassification",
-    ("dinov2_with_registers", "none"): "Dinov2WithRegistersModel",
+_CLASSES = {  # by model_type and head
+    "vit": {"classifier": "ViTForImageClassification", "none": "ViTModel"},
+    "deit": {"classifier": "DeiTForImageClassification", "none": "DeiTModel"},
+    "vit_mae": {"none": "ViTMAEModel"},
+    "dinov2": {"classifier": "Dinov2ForImageClassification", "none": "Dinov2Model"},
+    "dinov2_with_registers": {
+        "classifier": "Dinov2WithRegistersForImageClassification",
+        "none": "Dinov2WithRegistersModel",
+    },
 }
-_DEFAULTS = {  # of ViTConfig, where they count: a config.json may leave any of them out
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "layer_norm_eps": 1e-12,
-    "num_channels": 3,
-    "qkv_bias": True,
-}
+_DEFAULTS = {**hf_config.DEFAULTS, "qkv_bias": True}  # of ViTConfig
 
 
 def to_params(
-    tensors: Tensors,
-    architecture: Mapping[str, Any],
-    *,
-    drop: Iterable[str] = (),
-    reset: Iterable[str] = (),
-    label: str = "the checkpoint",
+    tensors: Tensors, architecture: Mapping[str, Any], label: str
 ) -> tuple[dict, tuple[str, ...]]:
     """Converts a checkpoint, all of it or an error; arguments and result as of `convert.beit`'s.
 
@@ -122,19 +103,9 @@ def to_params(
       ValueError: listing all that does not fit.
     """
     tensors = _as_the_original(tensors)
-    is_timm = _is_timm(tensors)
-    left_out = _DECODER if is_timm else _MASK_TOKEN
-    tensors = {name: x for name, x in tensors.items() if not left_out.fullmatch(name)}
-    found = (p for p in _PREFIXES.values() if any(name.startswith(p) for name in tensors))
-    flat, unfilled = rules.to_params(
-        tensors,
-        _rules(architecture, next(found, ""), is_timm=is_timm),
-        hf_config.parameter_shapes(vit.Model(**architecture)),
-        drop=(*([drop] if isinstance(drop, str) else drop), "decoder"),
-        reset=reset,
-        label=label,
-    )
-    return traverse_util.unflatten_dict(flat, sep="/"), unfilled
+    prefix = hf_config.prefix_in(tensors, _PREFIXES.values())
+    table = _rules(architecture, prefix, is_timm=_is_timm(tensors))
+    return rules.to_params(tensors, table, vit.Model(**architecture), ignored=_IGNORED, label=label)
 
 
 def to_hf(
@@ -148,18 +119,14 @@ def to_hf(
     model = vit.Model(**architecture)
     model_type = model_type or _model_type(model.config)
     prefix = "" if model.config.head == "none" else _PREFIXES[model_type]
-    tensors = rules.to_tensors(
-        traverse_util.flatten_dict(params, sep="/"),
-        _rules(architecture, prefix),
-        hf_config.parameter_shapes(model),
-    )
-    if _is_dinov2(architecture):  # wants one, which only masked images would use
+    tensors = rules.to_tensors(params, _rules(architecture, prefix), model)
+    if _is_dinov2(architecture):  # transformers expects one, for masked images
         shape = (1, model.config.hidden_size)
         tensors[f"{prefix}embeddings.mask_token"] = np.zeros(shape, np.float32)
     return tensors
 
 
-def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> dict[str, Any]:
+def architecture_of(tensors: Tensors, config: dict | None) -> dict[str, Any]:
     """The architecture of a checkpoint, from its config.json, or with timm's names from its shapes.
 
     The head is that of its `architectures`, or of the names in `tensors` where it says nothing of
@@ -168,49 +135,100 @@ def architecture_of(tensors: Tensors, config: dict | None, **overrides: Any) -> 
     Args:
       tensors: name -> array.
       config: its config.json.
-      **overrides: keyword arguments of the model that replace what was found.
 
     Raises:
       ValueError: a value is of the wrong type, or asks for what the model does not have.
     """
-    config = config or {}
-    named = set(config.get("architectures") or ())
+    return (_from_timm if _is_timm(tensors) else _from_hf)(tensors, config or {})
+
+
+def _from_hf(tensors, config) -> dict[str, Any]:
     model_type = config.get("model_type", "vit")
-    if "image_size" in overrides:
-        overrides["image_size"] = hf_config.pair(overrides, "image_size", None)
-    if _is_timm(tensors):
-        if config.get("global_pool", "token") != "token" and "fc_norm.weight" not in tensors:
-            raise ValueError(
-                f"config.json: global_pool {config['global_pool']!r} without fc_norm is not read"
-            )
-        return {**_architecture_from_shapes(tensors), **overrides}
     if not any(name.endswith("patch_embeddings.projection.weight") for name in tensors):
         raise ValueError(
             f"not a checkpoint of HuggingFace's {model_type}: its names, "
             f"{', '.join(list(tensors)[:3]) or 'none at all'} ..., are not those"
         )
-    has_classifier = any(name.endswith("classifier.weight") for name in tensors)
-    has_teacher = _TEACHER in named or "distillation_classifier.weight" in tensors
-    if named & {*_CLASSES.values(), _TEACHER}:
-        has_classifier = any(name.endswith(("Classification", "Teacher")) for name in named)
-    has_pooler = not has_classifier and "pooler.dense.weight" in tensors
-    is_dinov2 = model_type.startswith("dinov2")
-    own = _dinov2_fields(config, has_classifier) if is_dinov2 else {}
-    architecture = {
-        **{key: hf_config.typed(config, key, default) for key, default in _DEFAULTS.items()},
-        "image_size": hf_config.pair(config, "image_size", 224),
-        "patch_size": hf_config.patch_size(config, 16),
-        "num_labels": hf_config.num_labels(config, tensors, _head(has_teacher)),
-        "head": "classifier" if has_classifier else "none",
+    head = hf_config.head(config, tensors, *_CLASSES.values(), {"classifier": _TEACHER})
+    has_pooler = head == "none" and "pooler.dense.weight" in tensors
+    if has_pooler and config.get("pooler_act", "tanh") != "tanh":
+        raise ValueError(f"config.json: pooler_act must be 'tanh', got {config['pooler_act']!r}")
+    has_teacher = "distillation_classifier.weight" in tensors
+    has_teacher |= _TEACHER in (config.get("architectures") or ())
+    return {
+        **hf_config.read(
+            config,
+            tensors,
+            _DEFAULTS,
+            patch_size=14 if model_type == "dinov2" else 16,
+            head=_classifier(has_teacher),
+        ),
+        "head": head,
         "use_distillation_token": model_type == "deit",
         "use_distillation_classifier": model_type == "deit" and has_teacher,
         "use_sincos_position_embeddings": model_type == "vit_mae",
         "use_pooler": has_pooler,
-        **own,
+        **(_dinov2_fields(config, head) if model_type.startswith("dinov2") else {}),
     }
-    if has_pooler and config.get("pooler_act", "tanh") != "tanh":
-        raise ValueError(f"config.json: pooler_act must be 'tanh', got {config['pooler_act']!r}")
-    return {**architecture, **overrides}
+
+
+def _dinov2_fields(config, head) -> dict[str, Any]:
+    """The fields of an architecture that DINOv2 has in other words or by other defaults."""
+    if config.get("use_swiglu_ffn", False):
+        raise ValueError("config.json: use_swiglu_ffn (of the giant DINOv2) is not read")
+    ratio = hf_config.typed(config, "mlp_ratio", 4)
+    has_registers = config["model_type"] == "dinov2_with_registers"
+    return {
+        "intermediate_size": ratio * hf_config.typed(config, "hidden_size", 768),
+        "layer_norm_eps": hf_config.typed(config, "layer_norm_eps", 1e-6),
+        "layer_scale_init_value": hf_config.typed(config, "layerscale_value", 1.0),
+        "num_register_tokens": hf_config.typed(config, "num_register_tokens", 4 * has_registers),
+        "use_class_and_mean": head == "classifier",
+    }
+
+
+def _from_timm(tensors, config) -> dict[str, Any]:
+    if config.get("global_pool", "token") != "token" and "fc_norm.weight" not in tensors:
+        raise ValueError(
+            f"config.json: global_pool {config['global_pool']!r} without fc_norm is not read"
+        )
+    shapes = {name: tensor.shape for name, tensor in _as_the_original(tensors).items()}
+    sizes = hf_config.block_sizes(shapes)
+    if len(shapes.get("pos_embed", ())) != 3:
+        raise ValueError(
+            "the architecture is read off pos_embed [1, T, D], which is not in this checkpoint"
+        )
+    has_distillation_token = "dist_token" in shapes
+    side = math.isqrt(shapes["pos_embed"][1] - 1 - has_distillation_token) * sizes["patch_size"]
+    return {
+        **sizes,
+        "num_attention_heads": _num_heads(sizes["hidden_size"]),
+        "layer_norm_eps": 1e-6,
+        "image_size": (side, side),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+        "num_labels": shapes.get("head.bias", (1000,))[0],
+        "head": "classifier" if "head.weight" in shapes else "none",
+        "use_mean_pooling": "fc_norm.weight" in shapes,
+        "use_distillation_token": has_distillation_token,
+        "use_distillation_classifier": "head_dist.weight" in shapes,
+        "use_sincos_position_embeddings": "decoder_pos_embed" in shapes,
+        "layer_scale_init_value": float("blocks.0.ls1.gamma" in shapes),
+        "num_register_tokens": shapes.get("register_tokens", (1, 0))[1],
+    }
+
+
+def _num_heads(hidden_size: int) -> int:
+    """The number of heads that goes with a width, which the shapes do not show."""
+    if hidden_size in _HEADS:
+        return _HEADS[hidden_size]
+    num_heads = max(1, hidden_size // 64)
+    logging.warning(
+        "The checkpoint does not say how many attention heads it has: assuming %d for a hidden "
+        "size of %d; otherwise set config.model.num_attention_heads.",
+        num_heads,
+        hidden_size,
+    )
+    return num_heads
 
 
 def architecture_to_hf(
@@ -227,23 +245,16 @@ def architecture_to_hf(
     model = vit.Model(**architecture).config
     model_type = model_type or _model_type(model)
     _check_exportable(model, model_type)
-    # transformers 5 takes no int for a float
-    values = {k: type(default)(getattr(model, k)) for k, default in _DEFAULTS.items()}
+    defaults, own = dict(_DEFAULTS), {}
     if _is_dinov2(architecture):
-        values["mlp_ratio"] = values.pop("intermediate_size") // model.hidden_size
-        values["layerscale_value"] = float(model.layer_scale_init_value)
+        del defaults["intermediate_size"]
+        own["mlp_ratio"] = model.intermediate_size // model.hidden_size
+        own["layerscale_value"] = float(model.layer_scale_init_value)
         if model.num_register_tokens:
-            values["num_register_tokens"] = model.num_register_tokens
-    hf_class = _TEACHER if model.use_distillation_classifier else _CLASSES[model_type, model.head]
-    return {
-        "architectures": [hf_class],
-        "model_type": model_type,
-        **values,
-        "image_size": hf_config.image_size(model),
-        "patch_size": model.patch_size,
-        **hf_config.labels(model, class_names),
-        "dtype": "float32",
-    }
+            own["num_register_tokens"] = model.num_register_tokens
+    has_teacher = model.use_distillation_classifier
+    hf_class = _TEACHER if has_teacher else _CLASSES[model_type][model.head]
+    return hf_config.write(model, defaults, hf_class, model_type, class_names, **own)
 
 
 def _is_timm(names: Iterable[str]) -> bool:
@@ -251,68 +262,17 @@ def _is_timm(names: Iterable[str]) -> bool:
 
 
 def _as_the_original(tensors: Tensors) -> Tensors:
-    """timm's networks whose class token has no position, or that in it already, as DeiT-3's and of
-    DINOv2 those with registers, under the original's names and with a position of zeros."""
+    """The tensors of timm's DeiT-3 and DINOv2 with registers as the originals have them: with a
+    position for the class token, of zeros, since timm has none or has added it to the token."""
     if "cls_token" not in tensors or np.ndim(tensors.get("pos_embed")) != 3:
         return tensors
     own, positions = dict(tensors), tensors["pos_embed"]
-    count = positions.shape[1]  # a square where they are of the patches of a square alone
+    count = positions.shape[1]  # a square number where they are of patches alone
     if "reg_token" in tensors or math.isqrt(count) ** 2 == count:
         own["pos_embed"] = np.concatenate([np.zeros_like(positions[:, :1]), positions], 1)
     if "reg_token" in tensors:
         own["register_tokens"] = own.pop("reg_token")
     return own
-
-
-def _architecture_from_shapes(tensors: Tensors) -> dict[str, Any]:
-    shapes = {name: tensor.shape for name, tensor in _as_the_original(tensors).items()}
-    sizes = hf_config.block_sizes(shapes)
-    hidden_size, patch_size = sizes["hidden_size"], sizes["patch_size"]
-    if len(shapes.get("pos_embed", ())) != 3:
-        raise ValueError(
-            "the architecture is read off pos_embed [1, T, D], which is not in this checkpoint"
-        )
-    has_distillation_token = "dist_token" in shapes
-    side = math.isqrt(shapes["pos_embed"][1] - 1 - has_distillation_token)
-    num_heads = _HEADS.get(hidden_size, max(1, hidden_size // 64))
-    if hidden_size not in _HEADS:
-        logging.warning(
-            "The checkpoint does not say how many attention heads it has: assuming %d for a hidden "
-            "size of %d; otherwise set config.model.num_attention_heads.",
-            num_heads,
-            hidden_size,
-        )
-    return {
-        **sizes,
-        "num_attention_heads": num_heads,
-        "layer_norm_eps": 1e-6,
-        "image_size": (side * patch_size, side * patch_size),
-        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
-        "num_labels": shapes.get("head.bias", (1000,))[0],
-        "head": "classifier" if "head.weight" in shapes else "none",
-        "use_mean_pooling": "fc_norm.weight" in shapes,
-        "use_distillation_token": has_distillation_token,
-        "use_distillation_classifier": "head_dist.weight" in shapes,
-        "use_sincos_position_embeddings": "decoder_pos_embed" in shapes,
-        "layer_scale_init_value": float("blocks.0.ls1.gamma" in shapes),
-        "num_register_tokens": shapes.get("register_tokens", (1, 0))[1],
-    }
-
-
-def _dinov2_fields(config, has_classifier) -> dict[str, Any]:
-    """What of an architecture is DINOv2's own."""
-    if config.get("use_swiglu_ffn", False):
-        raise ValueError("config.json: use_swiglu_ffn (of the giant DINOv2) is not read")
-    ratio = hf_config.typed(config, "mlp_ratio", 4)
-    has_registers = config["model_type"] == "dinov2_with_registers"
-    return {
-        "intermediate_size": ratio * hf_config.typed(config, "hidden_size", 768),
-        "layer_norm_eps": hf_config.typed(config, "layer_norm_eps", 1e-6),
-        "patch_size": hf_config.patch_size(config, 16 if has_registers else 14),
-        "layer_scale_init_value": hf_config.typed(config, "layerscale_value", 1.0),
-        "num_register_tokens": hf_config.typed(config, "num_register_tokens", 4 * has_registers),
-        "use_class_and_mean": has_classifier,
-    }
 
 
 def _is_dinov2(architecture) -> bool:
@@ -321,12 +281,12 @@ def _is_dinov2(architecture) -> bool:
 
 def _rules(architecture, prefix, *, is_timm=False):
     table = _TIMM if is_timm else _DINOV2 if _is_dinov2(architecture) else _HF
-    head = _head(architecture.get("use_distillation_classifier", False))
+    head = _classifier(architecture.get("use_distillation_classifier", False))
     num_layers = vit.Model(**architecture).config.num_hidden_layers
     return rules.expand(table, num_layers, prefix=prefix, head=head)
 
 
-def _head(has_teacher: bool) -> str:
+def _classifier(has_teacher: bool) -> str:
     return "cls_classifier" if has_teacher else "classifier"
 
 
