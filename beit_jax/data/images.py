@@ -26,6 +26,7 @@ _EMPTY = "the file is empty"
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
 _ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # may tell it, in a PNG
 _MOST_PIXELS = 1 << 26  # that a resized image may have before it is cropped
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # defaults of torchvision's RandomResizedCrop
 _ROUNDING = 1e-6  # 224 / (224 / 354) is less than 354
 _REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size
 
@@ -173,11 +174,11 @@ def whole_crop(crop: str, renderings: Renderings, crop_pct: float = 1.0):
         if not crop_pct > 0:
             raise ValueError(f"crop_pct (config.image.crop_pct) is {crop_pct}; expected above 0")
         return functools.partial(center_crop, renderings=renderings, crop_pct=crop_pct)
-    raise ValueError(f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' or 'pad'")
+    raise ValueError(f"crop={crop!r}; expected 'squash' or 'center'")
 
 
 def pad_crop(
-    image: Image.Image, renderings: Renderings, rng: np.random.Generator, pad: int = 4
+    image: Image.Image, renderings: Renderings, rng: np.random.Generator, pad: int
 ) -> Rendered:
     """Shifts by up to `pad` pixels of the image each way, over black, before it is resized."""
     image = to_rgb(image)
@@ -189,8 +190,8 @@ def random_resized_crop(
     image: Image.Image,
     renderings: Renderings,
     rng: np.random.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
 ) -> Rendered:
     """Cuts out a random part, see `sample_crop`, and resizes it.
 
@@ -217,8 +218,8 @@ def random_resized_crop(
 def sample_crop(
     size: Size,
     rng: np.random.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
 ) -> tuple[int, int, int, int]:
     """Draws top, left, height and width of a part, as torchvision's RandomResizedCrop does.
 

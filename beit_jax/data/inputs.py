@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from beit_jax import errors, sharding
 from beit_jax.data import folder, images, pipeline, sources
+from beit_jax.data.augment import Augment
 from beit_jax.data.source import THREADS, Source, stratified_fold
 
 _SPLITS = ("train", "val", "test")
@@ -253,10 +254,7 @@ def train_stream(
         steps.start,
         renderings=renderings,
         seed=config.seed,
-        crop=config.augment.crop,
-        scale=tuple(config.augment.scale),
-        ratio=tuple(config.augment.ratio),
-        pad=config.augment.pad,
+        settings=Augment(**config.augment),
         threads=config.data.threads or THREADS,
         prefetch=config.data.prefetch,
     )

@@ -19,6 +19,7 @@ import grain
 import numpy as np
 
 from beit_jax.data import images
+from beit_jax.data.augment import Augment
 from beit_jax.data.source import THREADS, Source, in_chunks
 
 LARGEST = 1 << 20  # bytes of an image on the device: one of many pixels is better resized before
@@ -95,10 +96,7 @@ def train_batches(
     *,
     renderings: images.Renderings,
     seed: int,
-    crop: str = "rrc",
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    pad: int = 4,
+    settings: Augment,
     threads: int = THREADS,
     prefetch: int = 2,
 ) -> Batches:
@@ -113,11 +111,7 @@ def train_batches(
       start_step: the first step.
       renderings: of each crop, by the name in the batch.
       seed: of the crops.
-      crop: "rrc" for a random part, see `images.random_resized_crop`; "pad" for a random shift, see
-        `images.pad_crop`; "squash" for the whole image at another aspect ratio.
-      scale: range of a random part's area as a fraction of the image's.
-      ratio: range of a random part's width / height.
-      pad: of "pad", in pixels of the image.
+      settings: of which the crop is made here; the rest is for the device.
       threads: that decode, one per core by default; 0 decodes in the caller's.
       prefetch: batches that are decoded ahead.
 
@@ -130,21 +124,24 @@ def train_batches(
             f"the order is for {order.num_examples} examples; {source.name} {source.split} has "
             f"{len(source)}"
         )
-    random_crops = {
-        "rrc": functools.partial(images.random_resized_crop, scale=scale, ratio=ratio),
-        "pad": functools.partial(images.pad_crop, pad=pad),
-    }
-    whole = None if crop in random_crops else images.whole_crop(crop, renderings)
+    crop = {
+        "squash": images.squash,
+        "pad": functools.partial(images.pad_crop, pad=settings.pad),
+        "rrc": functools.partial(
+            images.random_resized_crop, scale=settings.scale, ratio=settings.ratio
+        ),
+    }[settings.crop]
 
-    def random_crop(step, row):
+    def transform(step, row):
+        if settings.crop == "squash":
+            return functools.partial(crop, renderings=renderings)
         rng = np.random.Generator(_philox(seed, step, _CROP_STREAM, row))
-        return functools.partial(random_crops[crop], renderings=renderings, rng=rng)
+        return functools.partial(crop, renderings=renderings, rng=rng)
 
     def examples(step, rows):
         indices = order.indices(step)[rows.start : rows.stop].tolist()
         for row, index, record in zip(rows, indices, source.fetch(indices), strict=True):
-            transform = whole or random_crop(step, row)
-            yield _first_good(source, index, record, transform)
+            yield _first_good(source, index, record, transform(step, row))
 
     steps, rows = range(start_step, _FOREVER), range(order.batch_size)
     return Batches(_dataset(examples, steps, rows, threads, prefetch))

@@ -7,7 +7,7 @@ the `image` of model.json, and `resized` tells that the host has cropped and res
 import jax
 import numpy as np
 
-from beit_jax.data import augment, images, randaugment
+from beit_jax.data import augment, images
 from beit_jax.data.resize import FILTERS, Size
 
 
@@ -16,16 +16,12 @@ def train_view(
 ) -> jax.Array:
     """uint8 images [B, H, W, C] as training sees them: float [B, *size, C], augmented; a `clean`
     view has no noise and nothing erased."""
-    a = config.augment
-    return _augmented(
+    return augment.train_view(
         rng,
         image,
-        config,
-        crop=_crop(config, resized),
+        _settings(config, resized, clean),
         image_size=size,
         interpolation=prepared["interpolation"],
-        noise_std=0.0 if clean else a.noise_std,
-        erasing=0.0 if clean else a.erasing,
         mean=tuple(prepared["mean"]),
         std=tuple(prepared["std"]),
     )
@@ -36,11 +32,10 @@ def tokenizer_train_view(
 ) -> jax.Array:
     """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and as a tokenizer
     is to see it; without noise and erasing, which are no part of the image."""
-    view = _augmented(
+    view = augment.train_view(
         rng,
         image,
-        config,
-        crop=_crop(config, resized),
+        _settings(config, resized, clean=True),
         image_size=seen.size,
         interpolation=seen.interpolation,
         mean=(0.0,),
@@ -50,57 +45,24 @@ def tokenizer_train_view(
     return view.clip(0, 1)
 
 
-def _crop(config, resized):
-    return "squash" if resized else config.augment.crop
-
-
-def _augmented(rng, image, config, **rendering):
-    a = config.augment
-    return augment.train_view(
-        rng,
-        image,
-        pad=a.pad,
-        scale=tuple(a.scale),
-        ratio=tuple(a.ratio),
-        flip=a.flip,
-        color_jitter=a.color_jitter,
-        randaugment=a.randaugment,
-        **rendering,
-    )
+def _settings(config, resized, clean):
+    """The settings without what the host has done, and of a `clean` view without noise."""
+    changes = {"crop": "squash"} if resized else {}
+    changes |= {"noise_std": 0.0, "erasing": 0.0} if clean else {}
+    return augment.Augment(**{**config.augment, **changes})
 
 
 def check(config) -> None:
-    """Raises ValueError where `config.augment` or `config.image` has a value that nothing can be
-    made of."""
+    """Raises ValueError where a value of `config.augment` or `config.image` is unknown or out of
+    range."""
+    augment.Augment(**config.augment)
     for key, name, known in (
-        ("augment.crop", config.augment.crop, augment.CROPS),
         ("image.crop", config.image.crop, augment.EVAL_CROPS),
         ("image.interpolation", config.image.interpolation, FILTERS),
         ("tokenizer_interpolation", config.tokenizer_interpolation, FILTERS),
     ):
         if name is not None and name not in known:
             raise ValueError(f"Unknown config.{key} {name!r}; available: {', '.join(known)}.")
-    for key, most in (("scale", 1.0), ("ratio", np.inf)):
-        pair = tuple(config.augment[key])
-        is_pair = len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
-        if not is_pair or not 0 < pair[0] <= pair[1] <= most:
-            raise ValueError(
-                f"config.augment.{key} is {pair}; expected two numbers above 0 and at most "
-                f"{most}, the smaller one first."
-            )
-    for keys, most, kind in (
-        (("flip", "erasing", "mix_prob", "mix_switch_prob"), 1, "probability, from 0 to 1"),
-        (("mixup", "cutmix", "noise_std", "color_jitter", "pad"), np.inf, "number from 0 up"),
-    ):
-        for key in keys:
-            value = config.augment[key]
-            if not (0 <= value <= most and np.isfinite(value)):
-                raise ValueError(f"config.augment.{key} is {value}; expected a {kind}.")
-    if config.augment.randaugment not in ("", "trivial"):
-        try:
-            randaugment.parse(config.augment.randaugment)
-        except ValueError as error:
-            raise ValueError(f"config.augment.randaugment: {error}") from None
     for key in ("mean", "std"):
         values = config.image[key] or ()
         if not all(isinstance(x, int | float) for x in values):
