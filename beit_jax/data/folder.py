@@ -12,7 +12,6 @@ images beside class folders, class folders beside split folders, a class folder 
 
 import collections
 import csv
-import logging
 import os
 import pathlib
 import unicodedata
@@ -226,24 +225,6 @@ def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> d
                 f"{root / name}, or move the others away"
             )
     return {"train": ""}
-
-
-def tell_mixed(path: str | os.PathLike, mixed: Sequence[str]) -> None:
-    """Warns of folders named as splits that are none, because others lie beside them."""
-    if mixed:
-        logging.warning(
-            "%s holds %s next to other folders or images: all of them are read, and none is "
-            "taken for a split.",
-            path,
-            ", ".join(mixed),
-        )
-
-
-def tell_ignored(path: str | os.PathLike, ignored: Sequence[tuple[str, int]]) -> None:
-    """Warns of files of a folder that are no images to us, such as 2 .heic, if there are any."""
-    if ignored:
-        kinds = ", ".join(f"{count} {ending}" for ending, count in ignored[:8])
-        logging.warning("Ignored files of %s: %s.", path, kinds)
 
 
 def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:

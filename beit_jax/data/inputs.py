@@ -1,7 +1,5 @@
 """The splits of a config as input to the step: kept on the device whole, or batch by batch."""
 
-import logging
-import re
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -10,13 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from beit_jax import errors, sharding
-from beit_jax.data import folder, images, pipeline, sources
+from beit_jax import sharding
+from beit_jax.data import images, notices, pipeline, sources
 from beit_jax.data.augment import Augment
 from beit_jax.data.source import THREADS, Source, stratified_fold
 
 _SPLITS = ("train", "val", "test")
-_WORD = re.compile(r"[^\W\d][\w-]*")  # such as the names in train[:90%]+test
 
 
 class Split(NamedTuple):
@@ -73,7 +70,7 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
     """
     found = _open(config, names, class_names)
     if found:
-        _tell(found, config)
+        notices.of_splits(found, config)
     if not all(pipeline.fits(source, config.resident_bytes) for source in found.values()):
         return {name: Split(source, None, len(source), None) for name, source in found.items()}
     return {name: _resident(source, config, mesh) for name, source in found.items()}
@@ -120,93 +117,6 @@ def _check_labels(name, source):
             f"config.data.{name} {source.split!r} of {source.name} has {missing} images without "
             f"the label of a class: choose another split, or none by --config.data.{name}="
         )
-
-
-def _tell(found, config):
-    """Tells which files are not read, how splits are used, and of images that are learnt and
-    evaluated, and, where labels are known at once, of classes that are not both."""
-    first = next(iter(found.values()))
-    folder.tell_ignored(first.name, first.ignored)
-    if not config.labelled:
-        folder.tell_mixed(first.name, first.mixed)
-    _tell_splits(first, found, config)
-    if "train" in found:
-        _tell_shared(found)
-    _tell_classes(found)
-
-
-def _tell_splits(first, found, config):
-    words = {name: _WORD.findall(config[name]) for name in _SPLITS}
-    named = set().union(*words.values())
-    unused = [name for name in first.splits if name not in named and "all" not in named]
-    if unused and config.labelled:
-        logging.info("%s has unused splits: %s.", first.name, ", ".join(unused))
-    if config.folds:
-        logging.info(
-            "Validation is fold %d of %d (numbered from 0, config.data.fold), training the others.",
-            config.fold,
-            config.folds,
-        )
-    elif (
-        {"train", "test"} <= found.keys()
-        and config.test in sources.VALIDATIONS
-        and "test" not in first.splits
-        and words["val"] == ["train"]
-    ):
-        logging.info(
-            "%s has no split 'test': %r is the test split, which selects nothing, and %r is for "
-            "validation. To validate on %r and not test: --config.data.train=train "
-            "--config.data.val=%s --config.data.test=",
-            first.name,
-            config.test,
-            config.val,
-            config.test,
-            config.test,
-        )
-
-
-def _tell_shared(found):
-    train = found["train"]
-    for name in ("val", "test"):
-        if name in found and (shared := found[name].shared_with(train)):
-            logging.warning(
-                "config.data.%s %r shares %d images with config.data.train %r.",
-                name,
-                found[name].split,
-                shared,
-                train.split,
-            )
-
-
-def _tell_classes(found):
-    """Without a training split all classes are taken for learnt."""
-    first = next(iter(found.values()))
-    train = found.get("train", first)
-    if train.class_names is None or not train.knows_labels:
-        return
-    seen = set(train.labels() if "train" in found else range(len(train.class_names)))
-    for source in found.values():
-        if source.class_names != train.class_names:
-            continue  # an error, told by who takes the splits
-        own = set(source.labels())
-        unseen, untested = (
-            [source.class_names[label] for label in sorted(labels)]
-            for labels in (own - seen, seen - own)
-        )
-        if unseen:
-            logging.warning(
-                "The training split %r has no image of %s, unlike %r: it is not learnt.",
-                train.split,
-                errors.few(unseen),
-                source.split,
-            )
-        if untested:
-            logging.warning(
-                "The split %r has no image of %s: its accuracy says nothing about them, and they "
-                "count as 0 in macro precision, recall and F1.",
-                source.split,
-                errors.few(untested),
-            )
 
 
 def _resident(source, config, mesh):
