@@ -78,6 +78,11 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
 
 def _options(config):
     """Those that all datasets and splits take; see `sources.get_source`."""
+    if config.on_bad_image not in ("error", "skip"):
+        raise ValueError(
+            f"config.data.on_bad_image is {config.on_bad_image!r}; expected 'error', or 'skip' to "
+            "leave out, with a line in the log, what cannot be decoded."
+        )
     return {
         "data_dir": config.data_dir or None,
         "on_bad_image": config.on_bad_image,
