@@ -7,6 +7,7 @@ quarter or an eighth of its size.
 """
 
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from beit_jax import fileio
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"),
@@ -58,9 +61,10 @@ class BadImageError(ValueError):
 
 @contextlib.contextmanager
 def naming(name: Callable[[], str]):
-    """Turns whatever opening or decoding raises into a BadImageError that names the image.
+    """Turns an error of opening or decoding into a BadImageError that names the image.
 
-    Pillow's readers meet damaged files with errors of many kinds, not of OSError alone.
+    Pillow's readers raise many kinds of errors for damaged files, not only OSError. Errors of the
+    machine, see `is_of_machine`, and MemoryError are raised as they are.
     """
     try:
         yield
@@ -71,7 +75,16 @@ def naming(name: Callable[[], str]):
     except FileNotFoundError as error:
         raise BadImageError(name(), "no such file, or a broken link") from error
     except Exception as error:
+        if isinstance(error, OSError) and is_of_machine(error):
+            error.filename = error.filename or name()
+            raise
         raise BadImageError(name(), str(error) or type(error).__name__) from error
+
+
+def is_of_machine(error: OSError) -> bool:
+    """Whether an error says nothing about a file's content, such as too many open files, a failing
+    disk or a missing permission: to skip the image would change the dataset."""
+    return fileio.may_pass(error) or error.errno == errno.EIO
 
 
 def open_image(image: Encoded) -> Image.Image:

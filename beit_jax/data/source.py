@@ -190,7 +190,9 @@ class Source:
         """
         try:
             return path.stat().st_size
-        except OSError:
+        except OSError as error:
+            if images.is_of_machine(error):
+                raise
             if self.on_bad_image != "error":
                 return None
         raise FileNotFoundError(f"{self.name} lists {self.id(index)}, which is not there; {_SKIP}.")
