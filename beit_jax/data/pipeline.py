@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import math
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import grain
@@ -26,6 +26,8 @@ LARGEST = 1 << 20  # bytes of an image on the device: one of many pixels is bett
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
 _lock = threading.Lock()
+
+Batches = Generator[dict[str, np.ndarray], None, None]  # close it when done: that ends its threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +69,6 @@ def _draw_permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 def _philox(seed: int, step: int, stream: int = 0, row: int = 0) -> np.random.Philox:
     return np.random.Philox(key=[seed, step], counter=[0, 0, stream, row])
-
-
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Host batches; `close()`, or leaving the `with`, ends the threads behind them."""
-
-    def __init__(self, dataset: grain.IterDataset):
-        self._iterator = iter(dataset)
-        self._close = weakref.finalize(self, self._iterator.close)
-
-    def __next__(self):
-        return next(self._iterator)
-
-    def close(self):
-        self._close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.close()
 
 
 def train_batches(
@@ -144,7 +126,7 @@ def train_batches(
             yield _first_good(source, index, record, transform(step, row))
 
     steps, rows = range(start_step, _FOREVER), range(order.batch_size)
-    return Batches(_dataset(examples, steps, rows, threads, prefetch))
+    return _batches(examples, steps, rows, threads, prefetch)
 
 
 def eval_batches(
@@ -179,7 +161,7 @@ def eval_batches(
             yield _example(*blank, -1) | {"weight": np.float32(0)}
 
     steps, rows = range(math.ceil(len(source) / batch_size)), range(batch_size)
-    return Batches(_dataset(examples, steps, rows, threads, prefetch))
+    return _batches(examples, steps, rows, threads, prefetch)
 
 
 def fits(source: Source, limit_bytes: int) -> bool:
@@ -241,14 +223,14 @@ def _of_shape(shape, image):
     return decoded
 
 
-def _dataset(
+def _batches(
     examples: Callable[[int, range], Iterator[dict]],
     steps: range,
     rows: range,
     threads: int,
     prefetch: int,
-) -> grain.IterDataset:
-    """Batches of `examples(step, rows)`, for each step.
+) -> Batches:
+    """Batches of `examples(step, rows)`, for each step; to close it ends its threads.
 
     Threads share a batch: each takes a run of its rows, because handing over single examples costs
     more than decoding a small one.
@@ -263,7 +245,8 @@ def _dataset(
     dataset = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(load)
     ahead = prefetch * parts
     dataset = dataset.to_iter_dataset(grain.ReadOptions(min(threads, ahead), ahead))
-    return dataset.batch(parts, batch_fn=_concatenate)
+    with closing(iter(dataset.batch(parts, batch_fn=_concatenate))) as batches:
+        yield from batches
 
 
 def _decode(source, index, record, transform) -> tuple[Any, int | None] | None:
