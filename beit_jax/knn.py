@@ -20,6 +20,8 @@ from beit_jax.data import sources
 from beit_jax.data.source import Source, SplitError
 from beit_jax.models import features
 
+_TEMPERATURE = 0.07
+
 
 def describe(model, params, image):
     """The features of every layer, unit length, [L][B, F], of normalised images [B, H, W, C]."""
@@ -42,7 +44,7 @@ def extract(apply, source: Source) -> tuple[list[np.ndarray], np.ndarray]:
     return found.values, found.label
 
 
-def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, chunk=256) -> float:
+def accuracy(train, train_labels, test, test_labels, *, k, chunk=256) -> float:
     """Share of the rows of `test` [M, F] whose neighbours in `train` [N, F] vote for their label.
 
     Rows have unit length, and k is at most N. Of equal votes, the smallest label wins.
@@ -52,18 +54,18 @@ def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, 
     padded = np.pad(test, [(0, -len(test) % chunk), (0, 0)])
     train, train_labels = jax.device_put((train, train_labels))
     votes = [
-        _vote(train, train_labels, padded[i : i + chunk], temperature, k, num_classes)
+        _vote(train, train_labels, padded[i : i + chunk], k, num_classes)
         for i in range(0, len(padded), chunk)
     ]
     found = np.concatenate(jax.device_get(votes))[: len(test)]
     return float((found == test_labels).mean())
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _vote(train, train_labels, rows, temperature, k, num_classes):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _vote(train, train_labels, rows, k, num_classes):
     """The label [chunk] that the neighbours of each row vote for."""
     similarity, neighbour = jax.lax.top_k(jnp.matmul(rows, train.T, precision="highest"), k)
-    weight = jnp.exp(similarity / temperature)  # [chunk, k]
+    weight = jnp.exp(similarity / _TEMPERATURE)  # [chunk, k]
     is_label = jax.nn.one_hot(train_labels[neighbour], num_classes)  # [chunk, k, K]
     return jnp.einsum("bk,bkc->bc", weight, is_label).argmax(-1)
 
