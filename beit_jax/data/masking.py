@@ -31,7 +31,7 @@ class Masks(NamedTuple):
     weight: jax.Array
 
 
-def make_bank(
+def draw_masks(
     seed: int,
     size: int,
     grid: Grid,
