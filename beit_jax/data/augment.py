@@ -1,7 +1,7 @@
 """Augmentation on the device, inside the jitted step; every image draws its own numbers.
 
 B batch, h x w image as stored, H x W as the network sees it, C channels, K classes.
-Stored pixels are uint8; resized ones are not rounded to whole levels again, but for RandAugment.
+Stored pixels are uint8; resized ones are rounded to levels for RandAugment alone.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ CROPS = ("rrc", "pad", "squash")  # of training
 EVAL_CROPS = ("squash", "center")
 _ERASED_AREA = (0.02, 1 / 3)  # share of the image
 _ERASED_RATIO = (0.3, 1 / 0.3)  # width / height
-QUANTILES = 2**14  # of a distribution that is drawn from
+QUANTILES = 2**14  # from which a Beta distribution is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +186,13 @@ def normalize(image: jax.Array, mean, std) -> jax.Array:
 
 
 def random_flip(rng: jax.Array, image: jax.Array, probability: float) -> jax.Array:
-    """Mirrors left and right."""
+    """Mirrors each image left to right with this probability."""
     is_mirrored = jax.random.bernoulli(rng, probability, (image.shape[0], 1, 1, 1))
     return jnp.where(is_mirrored, image[:, :, ::-1], image)
 
 
 def pad_crop(rng: jax.Array, image: jax.Array, pad: int) -> jax.Array:
-    """Shifts each image by up to `pad` pixels each way; what comes in is black."""
+    """Shifts each image by up to `pad` pixels in each direction, over black."""
     if not pad:
         return image
     batch, *shape = image.shape
@@ -296,11 +296,11 @@ def mixup_cutmix(
 
 
 def symmetric_beta(rng: jax.Array, alpha: float) -> jax.Array:
-    """A number ~ Beta(alpha, alpha), float32: evenly distributed between two of its quantiles,
-    and so, with an alpha above 1, beyond the first and the last a little too wide.
+    """A number ~ Beta(alpha, alpha), float32, interpolated linearly between `QUANTILES` quantiles;
+    for alpha above 1 the tails before the first and after the last are therefore a little wide.
 
-    `jax.random.beta` loops until a draw is accepted. At each turn a GPU asks the host whether to go
-    on, which then cannot prepare the rest of the step while the one before it runs.
+    `jax.random.beta` loops until a draw is accepted. In each iteration a GPU waits for the host to
+    decide whether to go on, so that the host cannot queue the rest of the step ahead of time.
     """
     place = jax.random.uniform(rng) * QUANTILES
     index = jnp.minimum(place.astype(jnp.int32), QUANTILES - 1)
@@ -324,7 +324,7 @@ def _crop(rng, image, settings, size, interpolation):
 
 
 def _rand_augment(rng, image, text, interpolation, fill):
-    """Pillow, which it uses here, cannot do lanczos."""
+    """Rounds to levels; lanczos becomes bicubic, since Pillow's transforms have no lanczos."""
     image = jnp.round(image).astype(jnp.uint8)
     fill = tuple(min(255, round(255 * x)) for x in fill)
     interpolation = "bicubic" if interpolation == "lanczos" else interpolation
@@ -334,10 +334,11 @@ def _rand_augment(rng, image, text, interpolation, fill):
 
 
 def _random_boxes(rng, batch, size, area, ratio, largest):
-    """Boxes (top, left, height, width) [B, 4] in images of a size.
+    """Boxes (top, left, height, width) [B, 4] in images of a size, and bool [B].
 
-    Area is a share of the image, ratio width / height with a uniform logarithm. The first of ten
-    that is not above `largest` is taken; bool [B] tells whether there is one.
+    `area` is the range of the share of the image, `ratio` that of width / height, whose logarithm
+    is uniform. The first of ten attempts that is at most `largest` is taken; the second result says
+    whether there is one.
     """
     area_rng, ratio_rng, place_rng = jax.random.split(rng, 3)
     attempts = (10, batch)

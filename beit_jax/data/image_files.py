@@ -10,7 +10,7 @@ from beit_jax.data.source import Source
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:
     """The files among `paths`, all images below the folders among them, and those that CSV files
-    among them list; a warning counts the other files in folders.
+    among them list; the log names what else lies in folders.
 
     Raises:
       FileNotFoundError: a path is not there, or a folder has no images.

@@ -1,9 +1,9 @@
 """Decoding, cropping and resizing of images on the host, with Pillow.
 
-Crops take an image as `PIL.Image.open` gives it, not yet decoded, and return each rendering that
-is asked for, uint8 [H, W, 3], by its name: what is cut out is resized once for every network that
-is to see it. A crop that knows how little of a large JPEG it needs can decode it at a half, a
-quarter or an eighth of its size.
+Crops take an image as `PIL.Image.open` gives it, not yet decoded, and return the renderings that
+are asked for, uint8 [H, W, 3], by name: the same part of the image, resized for each network that
+sees it. A crop that needs few pixels of a large JPEG can decode it at a half, a quarter or an
+eighth of its size.
 """
 
 import contextlib
@@ -27,8 +27,9 @@ EXTENSIONS = (
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _EMPTY = "the file is empty"
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
-_ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # may tell it, in a PNG
-_MOST_PIXELS = 1 << 26  # that a resized image may have before it is cropped
+# where a PNG may hold it
+_ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+_MOST_PIXELS = 1 << 26  # of a resized image before it is cropped
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # defaults of torchvision's RandomResizedCrop
 _ROUNDING = 1e-6  # 224 / (224 / 354) is less than 354
 _REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size

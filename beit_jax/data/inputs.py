@@ -1,4 +1,4 @@
-"""The splits of a config as input to the step: kept on the device whole, or batch by batch."""
+"""The splits of a config as input to the step: kept on the device, or sent batch by batch."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -22,7 +22,7 @@ class Split(NamedTuple):
     Attributes:
       source: where the examples are read.
       resident: all decoded examples on the device ("image" [N, H, W, C], "label" [N]), or None.
-      num_examples: N; without the images that are skipped, where it is resident.
+      num_examples: N; of a resident split, without the images that are skipped.
       ids: index in `source` of each resident example, int [N], or None.
     """
 
@@ -33,10 +33,10 @@ class Split(NamedTuple):
 
 
 def with_own_splits(config):
-    """The config with the splits that it leaves open: those that the data have, or else its shares.
+    """Fills in the splits that a config leaves open: those of the dataset, or else `data.shares`.
 
-    Of a training split and one other, that one is the test, by which nothing may be chosen, and a
-    tenth of the training split validates.
+    Where the dataset has a training split and one other, that is the test split, which selects
+    nothing, and a tenth of the training split is for validation.
 
     Raises:
       FileNotFoundError, ValueError: there are no such data.
@@ -62,8 +62,8 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
     """Opens the splits that the config names, `config` being its part `data`; `class_names` as of
     `sources.get_source`.
 
-    Where each split has images of one size, not too large (`pipeline.fits`), that need at most
-    `resident_bytes` together, all splits go to the device.
+    All splits go to the device if each of them has images of one size, none too large, and takes
+    at most `resident_bytes`, see `pipeline.fits`.
 
     Raises:
       FileNotFoundError, ValueError: there is no such dataset, split, fold or image.
@@ -77,7 +77,7 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
 
 
 def _options(config):
-    """Those that all datasets and splits take; see `sources.get_source`."""
+    """The arguments of `sources.get_source` that all splits share."""
     if config.on_bad_image not in ("error", "skip"):
         raise ValueError(
             f"config.data.on_bad_image is {config.on_bad_image!r}; expected 'error', or 'skip' to "
@@ -132,10 +132,10 @@ def _resident(source, config, mesh):
 
 
 def one_ahead(batches: Iterator) -> Iterator:
-    """The same batches, each when the one after it is already on its way to the devices.
+    """The same batches, each when the next one is already on its way to the devices.
 
-    A copy that is asked for after a step waits on a GPU until that step is done, and the next step
-    for the copy: so it is asked for before.
+    On a GPU a copy that is queued after a step waits for that step, and the next step waits for the
+    copy; so the copy is queued before.
     """
     end = object()
     with closing(batches):
@@ -143,7 +143,7 @@ def one_ahead(batches: Iterator) -> Iterator:
         while batch is not end:
             try:
                 following = next(batches, end)
-            except Exception as error:  # of a batch that nobody has asked for yet
+            except Exception as error:  # raised when its batch is asked for
                 yield batch
                 raise error
             yield batch

@@ -1,10 +1,10 @@
 """Batches on the host, as a pure function of (seed, step).
 
 A batch is {"image": uint8 [B, H, W, 3], "label": int32 [B], "index": int32 [B]}, in evaluation with
-"weight": float32 [B]; `source.id(index)` names an example, and a source without labels gives none.
-"image" and what else is there of images are the renderings that were asked for.
+"weight": float32 [B]; `source.id(index)` names an example. Without labels there is no "label".
+"image" and any other images are the renderings that were asked for.
 What a step gets depends neither on the number of threads nor on where the run was resumed: there
-is no iterator state to save. Flips, colours, mixup and normalisation belong to the device.
+is no iterator state to save. Flips, colours, mixup and normalisation are done on the device.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from beit_jax.data import images
 from beit_jax.data.augment import Augment
 from beit_jax.data.source import THREADS, Source, in_chunks
 
-LARGEST = 1 << 20  # bytes of an image on the device: one of many pixels is better resized before
+LARGEST = 1 << 20  # bytes of an image on the device; larger ones are resized on the host
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
 _lock = threading.Lock()
@@ -34,7 +34,7 @@ Batches = Generator[dict[str, np.ndarray], None, None]  # close it when done: th
 class Order:
     """The order of training: one fresh permutation after the other, cut into batches.
 
-    A batch may reach over the end of an epoch, so that none is short and no example is left out.
+    A batch may span the end of an epoch, so that none is short and no example is left out.
     """
 
     num_examples: int
@@ -57,7 +57,7 @@ class Order:
 
 
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    with _lock:  # threads that come to a new epoch together wait for the first
+    with _lock:  # threads that begin an epoch together wait for the first of them
         return _draw_permutation(num_examples, seed, epoch)
 
 
@@ -94,7 +94,7 @@ def train_batches(
       renderings: of each crop, by the name in the batch.
       seed: of the crops.
       settings: of which the crop is made here; the rest is for the device.
-      threads: that decode, one per core by default; 0 decodes in the caller's.
+      threads: number of threads that decode; 0 decodes in the caller's thread.
       prefetch: batches that are decoded ahead.
 
     Raises:
@@ -144,8 +144,8 @@ def eval_batches(
     "weight" is 1 for an example; it is 0, on a black image with label 0, for the padding of the
     last batch ("index" -1) and for an image that cannot be decoded ("index" its own), which
     `source.on_bad_image` other than "error" lets pass. The arguments are those of `train_batches`,
-    but that `crop` is "squash" or "center": the middle, where `crop_pct` is size / the shorter side
-    before the crop.
+    except `crop`: "squash", or "center", the middle, where `crop_pct` is the size / the shorter
+    side before the crop.
     """
     transform = images.whole_crop(crop, renderings, crop_pct)
     black = {name: np.zeros((*r.size, 3), np.uint8) for name, r in renderings.items()}
@@ -165,8 +165,8 @@ def eval_batches(
 
 
 def fits(source: Source, limit_bytes: int) -> bool:
-    """Whether all images have one shape, and need at most `limit_bytes` together and `LARGEST`
-    each, as uint8. Where the first one says that they do not, no other is looked at."""
+    """Whether all images have one shape, and take as uint8 at most `limit_bytes` together and
+    `LARGEST` each. If the first image is too large for that, no other is read."""
 
     def is_small(shape):
         size = math.prod(shape)
@@ -178,19 +178,15 @@ def fits(source: Source, limit_bytes: int) -> bool:
     return source.image_shape is not None and is_small(source.image_shape)
 
 
-def load_all(
-    source: Source,
-    *,
-    threads: int = THREADS,
-) -> dict[str, np.ndarray]:
+def load_all(source: Source, *, threads: int = THREADS) -> dict[str, np.ndarray]:
     """Decodes a whole source whose images have one shape, to be kept in device memory.
 
-    Returns {"image": uint8 [N, H, W, 3], "label": int32 [N], "index": int32 [N]}; without the
+    Returns {"image": uint8 [N, H, W, 3], "label": int32 [N], "index": int32 [N]}, without the
     images that cannot be decoded, where `source.on_bad_image` is not "error".
 
-    Args:
-      source: what to decode.
-      threads: that decode.
+    Raises:
+      ValueError: the images differ in size, or none can be decoded.
+      BadImageError: an image cannot be decoded.
     """
     shape = source.image_shape
     if shape is None:
@@ -216,7 +212,7 @@ def load_all(
 
 
 def _of_shape(shape, image):
-    """The whole image; a header may have told another shape."""
+    """The whole image, checked against the shape in its header."""
     decoded = images.decode(image)
     if decoded.shape != shape:
         raise ValueError(f"decoded it is {decoded.shape}, and its header says {shape}")

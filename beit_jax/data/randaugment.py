@@ -4,7 +4,7 @@ Every image draws its own operations, and all pass through one program without b
 operation that maps levels to levels is a table of 256 per channel, and geometric operations are
 one affine map, read once for two of them in a row (Pillow would interpolate twice).
 
-Images are uint8 and the arithmetic is Pillow's: operations equal its results, but for a level
+Images are uint8 and the arithmetic is Pillow's: operations equal its results, except for a level
 here and there where a float lies on the edge between two.
 
 H x W image, C = 3 channels. Functions below the public ones see one image; vmap adds B.

@@ -1,7 +1,7 @@
-"""Stored images as networks see them: augmented in training, as they are in evaluation.
+"""Stored images as networks see them: augmented in training, unchanged in evaluation.
 
-B batch, H x W image as stored, S side as a network sees it, C channels. Everywhere `prepared` is
-the `image` of model.json, and `resized` tells that the host has cropped and resized the images.
+B batch, H x W image as stored, C channels. Everywhere `prepared` is the `image` of model.json, and
+`resized` says that the host has cropped and resized the images.
 """
 
 import jax
@@ -14,8 +14,8 @@ from beit_jax.data.resize import FILTERS, Size
 def train_view(
     rng, image, config, prepared, size: Size, *, resized: bool, clean: bool = False
 ) -> jax.Array:
-    """uint8 images [B, H, W, C] as training sees them: float [B, *size, C], augmented; a `clean`
-    view has no noise and nothing erased."""
+    """uint8 images [B, H, W, C] as training sees them: float [B, *size, C], augmented. A `clean`
+    view has neither noise nor erasing."""
     return augment.train_view(
         rng,
         image,
@@ -30,8 +30,8 @@ def train_view(
 def tokenizer_train_view(
     rng, image, config, prepared, seen: images.Rendering, *, resized: bool
 ) -> jax.Array:
-    """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and as a tokenizer
-    is to see it; without noise and erasing, which are no part of the image."""
+    """The crop and colours of `train_view` with the same `rng`, in [0, 1] and as a tokenizer sees
+    them; without noise and erasing, which are no part of the image."""
     view = augment.train_view(
         rng,
         image,
@@ -46,7 +46,7 @@ def tokenizer_train_view(
 
 
 def _settings(config, resized, clean):
-    """The settings without what the host has done, and of a `clean` view without noise."""
+    """The settings without the crop where the host has made it, and without noise if `clean`."""
     changes = {"crop": "squash"} if resized else {}
     changes |= {"noise_std": 0.0, "erasing": 0.0} if clean else {}
     return augment.Augment(**{**config.augment, **changes})
@@ -86,24 +86,24 @@ def eval_view(image, prepared, size: Size, *, resized: bool) -> jax.Array:
 
 
 def tokenizer_eval_view(image, prepared, seen: images.Rendering, *, resized: bool) -> jax.Array:
-    """What `eval_view` shows, in [0, 1] and as a tokenizer is to see it."""
+    """What `eval_view` shows, in [0, 1] and as a tokenizer sees it."""
     prepared = {**prepared, "interpolation": seen.interpolation, "mean": (0.0,), "std": (1.0,)}
     return eval_view(image, prepared, seen.size, resized=resized)
 
 
 def rendering(prepared, size: Size) -> images.Rendering:
-    """What a network of that size sees."""
+    """The rendering for a network whose input has that size."""
     return images.Rendering(size, prepared["interpolation"])
 
 
 def renderings(image: images.Rendering, **others: images.Rendering | None) -> images.Renderings:
-    """What the host makes of a crop: "image", and those others that are not the same."""
+    """The renderings that the host makes of a crop: "image", and `others` that differ from it."""
     different = {name: other for name, other in others.items() if other not in (None, image)}
     return {"image": image, **different}
 
 
 def stored(batch, name: str) -> jax.Array:
-    """What to make a view of, [B, H, W, C]: the rendering of that name where the host made one."""
+    """The images [B, H, W, C] to make a view of: the rendering `name` where the host made one."""
     return batch.get(name, batch["image"])
 
 
@@ -113,7 +113,7 @@ def host_crop(prepared, renderings: images.Renderings):
 
 
 def as_batch(rendered) -> dict[str, np.ndarray]:
-    """Stacks what a crop gave of each image: uint8 [B, H, W, C] for each rendering."""
+    """Stacks the renderings of several images: uint8 [B, H, W, C] each."""
     return jax.tree.map(lambda *rows: np.stack(rows), *rendered)
 
 
