@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and the JSON in them."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from typing import IO, Any
 
 import jax
 import numpy as np
+
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class FileFormatError(ValueError):
@@ -38,6 +41,11 @@ def writing(path: str | os.PathLike, *, binary: bool = False) -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno and not error.filename:  # as of a full disk
             error.filename = os.fspath(path)
         raise
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether a file that could not be read may be sound: another try may succeed."""
+    return isinstance(error, PermissionError) or error.errno in _PASSING
 
 
 def read_json(path: str | os.PathLike, fix: str = "Download it again") -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A function of every image of a source, computed batch by batch."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,13 +59,14 @@ def make(
             raise ValueError("There are no images.")
         result, read, label = None, np.zeros(len(source), bool), np.zeros(len(source), np.int32)
         rows = min(batch_size, len(source))
-        with pipeline.eval_batches(
+        stream = pipeline.eval_batches(
             source,
             rows,
             renderings={"image": views.rendering(info.image, size)},
             crop=info.image["crop"],
             crop_pct=info.image["crop_pct"],
-        ) as batches:
+        )
+        with contextlib.closing(stream) as batches:
             count, hidden = -(-len(source) // rows), not sys.stderr.isatty()
             for batch in track(batches, source.split, total=count, disable=hidden):
                 found = jax.device_get(run(params, batch["image"]))

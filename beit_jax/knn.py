@@ -3,8 +3,8 @@
 Classifies each test image by a vote of the most similar training images, whose weights are
 exp(cosine similarity / 0.07), as in Wu et al. (arXiv:1805.01978) and DINO. Prints the accuracy of
 each layer, and writes it to --out as JSON. To choose a layer, --test names a validation split: the
-highest of the accuracies of a test is too good. Of data without a test the validation is taken, or
-of data in one split, where neither is named, the last tenth.
+highest of several accuracies on a test split is too optimistic. Without a test split the validation
+split is classified; where a dataset has one split and neither is named, the last tenth of it.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from beit_jax.data import sources
 from beit_jax.data.source import Source, SplitError
 from beit_jax.models import features
 
+_TEMPERATURE = 0.07
+
 
 def describe(model, params, image):
     """The features of every layer, unit length, [L][B, F], of normalised images [B, H, W, C]."""
@@ -29,7 +31,7 @@ def describe(model, params, image):
 
 
 def extract(apply, source: Source) -> tuple[list[np.ndarray], np.ndarray]:
-    """The features [L][N, F] and labels [N] of a source; images that are skipped are in neither.
+    """The features [L][N, F] and labels [N] of a source, without the images that are skipped.
 
     `apply` is what `inference.make` makes of `describe`.
 
@@ -42,28 +44,28 @@ def extract(apply, source: Source) -> tuple[list[np.ndarray], np.ndarray]:
     return found.values, found.label
 
 
-def accuracy(train, train_labels, test, test_labels, *, k=20, temperature=0.07, chunk=256) -> float:
+def accuracy(train, train_labels, test, test_labels, *, k, chunk=256) -> float:
     """Share of the rows of `test` [M, F] whose neighbours in `train` [N, F] vote for their label.
 
-    Rows have unit length, and k is at most N. Of equal votes, the smallest label wins.
+    Rows have unit length, and k is at most N. The smallest label wins a tie.
     """
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     chunk = min(chunk, len(test))
     padded = np.pad(test, [(0, -len(test) % chunk), (0, 0)])
     train, train_labels = jax.device_put((train, train_labels))
     votes = [
-        _vote(train, train_labels, padded[i : i + chunk], temperature, k, num_classes)
+        _vote(train, train_labels, padded[i : i + chunk], k, num_classes)
         for i in range(0, len(padded), chunk)
     ]
     found = np.concatenate(jax.device_get(votes))[: len(test)]
     return float((found == test_labels).mean())
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _vote(train, train_labels, rows, temperature, k, num_classes):
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _vote(train, train_labels, rows, k, num_classes):
     """The label [chunk] that the neighbours of each row vote for."""
     similarity, neighbour = jax.lax.top_k(jnp.matmul(rows, train.T, precision="highest"), k)
-    weight = jnp.exp(similarity / temperature)  # [chunk, k]
+    weight = jnp.exp(similarity / _TEMPERATURE)  # [chunk, k]
     is_label = jax.nn.one_hot(train_labels[neighbour], num_classes)  # [chunk, k, K]
     return jnp.einsum("bk,bkc->bc", weight, is_label).argmax(-1)
 
@@ -72,7 +74,7 @@ def run(args) -> int:
     """Does what the arguments say; returns the exit status.
 
     Raises:
-      ValueError: there is nothing to vote by, or on.
+      ValueError: a split has no labels, or the splits do not fit each other or k.
     """
     start = pretrained.load(args.checkpoint)
     columns = {"image_key": args.image_key, "label_key": args.label_key}
@@ -103,8 +105,8 @@ def run(args) -> int:
     test, train = f"{len(test_labels):,} of {args.test}", f"{len(train_labels):,} of {args.train}"
     print(f"{test} by their {args.k} nearest of {train}")
     for i, value in enumerate(found):
-        told = "  highest, on these very images" if i == best else ""
-        print(f"layer {i:2}  accuracy {value:.4f}{told}")
+        note = "  highest, on these very images" if i == best else ""
+        print(f"layer {i:2}  accuracy {value:.4f}{note}")
     if args.out:
         count = {"num_train": len(train_labels), "num_test": len(test_labels)}
         results = {"k": args.k, **count, "best_layer_of_test": best, "accuracy": found}
@@ -113,8 +115,8 @@ def run(args) -> int:
 
 
 def _choose_splits(args, options):
-    """Those that are left open: the test, or else the validation, or of data that are one split the
-    last tenth, as in training."""
+    """Fills in the splits that are not named: the test is that of the dataset, or else its
+    validation, or of a dataset of one split the last tenth, as in training."""
     if not args.test:
         args.test = sources.own_test(sources.split_names(args.data, **options))
     if not (args.train or args.test):
@@ -136,7 +138,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--checkpoint", required=True, help=command.CHECKPOINT)
     parser.add_argument("--data", required=True, help=", ".join(sources.NAMES))
-    parser.add_argument("--data-dir", help="of tfds, the cache of hf, or where folder:PATH starts")
+    parser.add_argument("--data-dir", help="root of tfds, cache of hf, or parent of folder:PATH")
     command.add_columns(parser)
     parser.add_argument("--train", help="split of the neighbours (default: train)")
     parser.add_argument("--test", help="split that is classified (default: as above)")

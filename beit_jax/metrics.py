@@ -12,21 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_CONFUSION_CLASSES = 1000  # beyond, the [K, K] matrix costs more than it tells
+_NUM_BINS = 15  # M
+_Z = 1.959964  # of a two-sided interval of 95 %
 _CLASS_COLUMNS = ("name", "precision", "recall", "f1", "support")
 
 
-def classification_sums(logits, label, weight, *, num_bins=15) -> dict[str, jax.Array]:
+def classification_sums(logits, label, weight) -> dict[str, jax.Array]:
     """Returns the sums over a batch that `summarize_classification` reads.
 
     Args:
       logits: [B, K], any float dtype; computed in float32.
       label: [B] integers in [0, K); any value where the weight is 0.
       weight: [B] float, 1 for an example and 0 for padding.
-      num_bins: calibration bins of equal width over the confidence (0, 1].
 
     Returns:
       float32 sums: loss, count, correct, correct5 (label among the 5, or all K < 5, highest
-      logits), bin_count, bin_confidence and bin_correct [M], and either confusion [K, K]
+      logits), bin_count, bin_confidence and bin_correct [M], of bins of equal width over the
+      confidence (0, 1], and either confusion [K, K]
       (row: label, column: prediction) or, beyond `MAX_CONFUSION_CLASSES`, label_count,
       predicted_count and true_positive [K].
     """
@@ -40,8 +42,8 @@ def classification_sums(logits, label, weight, *, num_bins=15) -> dict[str, jax.
     correct = hit[:, 0]
 
     confidence = jnp.exp(jnp.max(log_probs, axis=-1))
-    bin_index = jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1
-    in_bin = jax.nn.one_hot(jnp.clip(bin_index, 0, num_bins - 1), num_bins)  # [B, M]
+    bin_index = jnp.ceil(confidence * _NUM_BINS).astype(jnp.int32) - 1
+    in_bin = jax.nn.one_hot(jnp.clip(bin_index, 0, _NUM_BINS - 1), _NUM_BINS)  # [B, M]
     return {
         "loss": _total(weight, -jnp.sum(log_probs, axis=-1, where=is_label)),
         "count": jnp.sum(weight),
@@ -147,11 +149,11 @@ def _divide(numerator, denominator):
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
-def wilson_interval(p, n, z=1.959964):
-    """Wilson's score interval of a share `p` of `n` trials, 95 % by default; numbers or arrays."""
-    center = p + z**2 / (2 * n)
-    margin = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (center - margin) / (1 + z**2 / n), (center + margin) / (1 + z**2 / n)
+def wilson_interval(p, n):
+    """Wilson's 95 % score interval (low, high) of a share `p` of `n` trials; numbers or arrays."""
+    center = p + _Z**2 / (2 * n)
+    margin = _Z * np.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return (center - margin) / (1 + _Z**2 / n), (center + margin) / (1 + _Z**2 / n)
 
 
 def _calibration(sums):

@@ -97,7 +97,7 @@ def _write_counts(axes, counts, share):
 
 @matplotlib.rc_context(_STYLE)
 def curves(metrics: Sequence[dict], path: str) -> Figure:
-    """Draws loss, accuracy, gradient norm and learning rate over the steps, as far as there.
+    """Draws loss, accuracy, gradient norm and learning rate over the steps, if logged.
 
     `metrics` are the lines of metrics.jsonl. Where there are many, their running mean is drawn
     over them; a band is the 95 % interval of the accuracy.
@@ -184,8 +184,8 @@ def contact_sheet(
 
 
 def heat(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """An image uint8 [H, W, 3] under the colours of weights [h, w] of its parts, from the smallest
-    to the largest of them."""
+    """An image uint8 [H, W, 3] overlaid with a heat map of weights [h, w], whose colours range from
+    the smallest to the largest weight."""
     height, width, _ = image.shape
     weights = (weights - weights.min()) / max(np.ptp(weights), 1e-12)
     weights = Image.fromarray(weights.astype(np.float32)).resize((width, height), Image.BILINEAR)
@@ -310,7 +310,7 @@ def _running_mean(values, width):
 
 
 def _short(name, most=24):
-    """The name, without its middle if it is long: names often differ in their ends."""
+    """The name, without its middle if it is long: names often differ at their ends."""
     name = " ".join(name.split())
     half = most // 2
     return name if len(name) <= most else f"{name[:half]}…{name[len(name) - most + half + 1 :]}"
@@ -326,8 +326,7 @@ def _wrap(caption, width=24):
 
 
 def _save(figure, path):
-    """Writes a figure, whole or not at all; letters that matplotlib's font does not have are drawn
-    as boxes."""
+    """Writes a figure whole or not at all; letters missing from matplotlib's font become boxes."""
     FigureCanvasAgg(figure)
     with warnings.catch_warnings(), fileio.writing(path, binary=True) as file:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from beit_jax.data import images, pipeline, sources
+from beit_jax.data.augment import Augment
 from beit_jax.fileio import write_json
 from benchmarks.timing import RESULTS, SEED, machine
 
@@ -46,7 +47,9 @@ def ours(folder, workers):
     """Batches of the pipeline that `main.py` trains with."""
     source = sources.get_source(f"folder:{folder}", "all")
     order = pipeline.Order(len(source), BATCH, seed=SEED)
-    return pipeline.train_batches(source, order, renderings=SEEN, seed=SEED, threads=workers)
+    return pipeline.train_batches(
+        source, order, renderings=SEEN, seed=SEED, settings=Augment(crop="rrc"), threads=workers
+    )
 
 
 class Crops(torch.utils.data.Dataset):

@@ -12,7 +12,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.ndimage import binary_dilation, gaussian_filter
 
 from beit_jax.data import augment, images, randaugment
+from beit_jax.data.augment import Augment
 from beit_jax.data.resize import center_crop, crop_and_resize, resize
+from configs import common
 
 B, H, W = 6, 20, 24
 RNG = np.random.default_rng(0)
@@ -21,7 +23,7 @@ SMOOTH = gaussian_filter(RNG.uniform(-400, 655, (B, H, W, 3)), (0, 2, 2, 0))
 SMOOTH = SMOOTH.clip(30, 225).astype(np.uint8)  # away from 0 and 255, where uint8 filters clip
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 400)
-OFF = dict(image_size=(H, W), crop="squash", flip=0.0)
+RENDERING = ("image_size", "interpolation", "mean", "std", "fill")  # arguments of train_view
 
 resize = jax.jit(resize, static_argnums=(1, 2))
 crop_and_resize = jax.jit(crop_and_resize, static_argnums=(2, 3))
@@ -307,21 +309,20 @@ def test_parse_rejects(text):
 # Erasing
 
 
-erase = jax.jit(augment.random_erasing, static_argnames=("probability", "mode", "area"))
+erase = jax.jit(augment.random_erasing, static_argnames="probability")
 
 
-def test_random_erasing_has_its_probability_and_constant():
-    image = np.ones((2000, 8, 8, 1), np.float32)
-    erased = np.asarray(erase(KEY, image, probability=0.25, mode="const"))
-    assert set(np.unique(erased)) == {0, 1}
-    assert abs((erased == 0).any((1, 2, 3)).mean() - 0.25) < 0.04
+def test_random_erasing_has_its_probability():
+    image = np.full((2000, 8, 8, 1), 7, np.float32)
+    erased = np.asarray(erase(KEY, image, probability=0.25))
+    assert abs((erased != 7).any((1, 2, 3)).mean() - 0.25) < 0.04
 
 
 def test_random_erasing_without_a_rectangle_that_fits_changes_nothing():
     image = NOISE.astype(np.float32)
     np.testing.assert_array_equal(erase(KEY, image, probability=0.0), image)
-    too_large = erase(KEY, image, probability=1.0, area=(0.999, 1.0))
-    np.testing.assert_array_equal(too_large, image)
+    dots = image[:, :1, :1]
+    np.testing.assert_array_equal(erase(KEY, dots, probability=1.0), dots)
 
 
 # Mixing
@@ -345,7 +346,9 @@ TARGET = np.eye(B, dtype=np.float32)
 def mix(**options):
     """Of IMAGE, by each of KEYS."""
     mixed = jax.jit(
-        jax.vmap(lambda key: augment.mixup_cutmix(key, IMAGE, jnp.asarray(TARGET), **options))
+        jax.vmap(
+            lambda key: augment.mixup_cutmix(key, IMAGE, jnp.asarray(TARGET), Augment(**options))
+        )
     )(KEYS)
     return map(np.asarray, mixed)
 
@@ -367,7 +370,7 @@ def rectangles(image):
 
 
 def test_mixup_blends_with_a_share_from_beta():
-    image, target = mix(mixup_alpha=0.8)
+    image, target = mix(mixup=0.8)
     share = check_targets(target)
     x = share[:, None, None, None, None]
     np.testing.assert_allclose(image, x * IMAGE + (1 - x) * IMAGE[::-1], atol=1e-5)
@@ -397,7 +400,7 @@ def timm_cutmix_area(rng, height, width):
 
 
 def test_cutmix_pastes_a_rectangle_and_targets_follow_its_area():
-    image, target = mix(cutmix_alpha=1.0)
+    image, target = mix(cutmix=1.0)
     is_other = rectangles(image)
     np.testing.assert_allclose(check_targets(target), 1 - is_other.mean((1, 2)), atol=1e-6)
     rng = np.random.default_rng(0)
@@ -406,7 +409,7 @@ def test_cutmix_pastes_a_rectangle_and_targets_follow_its_area():
 
 
 def test_mixing_switches_and_skips_with_its_probabilities():
-    image, target = mix(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.6, switch_prob=0.3)
+    image, target = mix(mixup=0.8, cutmix=1.0, mix_prob=0.6, mix_switch_prob=0.3)
     check_targets(target)
     is_pasted = ((image == IMAGE) | (image == IMAGE[::-1])).all((1, 2, 3, 4))
     is_same = (image == IMAGE).all((1, 2, 3, 4))
@@ -416,8 +419,8 @@ def test_mixing_switches_and_skips_with_its_probabilities():
 
 
 def test_mixing_that_is_off_returns_what_it_got():
-    for options in ({}, dict(mixup_alpha=1.0, prob=0.0)):
-        image, target = augment.mixup_cutmix(KEY, IMAGE, TARGET, **options)
+    for settings in (Augment(), Augment(mixup=1.0, mix_prob=0.0)):
+        image, target = augment.mixup_cutmix(KEY, IMAGE, TARGET, settings)
         assert image is IMAGE and target is TARGET
 
 
@@ -427,9 +430,20 @@ def test_mixing_that_is_off_returns_what_it_got():
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def view_of(**options):
+    """`augment.train_view` with these changes of images of the stored size, and no others."""
+    options = {"image_size": (H, W), "flip": 0.0} | options
+    rendering = {name: options.pop(name) for name in RENDERING if name in options}
+    return functools.partial(augment.train_view, settings=Augment(**options), **rendering)
+
+
 @functools.cache
 def train_view(**options):
-    return jax.jit(functools.partial(augment.train_view, **(OFF | options)))
+    return jax.jit(view_of(**options))
+
+
+def test_defaults_are_those_of_the_config():
+    assert Augment(**common.get_config().augment) == Augment()
 
 
 def test_train_view_with_everything_off_only_normalizes():
@@ -479,9 +493,8 @@ def test_train_view_with_everything_on_compiles_once():
     @jax.jit
     def view(rng, image):
         traced.append(1)
-        return augment.train_view(
-            rng, image, image_size=(12, 16), randaugment="rand-m5-n1", noise_std=0.1, erasing=0.5
-        )
+        settings = Augment(crop="rrc", randaugment="rand-m5-n1", noise_std=0.1, erasing=0.5)
+        return augment.train_view(rng, image, settings, image_size=(12, 16))
 
     results = [view(key, image) for key in KEYS[:2] for image in (NOISE, SMOOTH)]
     assert len(traced) == 1
@@ -517,22 +530,25 @@ def test_views_of_grey_images():
     view = augment.eval_view(NOISE[..., :1], image_size=(H, W))
     assert view.shape == (B, H, W, 1)
     with pytest.raises(ValueError, match="channels"):
-        augment.train_view(KEY, NOISE[..., :1], **OFF, color_jitter=0.1)
+        view_of(color_jitter=0.1)(KEY, NOISE[..., :1])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(crop="random"), "rrc, pad, squash."),
-        (dict(crop="squash", image_size=(8, 8), interpolation="cubic"), "bicubic, bilinear"),
-        (dict(crop="rrc", scale=(0.0, 1.0)), "scale"),
-        (dict(crop="rrc", scale=(0.5, 0.1)), "scale"),
-        (dict(crop="rrc", ratio=(-1.0, 1.0)), "ratio"),
-        (dict(flip=1.5), "flip is a probability"),
-        (dict(erasing=-0.1), "erasing is a probability"),
-        (dict(noise_std=-1.0), "noise_std"),
-        (dict(color_jitter=-1.0), "color_jitter"),
-        (dict(pad=-1), "pad"),
+        (dict(crop="random"), "config.augment.crop 'random'; available: rrc, pad, squash."),
+        (dict(image_size=(8, 8), interpolation="cubic"), "bicubic, bilinear"),
+        (dict(scale=(0.0, 1.0)), "config.augment.scale is .* at most 1.0"),
+        (dict(scale=(0.5, 0.1)), "config.augment.scale is"),
+        (dict(scale=(0.5,)), "config.augment.scale is .*two numbers"),
+        (dict(ratio=(-1.0, 1.0)), "config.augment.ratio is"),
+        (dict(flip=1.5), "config.augment.flip is 1.5; expected a probability, from 0 to 1"),
+        (dict(erasing=-0.1), "erasing is -0.1; expected a probability"),
+        (dict(mix_prob=1.1), "mix_prob is 1.1; expected a probability"),
+        (dict(noise_std=-1.0), "noise_std is -1.0; expected a number from 0 up"),
+        (dict(color_jitter=np.inf), "color_jitter is inf; expected a number"),
+        (dict(mixup=-1.0), "mixup is -1.0; expected a number"),
+        (dict(pad=-1), "pad is -1; expected a number"),
         (dict(randaugment="rnd-m9"), "rand-m9-mstd0.5-inc1"),
         (dict(mean=(0.5, 0.5)), "3 channels"),
         (dict(std=(0.5, 0.0, 0.5)), "std must be positive"),
@@ -540,7 +556,7 @@ def test_views_of_grey_images():
 )
 def test_train_view_rejects(options, message):
     with pytest.raises(ValueError, match=message):
-        augment.train_view(KEY, NOISE, **(OFF | options))
+        view_of(**options)(KEY, NOISE)
 
 
 @pytest.mark.parametrize(
@@ -548,11 +564,7 @@ def test_train_view_rejects(options, message):
     [
         (lambda: augment.eval_view(NOISE, image_size=(8, 8), crop="rrc"), "squash, center"),
         (lambda: center_crop(NOISE, (8, 8), 0.0), "crop_pct"),
-        (lambda: augment.random_erasing(KEY, NOISE, 0.5, mode="rand"), "pixel, const"),
-        (lambda: augment.random_erasing(KEY, NOISE, 2.0), "probability"),
         (lambda: augment.jitter_colors(KEY, NOISE[..., :1] / 255, 0.5), "3 channels, got 1"),
-        (lambda: augment.mixup_cutmix(KEY, IMAGE, TARGET, mixup_alpha=-1.0), "mixup_alpha"),
-        (lambda: augment.mixup_cutmix(KEY, IMAGE, TARGET, prob=1.1), "prob is a probability"),
         (lambda: randaugment.apply_ops(NOISE / 255, KIND, ARG), "uint8"),
         (lambda: randaugment.apply_ops(NOISE[..., :1], KIND, ARG), "H, W, 3"),
         (lambda: randaugment.apply_ops(NOISE, KIND, ARG, interpolation="nearest"), "bicubic"),

@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance
 from scipy import stats
 
 from beit_jax.data import augment, randaugment, resize
+from beit_jax.data.augment import Augment
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -106,8 +107,9 @@ def test_train_view_shows_the_box_that_it_drew():
     """Rows and columns of a ramp tell from where to where an image goes."""
     y, x = np.meshgrid(np.arange(40), np.arange(50), indexing="ij")
     ramp = 4 * np.stack([y, x, 0 * x], -1).astype(np.uint8)
-    options = {"image_size": (16, 16), "scale": (0.2, 0.4), "interpolation": "bilinear"}
-    view = call(augment.train_view, KEY, copies(200, ramp), flip=0.0, **options)
+    options = {"image_size": (16, 16), "interpolation": "bilinear"}
+    settings = Augment(crop="rrc", scale=(0.2, 0.4), flip=0.0)
+    view = call(augment.train_view, KEY, copies(200, ramp), settings=settings, **options)
     row, column = (view[:, 7:9, 7:9, :2].mean((1, 2)).T + 1) * 127.5 / 4
     rng = np.random.default_rng(0)
     boxes = [torchvision_box(rng, 40, 50, (0.2, 0.4), (3 / 4, 4 / 3)) for _ in range(3000)]
@@ -328,13 +330,13 @@ def test_trivial_augment_draws_as_torchvision(drawn):
 
 def test_train_view_with_all_off_is_the_eval_view():
     image = RNG.integers(0, 256, (2, 14, 9, 3), np.uint8)
-    view = call(augment.train_view, KEY, image, image_size=(10, 12), crop="squash", flip=0.0)
+    view = call(augment.train_view, KEY, image, settings=Augment(flip=0.0), image_size=(10, 12))
     np.testing.assert_array_equal(view, call(augment.eval_view, image, image_size=(10, 12)))
 
 
 @pytest.mark.parametrize("method", resize.FILTERS)
 def test_train_view_of_white_images_is_white(method):
-    options = {"image_size": (16, 16), "interpolation": method}
+    options = {"settings": Augment(crop="rrc"), "image_size": (16, 16), "interpolation": method}
     view = call(augment.train_view, KEY, np.full((4, 12, 9, 3), 255, np.uint8), **options)
     np.testing.assert_allclose(view, 1, atol=1e-5)
 
@@ -349,15 +351,13 @@ def test_train_view_hands_randaugment_levels_and_the_mean_colour(monkeypatch, me
 
     monkeypatch.setattr(augment, "rand_augment", rand_augment)
     mean, image = (0.485, 0.456, 0.406), copies(2)
+    settings = Augment(flip=0.0, randaugment="rand-m5", color_jitter=0.4)  # the jitter gives way
     view = augment.train_view(
         KEY,
         image,
+        settings,
         image_size=(8, 9),
-        crop="squash",
-        flip=0.0,
         interpolation=method,
-        randaugment="rand-m5",
-        color_jitter=0.4,  # gives way
         mean=mean,
         std=(1.0,),
     )

@@ -159,6 +159,10 @@ def test_stray_argument(flags, fails, tmp_path):
         ({"data.name": "cifar11"}, ["cifar11", "digits", "cifar10", "tfds:NAME", "folder:PATH"]),
         ({"data.train": "training"}, ["training", "train", "test"]),
         ({"data.train": ""}, ["config.data.train is empty"]),
+        (
+            {"data.on_bad_image": "record"},
+            ["config.data.on_bad_image is 'record'; expected 'error', or 'skip'"],
+        ),
         ({"model.num_labels": 7}, ["num_labels is 7", "digits has 10 classes"]),
         ({"optim.schedule": "cosin"}, ["cosin", "cosine", "constant"]),
         ({"optim.name": "adamm"}, ["adamm", "adamw", "sgd"]),

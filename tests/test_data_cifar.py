@@ -247,7 +247,7 @@ def test_archive_with_a_file_missing_is_refused(tmp_path):
         cifar.prepare("cifar10", tmp_path, archives=[incomplete])
     members["cifar-10-batches-bin/data_batch_3.bin"] = bytes(3073 + 1)
     ragged = write_archive(tmp_path / "downloads", "cifar-10-binary.tar.gz", members)
-    with pytest.raises(ValueError, match="are no rows of 3073 bytes"):
+    with pytest.raises(ValueError, match="are not rows of 3073 bytes"):
         cifar.prepare("cifar10", tmp_path, archives=[ragged])
 
 

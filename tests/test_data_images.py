@@ -1,7 +1,11 @@
 """Decoding and cropping against Pillow, and against torchvision's published algorithms."""
 
+import contextlib
+import errno
 import io
 import math
+import os
+import pathlib
 import pickle
 import random
 import struct
@@ -12,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from scipy import stats
 
-from beit_jax.data import images, sources, views
+from beit_jax.data import images, pipeline, sources, views
 from beit_jax.data.source import check
 from configs import common
 
@@ -191,6 +195,44 @@ def test_image_folder_is_read_or_every_bad_file_is_named(tmp_path):
                 source[index]
         else:
             assert source[index]["image"].shape[2] == 3
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.EACCES, errno.ENOMEM])
+@pytest.mark.parametrize("failing", ["open", "read"])
+def test_an_error_of_the_machine_leaves_no_image_out(tmp_path, monkeypatch, code, failing):
+    """Nor does it change the fingerprint."""
+    path = tmp_path / "1.png"
+    path.write_bytes(encode(photo(4, 4)))
+    source = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
+
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code), *[str(path)] * (failing == "open"))
+
+    file = io.BytesIO()
+    monkeypatch.setattr(file, "read", fail)
+    opened = fail if failing == "open" else lambda *args: contextlib.nullcontext(file)
+    monkeypatch.setattr(images, "open", opened, raising=False)
+    with pytest.raises(OSError, match=f"{os.strerror(code)}: '{path}'") as error:
+        pipeline.load_all(source)
+    assert error.value.errno == code
+    monkeypatch.setattr(pathlib.Path, "stat", fail)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        source.fingerprint  # noqa: B018
+    assert not source.bad_images
+
+
+@pytest.mark.parametrize("reason", ["no such file", "truncated", "Is a directory", "no errno"])
+def test_a_bad_file_is_a_bad_image(tmp_path, monkeypatch, reason):
+    path = tmp_path / "1.png"
+    if reason == "truncated":
+        path.write_bytes(encode(photo(40, 40), "JPEG")[:-100])
+    elif reason == "Is a directory":
+        path.mkdir()
+    elif reason == "no errno":  # as Pillow raises it
+        monkeypatch.setattr(images, "open_image", lambda _: (_ for _ in ()).throw(OSError(reason)))
+    with pytest.raises(images.BadImageError, match=reason):
+        with images.naming(lambda: "1.png"):
+            images.decode(images.open_image(path))
 
 
 def test_bad_image_error_survives_pickling():

@@ -1,5 +1,6 @@
 """The order of training, and batches that depend on (seed, step) alone."""
 
+import functools
 import gc
 import io
 import itertools
@@ -10,6 +11,7 @@ import struct
 import threading
 import time
 import zlib
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 
 from beit_jax import sharding
 from beit_jax.data import images, inputs, pipeline, sources
+from beit_jax.data.augment import Augment
 from beit_jax.data.images import BadImageError, Rendering
 from beit_jax.data.pipeline import Order
 from configs import common
@@ -25,6 +28,11 @@ from configs import common
 SIZE = 16
 SEEN = {"image": Rendering((SIZE, SIZE))}
 WIDE = {"image": Rendering((SIZE, SIZE + 2))}
+
+
+train_batches = functools.partial(
+    pipeline.train_batches, renderings=SEEN, seed=0, settings=Augment()
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def source(photos):
 
 
 def take(batches, count):
-    with batches:
+    with closing(batches):
         return list(itertools.islice(batches, count))
 
 
@@ -111,14 +119,12 @@ def test_order_refuses(bad):
         Order(*bad)
 
 
-@pytest.mark.parametrize("crop", ["rrc", "pad", "squash", "center"])
+@pytest.mark.parametrize("crop", ["rrc", "pad", "squash"])
 def test_batches_do_not_depend_on_threads_or_restarts(source, crop):
     order = Order(len(source), 7, seed=1)
 
     def make(start=0, **kwargs):
-        return pipeline.train_batches(
-            source, order, start, renderings=SEEN, crop=crop, seed=5, **kwargs
-        )
+        return train_batches(source, order, start, settings=Augment(crop=crop), seed=5, **kwargs)
 
     expected = take(make(threads=0), 8)
     for threads, prefetch in ((1, 1), (3, 2), (16, 3), (4, 0)):
@@ -135,11 +141,11 @@ def test_batches_do_not_depend_on_threads_or_restarts(source, crop):
 
 def test_crops_depend_on_seed_step_and_row(photos):
     source = sources.get_source(f"folder:{photos}", "train[:1]")
-    order = Order(1, 4, seed=0)
+    order, settings = Order(1, 4, seed=0), Augment(crop="rrc")
     crops = [
         image.tobytes()
         for seed in (0, 1)
-        for batch in take(pipeline.train_batches(source, order, renderings=SEEN, seed=seed), 3)
+        for batch in take(train_batches(source, order, seed=seed, settings=settings), 3)
         for image in batch["image"]
     ]
     assert len(set(crops)) == 2 * 3 * 4
@@ -179,7 +185,7 @@ def test_evaluation_crops_the_middle(source):
 
 def test_unlabelled_sources_give_no_label(photos):
     source = sources.get_source(f"folder:{photos}", labelled=False)
-    train = pipeline.train_batches(source, Order(23, 4, 0), renderings=SEEN, seed=0)
+    train = train_batches(source, Order(23, 4, 0))
     assert take(train, 1)[0].keys() == {"image", "index"}
     evaluation = pipeline.eval_batches(source, 20, renderings=SEEN)
     assert {tuple(sorted(b)) for b in take(evaluation, 3)} == {("image", "index", "weight")}
@@ -204,13 +210,13 @@ def damaged(tmp_path):
 def test_bad_image_stops_the_run_with_its_name(damaged):
     folder, bad = damaged
     source = sources.get_source(f"folder:{folder}")
-    train = pipeline.train_batches(source, Order(12, 4, 0), renderings=SEEN, seed=0, threads=2)
-    with pytest.raises(images.BadImageError) as error, train:
+    train = train_batches(source, Order(12, 4, 0), threads=2)
+    with pytest.raises(images.BadImageError) as error, closing(train):
         list(itertools.islice(train, 3))
     assert error.value.name in bad and "--config.data.on_bad_image=skip" in error.value.__notes__[0]
     with (
         pytest.raises(images.BadImageError),
-        pipeline.eval_batches(source, 4, renderings=SEEN) as it,
+        closing(pipeline.eval_batches(source, 4, renderings=SEEN)) as it,
     ):
         list(it)
     with pytest.raises(images.BadImageError):
@@ -225,10 +231,7 @@ def test_bad_images_are_skipped_and_counted(damaged, caplog):
     for threads in (0, 3):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            train = pipeline.train_batches(
-                source, order, renderings=SEEN, crop="squash", seed=0, threads=threads
-            )
-            batches = take(train, 6)
+            batches = take(train_batches(source, order, threads=threads), 6)
         if threads == 0:
             expected = batches
             assert source.bad_images.keys() == bad  # two epochs
@@ -260,7 +263,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
         (tmp_path / f"{i}.jpg").write_bytes(b"nothing")
     source = sources.get_source(f"folder:{tmp_path}", on_bad_image="skip")
     with pytest.raises(ValueError, match="None of the 3 images"):
-        take(pipeline.train_batches(source, Order(3, 2, 0), renderings=SEEN, seed=0), 1)
+        take(train_batches(source, Order(3, 2, 0)), 1)
 
 
 def test_load_all_is_the_source():
@@ -320,9 +323,7 @@ def test_fits(source):
 
 def test_wrong_arguments_name_what_is_wrong(source):
     with pytest.raises(ValueError, match="the order is for 24 examples; folder:.* has 23"):
-        pipeline.train_batches(source, Order(24, 4, 0), renderings=SEEN, seed=0)
-    with pytest.raises(ValueError, match="crop='random'; expected 'squash' or 'center'"):
-        pipeline.train_batches(source, Order(23, 4, 0), renderings=SEEN, seed=0, crop="random")
+        train_batches(source, Order(24, 4, 0))
     with pytest.raises(ValueError, match="crop='rrc'; expected 'squash' or 'center'"):
         pipeline.eval_batches(source, 4, renderings=SEEN, crop="rrc")
 
@@ -340,7 +341,7 @@ def wait_for_no_threads():
 
 def test_threads_end_with_the_batches(source):
     def make():
-        return pipeline.train_batches(source, Order(23, 4, 0), renderings=SEEN, seed=0, threads=4)
+        return train_batches(source, Order(23, 4, 0), threads=4)
 
     assert wait_for_no_threads()
     batches = make()
@@ -349,14 +350,13 @@ def test_threads_end_with_the_batches(source):
     batches.close()
     batches.close()
     assert wait_for_no_threads()
-    with pytest.raises(ValueError, match="closed"):
-        next(batches)
+    assert list(batches) == []
     batches = make()
     next(batches)
     del batches  # forgotten, not closed
     gc.collect()
     assert wait_for_no_threads()
-    with pytest.raises(KeyError), make() as batches:
+    with pytest.raises(KeyError), closing(make()) as batches:
         next(batches)
         raise KeyError
     assert wait_for_no_threads()

@@ -11,7 +11,7 @@ from beit_jax.data import masking
 
 def bank(size=400, grid=(8, 8), seed=0, **options):
     options = {"num_mask_patches": 26, "min_mask_patches_per_block": 4, **options}
-    return masking.make_bank(seed, size, grid, **options)
+    return masking.draw_masks(seed, size, grid, **options)
 
 
 def bools(bank, patches):
@@ -118,7 +118,7 @@ def test_defaults_fit_the_grid(grid, count, smallest, unit):
     assert masking.smallest_block(grid, count) == smallest
     assert masking.default_unit(grid) == unit
     found, asked = (
-        masking.make_bank(0, 4, grid, num_mask_patches=count, min_mask_patches_per_block=least)
+        masking.draw_masks(0, 4, grid, num_mask_patches=count, min_mask_patches_per_block=least)
         for least in (None, smallest)
     )
     np.testing.assert_array_equal(found["index"], asked["index"])

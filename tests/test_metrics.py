@@ -25,8 +25,7 @@ def example(num_classes=K, seed=0):
     return logits, label, np.ones(B, np.float32)
 
 
-def sums_of(*batch, num_bins=15):
-    return jax.jit(classification_sums, static_argnames="num_bins")(*batch, num_bins=num_bins)
+sums_of = jax.jit(classification_sums)
 
 
 def probabilities(logits):
@@ -80,12 +79,12 @@ def test_absent_classes_count_as_zero():
 
 def test_calibration_equals_the_definition():
     logits, label, weight = example()
-    summary = summarize_classification(sums_of(logits, label, weight, num_bins=10))
+    summary = summarize_classification(sums_of(logits, label, weight))
     confidence = probabilities(logits).max(-1)
     correct = logits.argmax(-1) == label
     error, rows = 0, []
-    for low in np.arange(10) / 10:
-        inside = (confidence > low) & (confidence <= low + 0.1)
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
         if inside.any():
             rows.append((inside.sum(), confidence[inside].mean(), correct[inside].mean()))
             error += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
@@ -94,11 +93,11 @@ def test_calibration_equals_the_definition():
     np.testing.assert_allclose([[*row.values()] for row in summary["calibration"]], rows, rtol=1e-5)
 
 
-def test_bins_are_open_below_and_closed_above():
-    confidence = np.array([0.5, 0.6, 0.75, 0.8, 1.0])
+def test_bins_have_their_edges():
+    confidence = np.array([8.01, 8.99, 9.01, 12.99, 14.01, 15]) / 15
     logits = np.stack([np.log(confidence), np.log(1 - confidence + 1e-30)], axis=1)
-    sums = sums_of(logits, np.zeros(5, np.int32), np.ones(5), num_bins=4)
-    np.testing.assert_array_equal(sums["bin_count"], [0, 1, 2, 2])
+    sums = sums_of(logits, np.zeros(6, np.int32), np.ones(6))
+    np.testing.assert_array_equal(sums["bin_count"], [0] * 8 + [2, 1, 0, 0, 1, 0, 2])
 
 
 def test_certain_predictions_fall_into_the_last_bin():

@@ -45,7 +45,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def masks():
-    bank = masking.make_bank(0, 3, (4, 4), kind="random", num_mask_patches=M)
+    bank = masking.draw_masks(0, 3, (4, 4), kind="random", num_mask_patches=M)
     return masking.take(bank, np.arange(3))
 
 

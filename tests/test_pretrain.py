@@ -385,7 +385,7 @@ def test_the_class_token_is_normed_as_in_pre_training(objective, runs, train, tm
 )
 def test_masks_are_those_of_the_paper(objective, count, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(masking, "make_bank", lambda *args, **kwargs: drawn.update(kwargs))
+    monkeypatch.setattr(masking, "draw_masks", lambda *args, **kwargs: drawn.update(kwargs))
     config = pretrain.get_config(f"imagenet,tiny,{objective}")
     config.mask.unit, config.tokenizer = 1, "nowhere"
     module = modules.load("objectives", objective)

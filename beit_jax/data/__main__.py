@@ -1,4 +1,4 @@
-"""Prepares a dataset, and tells what is in it.
+"""Prepares a dataset, and prints what is in it.
 
 python -m beit_jax.data cifar10 --data-dir=~/data     downloads and prepares it, once
 python -m beit_jax.data folder:flowers --check        decodes every image, lists the bad ones
@@ -16,15 +16,15 @@ from beit_jax.data.source import Source, check
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 for images that cannot be decoded and class folders without
-    any, or 2 for data that are not there."""
+    """Returns the exit status: 0; 1 where images cannot be decoded or class folders are empty; 2
+    where there are no such data."""
     parser = argparse.ArgumentParser(
         prog="python -m beit_jax.data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", help=", ".join(sources.NAMES))
-    parser.add_argument("--data-dir", help="of tfds, the cache of hf, or where folder:PATH starts")
+    parser.add_argument("--data-dir", help="root of tfds, cache of hf, or parent of folder:PATH")
     parser.add_argument("--split", default="all", help="in the syntax of TFDS; default: all")
     parser.add_argument("--unlabelled", action="store_true", help="images at any depth, no labels")
     parser.add_argument("--check", action="store_true", help="decode every image")

@@ -1,9 +1,10 @@
 """Augmentation on the device, inside the jitted step; every image draws its own numbers.
 
 B batch, h x w image as stored, H x W as the network sees it, C channels, K classes.
-Stored pixels are uint8; resized ones are not rounded to whole levels again, but for RandAugment.
+Stored pixels are uint8; resized ones are rounded to levels for RandAugment alone.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,82 +12,131 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from beit_jax.data.randaugment import rand_augment, trivial_augment
+from beit_jax.data.images import RATIO, SCALE
+from beit_jax.data.randaugment import parse, rand_augment, trivial_augment
 from beit_jax.data.resize import Size, center_crop, crop_and_resize, resize
 
 CROPS = ("rrc", "pad", "squash")  # of training
 EVAL_CROPS = ("squash", "center")
-QUANTILES = 2**14  # of a distribution that is drawn from
+_ERASED_AREA = (0.02, 1 / 3)  # share of the image
+_ERASED_RATIO = (0.3, 1 / 0.3)  # width / height
+QUANTILES = 2**14  # from which a Beta distribution is drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """How training images are changed: the fields and defaults of `config.augment`.
+
+    Attributes:
+      crop: "squash", the whole image; "rrc", a random resized crop; "pad", a random shift over
+        black.
+      pad: the largest shift of crop "pad", in stored pixels.
+      scale, ratio: ranges of the random resized crop: share of the area, width / height.
+      flip: probability of a horizontal flip.
+      noise_std: standard deviation of Gaussian noise; pixels are in [0, 1].
+      color_jitter: strength of changes of brightness, contrast and saturation; not used together
+        with `randaugment`.
+      randaugment: such as "rand-m9-mstd0.5-inc1", or "trivial" for TrivialAugment.
+      erasing: probability of a rectangle of noise in the normalised image.
+      mixup, cutmix: parameter alpha of Beta(alpha, alpha); 0 is off.
+      mix_prob: probability that a batch is mixed.
+      mix_switch_prob: probability of cutmix where mixup is on too.
+
+    Raises:
+      ValueError: a field is unknown or out of range; names it as in the config.
+    """
+
+    crop: str = "squash"
+    pad: int = 4
+    scale: tuple[float, float] = SCALE
+    ratio: tuple[float, float] = RATIO
+    flip: float = 0.5
+    noise_std: float = 0.0
+    color_jitter: float = 0.0
+    randaugment: str = ""
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+
+    def __post_init__(self):
+        if self.crop not in CROPS:
+            available = ", ".join(CROPS)
+            raise ValueError(f"Unknown config.augment.crop {self.crop!r}; available: {available}.")
+        _check_range("scale", self.scale, 1.0)
+        _check_range("ratio", self.ratio, np.inf)
+        for names, most, kind in (
+            (("flip", "erasing", "mix_prob", "mix_switch_prob"), 1, "probability, from 0 to 1"),
+            (("mixup", "cutmix", "noise_std", "color_jitter", "pad"), np.inf, "number from 0 up"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not (0 <= value <= most and np.isfinite(value)):
+                    raise ValueError(f"config.augment.{name} is {value}; expected a {kind}.")
+        if self.randaugment not in ("", "trivial"):
+            try:
+                parse(self.randaugment)
+            except ValueError as error:
+                raise ValueError(f"config.augment.randaugment: {error}") from None
+
+
+def _check_range(name, pair, most):
+    pair = tuple(pair)
+    is_pair = len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
+    if not is_pair or not 0 < pair[0] <= pair[1] <= most:
+        raise ValueError(
+            f"config.augment.{name} is {pair}; expected two numbers above 0 and at most {most}, "
+            "the smaller one first."
+        )
 
 
 def train_view(
     rng: jax.Array,
     image: jax.Array,
+    settings: Augment,
     *,
     image_size: Size,
-    flip: float = 0.5,
-    crop: str = "rrc",
-    pad: int = 4,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
-    randaugment: str = "",
-    color_jitter: float = 0.0,
-    noise_std: float = 0.0,
-    erasing: float = 0.0,
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.5,),
     fill: tuple[float, ...] | None = None,
 ) -> jax.Array:
-    """What training sees of stored images. What is 0 or "" costs nothing.
+    """Stored images as training sees them. What is 0 or "" in `settings` costs nothing.
 
-    In timm's order, but flips come first, where images are small.
-
-    Colours are jittered after the crop, as in timm's fine-tuning; unilm's pre-training does so
-    before, so that its contrast turns about the mean of the whole image.
+    The order is timm's, except that flips come first, where images are small. Colours change after
+    the crop, as in timm's fine-tuning; unilm's pre-training changes them before, so that contrast
+    turns about the mean of the whole image.
 
     Args:
       rng: decides everything; each kind of change draws its own numbers from it.
       image: uint8 [B, h, w, C].
+      settings: what changes.
       image_size: H and W.
-      flip: probability.
-      crop: "rrc" random resized crop; "pad" a random shift by up to `pad` stored pixels, over
-        black; "squash" the whole image.
-      pad: of crop "pad".
-      scale, ratio: of the random resized crop: share of the area, width / height.
       interpolation: "bicubic", "bilinear" or "lanczos".
-      randaugment: such as "rand-m9-mstd0.5-inc1", or "trivial" for TrivialAugment.
-      color_jitter: strength of brightness, contrast and saturation changes, where there is no
-        `randaugment`.
-      noise_std: of Gaussian noise; pixels are in [0, 1].
       mean, std: of the normalisation, per channel or one for all; pixels are in [0, 1].
-      fill: the colour that `randaugment` moves in; by default, as in timm, the mean.
-      erasing: probability of a rectangle of noise, of normalised pixels.
+      fill: colour of what `randaugment` moves into the image; default: `mean`, as in timm.
 
     Returns:
       float32 [B, H, W, C], normalised.
 
     Raises:
-      ValueError: an argument is unknown or out of range.
+      ValueError: `interpolation` is unknown, or an argument does not fit the channels.
     """
-    if crop not in CROPS:
-        raise ValueError(f"Unknown crop {crop!r}; available: {', '.join(CROPS)}.")
-    _check_probabilities(flip=flip, erasing=erasing)
-    _check_not_negative(noise_std=noise_std, color_jitter=color_jitter, pad=pad)
     crop_rng, flip_rng, color_rng, noise_rng, erasing_rng = jax.random.split(rng, 5)
-    if flip:
-        image = random_flip(flip_rng, image, flip)
-    image = _crop(crop_rng, image, crop, image_size, pad, scale, ratio, interpolation)
-    image = jnp.clip(image, 0, 255)
-    if randaugment:
-        image = _rand_augment(color_rng, image, randaugment, interpolation, fill or mean)
+    if settings.flip:
+        image = random_flip(flip_rng, image, settings.flip)
+    image = jnp.clip(_crop(crop_rng, image, settings, image_size, interpolation), 0, 255)
+    if settings.randaugment:
+        fill = fill or mean
+        image = _rand_augment(color_rng, image, settings.randaugment, interpolation, fill)
     image = image / 255
-    if color_jitter and not randaugment:
-        image = jitter_colors(color_rng, image, color_jitter, color_jitter, color_jitter)
-    if noise_std:
-        image += noise_std * jax.random.normal(noise_rng, image.shape)
+    if settings.color_jitter and not settings.randaugment:
+        image = jitter_colors(color_rng, image, *[settings.color_jitter] * 3)
+    if settings.noise_std:
+        image += settings.noise_std * jax.random.normal(noise_rng, image.shape)
     image = normalize(image, mean, std)
-    return random_erasing(erasing_rng, image, erasing) if erasing else image
+    return random_erasing(erasing_rng, image, settings.erasing) if settings.erasing else image
 
 
 def eval_view(
@@ -135,14 +185,14 @@ def normalize(image: jax.Array, mean, std) -> jax.Array:
     return (image - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def random_flip(rng: jax.Array, image: jax.Array, probability: float = 0.5) -> jax.Array:
-    """Mirrors left and right."""
+def random_flip(rng: jax.Array, image: jax.Array, probability: float) -> jax.Array:
+    """Mirrors each image left to right with this probability."""
     is_mirrored = jax.random.bernoulli(rng, probability, (image.shape[0], 1, 1, 1))
     return jnp.where(is_mirrored, image[:, :, ::-1], image)
 
 
 def pad_crop(rng: jax.Array, image: jax.Array, pad: int) -> jax.Array:
-    """Shifts each image by up to `pad` pixels each way; what comes in is black."""
+    """Shifts each image by up to `pad` pixels in each direction, over black."""
     if not pad:
         return image
     batch, *shape = image.shape
@@ -156,15 +206,12 @@ def random_resized_crop_boxes(
     batch: int,
     height: int,
     width: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
 ) -> jax.Array:
     """Boxes (top, left, height, width), float32 [B, 4], by torchvision's RandomResizedCrop.
 
     Ten attempts at an area and an aspect ratio; where none fits, the middle at the nearest ratio.
-
-    Raises:
-      ValueError: `scale` or `ratio` is no range of positive numbers.
     """
     box, fits = _random_boxes(rng, batch, (height, width), scale, ratio, (height, width))
     tall = max(1, min(height, round(width / ratio[0])))
@@ -185,9 +232,8 @@ def jitter_colors(
     Factors are drawn from [max(0, 1 - strength), 1 + strength]; so is the order of the changes.
 
     Raises:
-      ValueError: a strength is negative, or the images are not RGB.
+      ValueError: the images are not RGB.
     """
-    _check_not_negative(brightness=brightness, contrast=contrast, saturation=saturation)
     if image.shape[-1] != 3:
         raise ValueError(f"Expected images of 3 channels, got {image.shape[-1]}.")
     strengths = {_brightness: brightness, _contrast: contrast, _saturation: saturation}
@@ -205,39 +251,17 @@ def jitter_colors(
     return image
 
 
-def random_erasing(
-    rng: jax.Array,
-    image: jax.Array,
-    probability: float,
-    *,
-    mode: str = "pixel",
-    area: tuple[float, float] = (0.02, 1 / 3),
-    ratio: tuple[float, float] = (0.3, 1 / 0.3),
-) -> jax.Array:
-    """Replaces a rectangle of normalised images (arXiv:1708.04896), as timm does.
-
-    Args:
-      rng: decides.
-      image: float [B, H, W, C].
-      probability: of each image.
-      mode: "pixel" standard normal noise; "const" zero, the mean colour.
-      area: range of the rectangle's share of the image.
-      ratio: range of its width / height.
-
-    Raises:
-      ValueError: an argument is unknown or out of range.
-    """
-    if mode not in ("pixel", "const"):
-        raise ValueError(f"Unknown mode {mode!r}; available: pixel, const.")
-    _check_probabilities(probability=probability)
+def random_erasing(rng: jax.Array, image: jax.Array, probability: float) -> jax.Array:
+    """Replaces a rectangle of normalised images [B, H, W, C], each with this probability, by
+    standard normal noise (arXiv:1708.04896), as timm does in mode "pixel"."""
     choice_rng, box_rng, noise_rng = jax.random.split(rng, 3)
     batch, height, width, _ = image.shape
     largest = (height - 1, width - 1)
+    area, ratio = _ERASED_AREA, _ERASED_RATIO
     box, fits = _random_boxes(box_rng, batch, (height, width), area, ratio, largest)
     is_erased = fits & jax.random.bernoulli(choice_rng, probability, (batch,))
     is_erased = _inside(box, height, width) & is_erased[:, None, None, None]
-    content = jax.random.normal(noise_rng, image.shape, image.dtype) if mode == "pixel" else 0
-    return jnp.where(is_erased, content, image)
+    return jnp.where(is_erased, jax.random.normal(noise_rng, image.shape, image.dtype), image)
 
 
 def smooth(target: jax.Array, smoothing: float) -> jax.Array:
@@ -246,39 +270,20 @@ def smooth(target: jax.Array, smoothing: float) -> jax.Array:
 
 
 def mixup_cutmix(
-    rng: jax.Array,
-    image: jax.Array,
-    target: jax.Array,
-    *,
-    mixup_alpha: float = 0.0,
-    cutmix_alpha: float = 0.0,
-    prob: float = 1.0,
-    switch_prob: float = 0.5,
+    rng: jax.Array, image: jax.Array, target: jax.Array, settings: Augment
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image and target with those of the reversed batch (timm, mode "batch").
+    """Mixes images [B, H, W, C] and targets [B, K] with the reversed batch (timm, mode "batch").
 
     One share ~ Beta(alpha, alpha) for the batch: mixup (arXiv:1710.09412) blends, cutmix
     (arXiv:1905.04899) pastes a rectangle, and the targets follow its area.
-
-    Args:
-      rng: decides.
-      image: float [B, H, W, C].
-      target: [B, K].
-      mixup_alpha, cutmix_alpha: 0 is off.
-      prob: of mixing the batch at all.
-      switch_prob: of cutmix, where both are on.
-
-    Raises:
-      ValueError: an alpha is negative, or a probability none.
     """
-    _check_not_negative(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
-    _check_probabilities(prob=prob, switch_prob=switch_prob)
-    if not (mixup_alpha or cutmix_alpha) or not prob:
+    mixup, cutmix, prob = settings.mixup, settings.cutmix, settings.mix_prob
+    if not (mixup or cutmix) or not prob:
         return image, target
     mix_rng, switch_rng, share_rng, place_rng = jax.random.split(rng, 4)
-    switch_prob = switch_prob if mixup_alpha and cutmix_alpha else float(bool(cutmix_alpha))
+    switch_prob = settings.mix_switch_prob if mixup and cutmix else float(bool(cutmix))
     is_cutmix = jax.random.bernoulli(switch_rng, switch_prob)
-    alphas = cutmix_alpha or mixup_alpha, mixup_alpha or cutmix_alpha
+    alphas = cutmix or mixup, mixup or cutmix
     share = jnp.where(is_cutmix, *(symmetric_beta(share_rng, alpha) for alpha in alphas))
     share = jnp.where(jax.random.bernoulli(mix_rng, prob), share, 1.0)  # of the image itself
 
@@ -291,11 +296,11 @@ def mixup_cutmix(
 
 
 def symmetric_beta(rng: jax.Array, alpha: float) -> jax.Array:
-    """A number ~ Beta(alpha, alpha), float32: evenly distributed between two of its quantiles,
-    and so, with an alpha above 1, beyond the first and the last a little too wide.
+    """A number ~ Beta(alpha, alpha), float32, interpolated linearly between `QUANTILES` quantiles;
+    for alpha above 1 the tails before the first and after the last are therefore a little wide.
 
-    `jax.random.beta` loops until a draw is accepted. At each turn a GPU asks the host whether to go
-    on, which then cannot prepare the rest of the step while the one before it runs.
+    `jax.random.beta` loops until a draw is accepted. In each iteration a GPU waits for the host to
+    decide whether to go on, so that the host cannot queue the rest of the step ahead of time.
     """
     place = jax.random.uniform(rng) * QUANTILES
     index = jnp.minimum(place.astype(jnp.int32), QUANTILES - 1)
@@ -309,17 +314,17 @@ def _quantiles(alpha):
     return special.betaincinv(alpha, alpha, shares).astype(np.float32)
 
 
-def _crop(rng, image, crop, size, pad, scale, ratio, interpolation):
-    if crop == "rrc":
-        box = random_resized_crop_boxes(rng, *image.shape[:3], scale, ratio)
+def _crop(rng, image, settings, size, interpolation):
+    if settings.crop == "rrc":
+        box = random_resized_crop_boxes(rng, *image.shape[:3], settings.scale, settings.ratio)
         return crop_and_resize(image, box, size, interpolation)
-    if crop == "pad":
-        image = pad_crop(rng, image, pad)
+    if settings.crop == "pad":
+        image = pad_crop(rng, image, settings.pad)
     return resize(image, size, interpolation)
 
 
 def _rand_augment(rng, image, text, interpolation, fill):
-    """Pillow, which it uses here, cannot do lanczos."""
+    """Rounds to levels; lanczos becomes bicubic, since Pillow's transforms have no lanczos."""
     image = jnp.round(image).astype(jnp.uint8)
     fill = tuple(min(255, round(255 * x)) for x in fill)
     interpolation = "bicubic" if interpolation == "lanczos" else interpolation
@@ -329,14 +334,12 @@ def _rand_augment(rng, image, text, interpolation, fill):
 
 
 def _random_boxes(rng, batch, size, area, ratio, largest):
-    """Boxes (top, left, height, width) [B, 4] in images of a size.
+    """Boxes (top, left, height, width) [B, 4] in images of a size, and bool [B].
 
-    Area is a share of the image, ratio width / height with a uniform logarithm. The first of ten
-    that is not above `largest` is taken; bool [B] tells whether there is one.
+    `area` is the range of the share of the image, `ratio` that of width / height, whose logarithm
+    is uniform. The first of ten attempts that is at most `largest` is taken; the second result says
+    whether there is one.
     """
-    for name, (low, high) in {"area or scale": area, "ratio": ratio}.items():
-        if not 0 < low <= high:
-            raise ValueError(f"{name} must be 0 < low <= high, got {(low, high)}.")
     area_rng, ratio_rng, place_rng = jax.random.split(rng, 3)
     attempts = (10, batch)
     area = jax.random.uniform(area_rng, attempts, minval=area[0], maxval=area[1])
@@ -385,15 +388,3 @@ def _saturation(image, factor):
 
 def _gray(image):
     return (image * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
-
-
-def _check_probabilities(**values):
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is a probability, from 0 to 1; got {value}.")
-
-
-def _check_not_negative(**values):
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}.")

@@ -31,7 +31,7 @@ _BLOCK = 1 << 20  # bytes
 
 
 class Archive(NamedTuple):
-    """A file on the web, and what tells that it is the right one."""
+    """A file on the web, with its size and checksum."""
 
     url: str
     size: int  # bytes
@@ -220,7 +220,7 @@ def _members(file: pathlib.Path, layout: _Layout, names: Sequence[str]) -> dict[
 
 def _rows(data: np.ndarray, width: int, file: pathlib.Path) -> np.ndarray:
     if data.dtype != np.uint8 or data.size % width:
-        raise ValueError(f"{file}: {data.size} {data.dtype} values are no rows of {width} bytes")
+        raise ValueError(f"{file}: {data.size} {data.dtype} values are not rows of {width} bytes")
     return data.reshape(-1, width)
 
 

@@ -28,7 +28,7 @@ class FileSource(Source):
     def _places(self):
         if not self._is_list:
             return super()._places()
-        # by the files, of which a list may have one in two splits
+        # by file, since a list may name one in two splits
         paths = (os.path.normpath(self._root / id) for id in self._ids)
         digests = (hashlib.sha256(os.fsencode(path)).digest() for path in paths)
         return np.array([int.from_bytes(digest[:8], signed=True) for digest in digests], np.int64)

@@ -1,4 +1,4 @@
-"""Images in folders, and images listed in a CSV file: what is there, nothing decoded.
+"""Lists the images in a folder or a CSV file, without decoding them.
 
     PATH/CLASS/**/x.jpg             class folders; folders below them do not matter
     PATH/{train,val,test}/CLASS/**  the same with split folders
@@ -6,13 +6,12 @@
     PATH/list.csv                   columns `image` (or `file_name`, `path`), `label`, `split`
 
 Class numbers follow the sorted class names of all splits together, so that a class that is
-missing from one split does not shift the others. A layout with two meanings is an error:
-images beside class folders, class folders beside split folders, a class folder with nothing in.
+missing from one split does not shift the others. An ambiguous layout is an error: images
+beside class folders, class folders beside split folders, an empty class folder.
 """
 
 import collections
 import csv
-import logging
 import os
 import pathlib
 import unicodedata
@@ -32,7 +31,7 @@ class Files(NamedTuple):
 
     ids: Sequence[str]  # POSIX paths, relative to the listing's root
     labels: np.ndarray | None  # int32 [N]
-    groups: np.ndarray  # int [N], to be mixed evenly: the labels, also where they are left out
+    groups: np.ndarray  # int [N], to be mixed evenly: the labels, even where `labels` is None
 
 
 class EmptyFoldersError(ValueError):
@@ -53,8 +52,8 @@ class Listing(NamedTuple):
     root: pathlib.Path
     splits: Mapping[str, Files]
     class_names: tuple[str, ...] | None
-    ignored: Sequence[tuple[str, int]] = ()  # (".txt", 2): how many files are no images
-    mixed: Sequence[str] = ()  # folders named as splits that are none
+    ignored: Sequence[tuple[str, int]] = ()  # (".txt", 2): files that are not images
+    mixed: Sequence[str] = ()  # folders with the name of a split that are not splits
 
 
 def list_folder(
@@ -116,20 +115,20 @@ def list_csv(
     """Lists the images named in a CSV file with a header.
 
     Relative image paths start at the file's folder. Labels are class names; where all are whole
-    numbers they are in the order of these, and numbers of `class_names` where these have names.
+    numbers they are sorted as such, or are positions in `class_names` where these are text.
     Without a column `split` all rows are "train".
 
     Args:
       path: the CSV file.
       labelled: False takes no labels.
       class_names: the classes in the order of their numbers; default: the sorted labels. An int is
-        how many there are where they have no names: labels that are whole numbers are theirs.
+        the number of classes without names, to which labels that are whole numbers belong.
       image_key, label_key: names of the columns, if others.
 
     Raises:
       FileNotFoundError: no such file.
       UnknownClassesError: a label is not in `class_names`.
-      ValueError: it is no CSV file in UTF-8, or a column or a cell is missing.
+      ValueError: it is not a CSV file in UTF-8, or a column or a cell is missing.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
@@ -144,7 +143,7 @@ def list_csv(
 
 
 def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
-    """The images of each split, their labels, or None, and what is to be mixed evenly."""
+    """The images of each split, their labels or None, and the groups to be mixed evenly."""
     image_columns = _IMAGE_COLUMNS if image_key is None else (image_key,)
     label_column = label_key or "label"
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -158,7 +157,7 @@ def _read_csv(path, labelled, image_key, label_key) -> tuple[dict, dict, dict]:
             if not is_there:
                 found = ", ".join(columns) or "nothing"
                 raise ValueError(
-                    f"{path}: the header must name {wanted}, in these letters and between commas; "
+                    f"{path}: the header must name {wanted}, spelt so and separated by commas; "
                     f"got {found}"
                 )
         has_labels = label_column in columns
@@ -205,7 +204,7 @@ def _find_files(root: pathlib.Path) -> Iterator[str]:
 
 
 def _leads_back(root: pathlib.Path, folder: pathlib.Path) -> bool:
-    """True for a link to a folder that the way from `root` leads through, or to one above."""
+    """Whether it is a link to a folder on the path to it or above, which would never end."""
     if not (root / folder).is_symlink():
         return False
     target = os.path.realpath(root / folder)
@@ -228,26 +227,8 @@ def _split_prefixes(root: pathlib.Path, ids: Sequence[str], labelled: bool) -> d
     return {"train": ""}
 
 
-def tell_mixed(path: str | os.PathLike, mixed: Sequence[str]) -> None:
-    """Warns of folders named as splits that are none, because others lie beside them."""
-    if mixed:
-        logging.warning(
-            "%s holds %s next to other folders or images: all of them are read, and none is "
-            "taken for a split.",
-            path,
-            ", ".join(mixed),
-        )
-
-
-def tell_ignored(path: str | os.PathLike, ignored: Sequence[tuple[str, int]]) -> None:
-    """Warns of files of a folder that are no images to us, such as 2 .heic, if there are any."""
-    if ignored:
-        kinds = ", ".join(f"{count} {ending}" for ending, count in ignored[:8])
-        logging.warning("Ignored files of %s: %s.", path, kinds)
-
-
 def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:
-    """Raises ValueError where all folders have the names of splits, but not quite."""
+    """Raises ValueError where all folders look like splits, and some are misspelt."""
     tops = sorted({id.partition("/")[0] for id in ids})
     if (
         len(tops) > 1
@@ -257,12 +238,12 @@ def _check_split_names(root: pathlib.Path, ids: Sequence[str]) -> None:
     ):
         raise ValueError(
             f"the folders {', '.join(tops)} of {root} look like splits; name them "
-            f"{', '.join(SPLIT_FOLDERS)}, in small letters"
+            f"{', '.join(SPLIT_FOLDERS)}, in lower case"
         )
 
 
 def is_nearly_a_split(name: str) -> bool:
-    """Whether it is the name of a split but for its letters, such as Test or training."""
+    """Whether it is a variant of the name of a split, such as Test or training."""
     alike = "training", "testing", *SPLIT_FOLDERS
     return name not in SPLIT_FOLDERS and name.lower() in alike
 
@@ -282,7 +263,7 @@ def _class_folders(folder: pathlib.Path, ids: Sequence[str]) -> list[str] | None
 
 
 def _check_empty(root, prefixes, labels) -> None:
-    """Raises EmptyFoldersError where a folder beside those of classes has no images."""
+    """Raises EmptyFoldersError where a class folder has no images."""
     empty = []
     for name, classes in labels.items():
         if classes is not None:
@@ -310,7 +291,7 @@ def _listing(root, ids, labels, groups, class_names, where) -> Listing:
 
 
 def _class_name(text: str) -> str:
-    """As it is on every machine: macOS takes accents off their letters."""
+    """The text in one Unicode form: macOS separates accents from letters."""
     return unicodedata.normalize("NFC", text).strip()
 
 

@@ -15,7 +15,7 @@ _ROWS = 1024  # read at once
 
 
 class HubSource(Source):
-    """Rows of tables, of which images are decoded here."""
+    """Rows of tables, whose images are decoded here."""
 
     def __init__(self, *args, images, sizes, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,7 +59,7 @@ def open_source(
     The rows of each split are first put into a fixed order with the classes mixed evenly.
     """
     tables = _tables(name, cache_dir)
-    import datasets  # only now: where it is not installed, that was told
+    import datasets  # after `_tables`, which reports that it is not installed
 
     undecoded = datasets.Image(decode=False)
     sizes = {key: len(table) for key, table in tables.items()}
@@ -71,8 +71,9 @@ def open_source(
         wanted = label_key or "label"
         if labelled and type(features.get(wanted)).__name__ == "Value":
             raise ValueError(
-                f"The labels {wanted!r} of {name} are no classes: class_encode_column of a table "
-                "makes some of them, and its save_to_disk a directory for hf:DIRECTORY"
+                f"The labels {wanted!r} of {name} are values, not classes: convert them by "
+                "class_encode_column of `datasets`, and read what save_to_disk writes as "
+                "hf:DIRECTORY"
             )
         label = find_column(name, features, "label", "ClassLabel", label_key, is_needed=labelled)
         if label is None and sum(type(x).__name__ == "ClassLabel" for x in features.values()) > 1:
@@ -87,8 +88,8 @@ def open_source(
             labels.append(own_labels[chosen])
             classes[key] = tuple(features[label].names)
     if len(set(classes.values())) > 1:
-        told = "; ".join(f"{key} has {', '.join(names)}" for key, names in classes.items())
-        raise ValueError(f"split={split!r} of {name} has no one list of classes: {told}")
+        listed = "; ".join(f"{key} has {', '.join(names)}" for key, names in classes.items())
+        raise ValueError(f"split={split!r} of {name}: its parts differ in their classes: {listed}")
     return HubSource(
         name,
         split,
@@ -109,8 +110,8 @@ def split_names(name: str, cache_dir: str | os.PathLike | None) -> list[str]:
 
 
 def _read(table, image_key, label_key):
-    """The labels of all rows, or None, and the bytes of their images, int [N]; -1 is a label or
-    image that is not there, or an image that is in a file of its own."""
+    """The labels of all rows, or None, and the bytes of their images, int [N]; -1 where a label or
+    image is missing, or the image is in a file of its own."""
     import pyarrow.compute as pc
 
     columns = [key for key in (image_key, label_key) if key]
@@ -142,7 +143,8 @@ def _tables(name, cache_dir):
     except Exception as error:  # of many kinds
         reason = str(error).strip() or type(error).__name__
         if "Config name is missing" in reason:
-            raise ValueError(f"hf:{name} is several: write hf:{name}:CONFIG. {reason}") from error
+            message = f"hf:{name} has several configs: write hf:{name}:CONFIG. {reason}"
+            raise ValueError(message) from error
         first = reason.splitlines()[0].rstrip(".")
         raise FileNotFoundError(
             f"hf:{name}: {first}. Expected a dataset of the Hub, for which the network is needed "

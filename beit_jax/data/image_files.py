@@ -3,14 +3,14 @@
 import pathlib
 from collections.abc import Sequence
 
-from beit_jax.data import folder, images
+from beit_jax.data import folder, images, notices
 from beit_jax.data.files import FileSource
 from beit_jax.data.source import Source
 
 
 def find(paths: Sequence[str]) -> list[pathlib.Path]:
     """The files among `paths`, all images below the folders among them, and those that CSV files
-    among them list; what else lies in folders is told.
+    among them list; the log names what else lies in folders.
 
     Raises:
       FileNotFoundError: a path is not there, or a folder has no images.
@@ -22,7 +22,7 @@ def find(paths: Sequence[str]) -> list[pathlib.Path]:
             listing = folder.list_folder(path, labelled=False)
             files = (id for split in listing.splits.values() for id in split.ids)
             found += sorted(listing.root / id for id in files)
-            folder.tell_ignored(path, listing.ignored)
+            notices.ignored_files(path, listing.ignored)
         elif path.suffix.lower() == ".csv":
             listing = folder.list_csv(path, labelled=False)
             found += [listing.root / id for split in listing.splits.values() for id in split.ids]

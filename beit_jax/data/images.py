@@ -1,12 +1,13 @@
 """Decoding, cropping and resizing of images on the host, with Pillow.
 
-Crops take an image as `PIL.Image.open` gives it, not yet decoded, and return each rendering that
-is asked for, uint8 [H, W, 3], by its name: what is cut out is resized once for every network that
-is to see it. A crop that knows how little of a large JPEG it needs can decode it at a half, a
-quarter or an eighth of its size.
+Crops take an image as `PIL.Image.open` gives it, not yet decoded, and return the renderings that
+are asked for, uint8 [H, W, 3], by name: the same part of the image, resized for each network that
+sees it. A crop that needs few pixels of a large JPEG can decode it at a half, a quarter or an
+eighth of its size.
 """
 
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from beit_jax import fileio
+
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".avif"),
@@ -24,8 +27,10 @@ EXTENSIONS = (
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _EMPTY = "the file is empty"
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 swap width and height
-_ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # may tell it, in a PNG
-_MOST_PIXELS = 1 << 26  # that a resized image may have before it is cropped
+# where a PNG may hold it
+_ORIENTED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+_MOST_PIXELS = 1 << 26  # of a resized image before it is cropped
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # defaults of torchvision's RandomResizedCrop
 _ROUNDING = 1e-6  # 224 / (224 / 354) is less than 354
 _REDUCING_GAP = 2.0  # what PIL.Image.thumbnail keeps between the draft and the final size
 
@@ -57,9 +62,10 @@ class BadImageError(ValueError):
 
 @contextlib.contextmanager
 def naming(name: Callable[[], str]):
-    """Turns whatever opening or decoding raises into a BadImageError that names the image.
+    """Turns an error of opening or decoding into a BadImageError that names the image.
 
-    Pillow's readers meet damaged files with errors of many kinds, not of OSError alone.
+    Pillow's readers raise many kinds of errors for damaged files, not only OSError. Errors of the
+    machine, see `is_of_machine`, and MemoryError are raised as they are.
     """
     try:
         yield
@@ -70,7 +76,16 @@ def naming(name: Callable[[], str]):
     except FileNotFoundError as error:
         raise BadImageError(name(), "no such file, or a broken link") from error
     except Exception as error:
+        if isinstance(error, OSError) and is_of_machine(error):
+            error.filename = error.filename or name()
+            raise
         raise BadImageError(name(), str(error) or type(error).__name__) from error
+
+
+def is_of_machine(error: OSError) -> bool:
+    """Whether an error says nothing about a file's content, such as too many open files, a failing
+    disk or a missing permission: to skip the image would change the dataset."""
+    return fileio.may_pass(error) or error.errno == errno.EIO
 
 
 def open_image(image: Encoded) -> Image.Image:
@@ -173,11 +188,11 @@ def whole_crop(crop: str, renderings: Renderings, crop_pct: float = 1.0):
         if not crop_pct > 0:
             raise ValueError(f"crop_pct (config.image.crop_pct) is {crop_pct}; expected above 0")
         return functools.partial(center_crop, renderings=renderings, crop_pct=crop_pct)
-    raise ValueError(f"crop={crop!r}; expected 'squash' or 'center', or in training 'rrc' or 'pad'")
+    raise ValueError(f"crop={crop!r}; expected 'squash' or 'center'")
 
 
 def pad_crop(
-    image: Image.Image, renderings: Renderings, rng: np.random.Generator, pad: int = 4
+    image: Image.Image, renderings: Renderings, rng: np.random.Generator, pad: int
 ) -> Rendered:
     """Shifts by up to `pad` pixels of the image each way, over black, before it is resized."""
     image = to_rgb(image)
@@ -189,8 +204,8 @@ def random_resized_crop(
     image: Image.Image,
     renderings: Renderings,
     rng: np.random.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
 ) -> Rendered:
     """Cuts out a random part, see `sample_crop`, and resizes it.
 
@@ -217,8 +232,8 @@ def random_resized_crop(
 def sample_crop(
     size: Size,
     rng: np.random.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
 ) -> tuple[int, int, int, int]:
     """Draws top, left, height and width of a part, as torchvision's RandomResizedCrop does.
 

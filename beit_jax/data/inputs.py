@@ -1,7 +1,5 @@
-"""The splits of a config as input to the step: kept on the device whole, or batch by batch."""
+"""The splits of a config as input to the step: kept on the device, or sent batch by batch."""
 
-import logging
-import re
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -10,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from beit_jax import errors, sharding
-from beit_jax.data import folder, images, pipeline, sources
+from beit_jax import sharding
+from beit_jax.data import images, notices, pipeline, sources
+from beit_jax.data.augment import Augment
 from beit_jax.data.source import THREADS, Source, stratified_fold
 
 _SPLITS = ("train", "val", "test")
-_WORD = re.compile(r"[^\W\d][\w-]*")  # such as the names in train[:90%]+test
 
 
 class Split(NamedTuple):
@@ -24,7 +22,7 @@ class Split(NamedTuple):
     Attributes:
       source: where the examples are read.
       resident: all decoded examples on the device ("image" [N, H, W, C], "label" [N]), or None.
-      num_examples: N; without the images that are skipped, where it is resident.
+      num_examples: N; of a resident split, without the images that are skipped.
       ids: index in `source` of each resident example, int [N], or None.
     """
 
@@ -35,10 +33,10 @@ class Split(NamedTuple):
 
 
 def with_own_splits(config):
-    """The config with the splits that it leaves open: those that the data have, or else its shares.
+    """Fills in the splits that a config leaves open: those of the dataset, or else `data.shares`.
 
-    Of a training split and one other, that one is the test, by which nothing may be chosen, and a
-    tenth of the training split validates.
+    Where the dataset has a training split and one other, that is the test split, which selects
+    nothing, and a tenth of the training split is for validation.
 
     Raises:
       FileNotFoundError, ValueError: there are no such data.
@@ -64,22 +62,27 @@ def open_splits(config, mesh: Mesh, names=_SPLITS, class_names=None) -> dict[str
     """Opens the splits that the config names, `config` being its part `data`; `class_names` as of
     `sources.get_source`.
 
-    Where each split has images of one size, not too large (`pipeline.fits`), that need at most
-    `resident_bytes` together, all splits go to the device.
+    All splits go to the device if each of them has images of one size, none too large, and takes
+    at most `resident_bytes`, see `pipeline.fits`.
 
     Raises:
       FileNotFoundError, ValueError: there is no such dataset, split, fold or image.
     """
     found = _open(config, names, class_names)
     if found:
-        _tell(found, config)
+        notices.of_splits(found, config)
     if not all(pipeline.fits(source, config.resident_bytes) for source in found.values()):
         return {name: Split(source, None, len(source), None) for name, source in found.items()}
     return {name: _resident(source, config, mesh) for name, source in found.items()}
 
 
 def _options(config):
-    """Those that all datasets and splits take; see `sources.get_source`."""
+    """The arguments of `sources.get_source` that all splits share."""
+    if config.on_bad_image not in ("error", "skip"):
+        raise ValueError(
+            f"config.data.on_bad_image is {config.on_bad_image!r}; expected 'error', or 'skip' to "
+            "leave out, with a line in the log, what cannot be decoded."
+        )
     return {
         "data_dir": config.data_dir or None,
         "on_bad_image": config.on_bad_image,
@@ -121,93 +124,6 @@ def _check_labels(name, source):
         )
 
 
-def _tell(found, config):
-    """Tells which files are not read, how splits are used, and of images that are learnt and
-    evaluated, and, where labels are known at once, of classes that are not both."""
-    first = next(iter(found.values()))
-    folder.tell_ignored(first.name, first.ignored)
-    if not config.labelled:
-        folder.tell_mixed(first.name, first.mixed)
-    _tell_splits(first, found, config)
-    if "train" in found:
-        _tell_shared(found)
-    _tell_classes(found)
-
-
-def _tell_splits(first, found, config):
-    words = {name: _WORD.findall(config[name]) for name in _SPLITS}
-    named = set().union(*words.values())
-    unused = [name for name in first.splits if name not in named and "all" not in named]
-    if unused and config.labelled:
-        logging.info("%s has unused splits: %s.", first.name, ", ".join(unused))
-    if config.folds:
-        logging.info(
-            "Validation is fold %d of %d (numbered from 0, config.data.fold), training the others.",
-            config.fold,
-            config.folds,
-        )
-    elif (
-        {"train", "test"} <= found.keys()
-        and config.test in sources.VALIDATIONS
-        and "test" not in first.splits
-        and words["val"] == ["train"]
-    ):
-        logging.info(
-            "%s has no split 'test': %r is the test split, which selects nothing, and %r is for "
-            "validation. To validate on %r and not test: --config.data.train=train "
-            "--config.data.val=%s --config.data.test=",
-            first.name,
-            config.test,
-            config.val,
-            config.test,
-            config.test,
-        )
-
-
-def _tell_shared(found):
-    train = found["train"]
-    for name in ("val", "test"):
-        if name in found and (shared := found[name].shared_with(train)):
-            logging.warning(
-                "config.data.%s %r shares %d images with config.data.train %r.",
-                name,
-                found[name].split,
-                shared,
-                train.split,
-            )
-
-
-def _tell_classes(found):
-    """Without a training split all classes are taken for learnt."""
-    first = next(iter(found.values()))
-    train = found.get("train", first)
-    if train.class_names is None or not train.knows_labels:
-        return
-    seen = set(train.labels() if "train" in found else range(len(train.class_names)))
-    for source in found.values():
-        if source.class_names != train.class_names:
-            continue  # an error, told by who takes the splits
-        own = set(source.labels())
-        unseen, untested = (
-            [source.class_names[label] for label in sorted(labels)]
-            for labels in (own - seen, seen - own)
-        )
-        if unseen:
-            logging.warning(
-                "The training split %r has no image of %s, unlike %r: it is not learnt.",
-                train.split,
-                errors.few(unseen),
-                source.split,
-            )
-        if untested:
-            logging.warning(
-                "The split %r has no image of %s: its accuracy says nothing about them, and they "
-                "count as 0 in macro precision, recall and F1.",
-                source.split,
-                errors.few(untested),
-            )
-
-
 def _resident(source, config, mesh):
     examples = pipeline.load_all(source, threads=config.threads or THREADS)
     ids = examples.pop("index")
@@ -216,10 +132,10 @@ def _resident(source, config, mesh):
 
 
 def one_ahead(batches: Iterator) -> Iterator:
-    """The same batches, each when the one after it is already on its way to the devices.
+    """The same batches, each when the next one is already on its way to the devices.
 
-    A copy that is asked for after a step waits on a GPU until that step is done, and the next step
-    for the copy: so it is asked for before.
+    On a GPU a copy that is queued after a step waits for that step, and the next step waits for the
+    copy; so the copy is queued before.
     """
     end = object()
     with closing(batches):
@@ -227,7 +143,7 @@ def one_ahead(batches: Iterator) -> Iterator:
         while batch is not end:
             try:
                 following = next(batches, end)
-            except Exception as error:  # of a batch that nobody has asked for yet
+            except Exception as error:  # raised when its batch is asked for
                 yield batch
                 raise error
             yield batch
@@ -253,10 +169,7 @@ def train_stream(
         steps.start,
         renderings=renderings,
         seed=config.seed,
-        crop=config.augment.crop,
-        scale=tuple(config.augment.scale),
-        ratio=tuple(config.augment.ratio),
-        pad=config.augment.pad,
+        settings=Augment(**config.augment),
         threads=config.data.threads or THREADS,
         prefetch=config.data.prefetch,
     )

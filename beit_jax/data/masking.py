@@ -1,4 +1,4 @@
-"""Masks of patches for pre-training: drawn once into a bank, of which each step takes rows.
+"""Masks of patches for pre-training: a bank is drawn once, and each step takes rows of it.
 
 R masks of the bank, B batch, N patches of a grid h x w, M masked ones.
 """
@@ -24,14 +24,14 @@ class Masks(NamedTuple):
 
     Attributes:
       index: int32 [B, M], row-major in the grid; a mask that is short repeats a patch.
-      weight: float32 [B, M], 0 for what is repeated.
+      weight: float32 [B, M], 0 for repeated patches.
     """
 
     index: jax.Array
     weight: jax.Array
 
 
-def make_bank(
+def draw_masks(
     seed: int,
     size: int,
     grid: Grid,
@@ -42,17 +42,17 @@ def make_bank(
     max_mask_patches_per_block: int | None = None,
     mask_unit: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Draws masks on the host.
+    """Draws a bank of masks on the host; `take` gives rows of it.
 
     Args:
       seed: decides everything.
       size: R.
       grid: h and w.
-      kind: "blockwise", blocks and an exact count, as BEiT v2; "beit_v1", whose count may be
-        short; "random" patches; "simmim", random squares (arXiv:2111.09886).
+      kind: "blockwise", blocks and an exact count, as in BEiT v2; "beit_v1", blocks whose count
+        may be short; "random" patches; "simmim", random squares (arXiv:2111.09886).
       num_mask_patches: M.
-      min_mask_patches_per_block, max_mask_patches_per_block: of blockwise kinds; None is
-        `smallest_block`, and M.
+      min_mask_patches_per_block: of blockwise kinds; default: `smallest_block`.
+      max_mask_patches_per_block: of blockwise kinds; default: M.
       mask_unit: side of simmim's squares, in patches.
 
     Returns:
@@ -82,7 +82,7 @@ def make_bank(
 
 
 def smallest_block(grid: Grid, num_mask_patches: int) -> int:
-    """BEiT's 16 patches of a grid of 14 x 14 or more, and of a smaller one as large a share."""
+    """BEiT's 16 patches for a grid of 14 x 14 or more, and the same share of a smaller one."""
     share = round(_SMALLEST_BLOCK * min(grid[0] * grid[1] / _PATCHES, 1))
     return max(1, min(share, num_mask_patches))
 
@@ -96,7 +96,7 @@ def default_unit(grid: Grid) -> int:
 def beit_v1(
     rng: random.Random, grid: Grid, num_mask_patches: int, smallest: int, largest: int | None = None
 ) -> np.ndarray:
-    """One mask, bool [h, w], of blocks until `num_mask_patches` are covered or ten fit nowhere.
+    """One mask, bool [h, w], of blocks until `num_mask_patches` are covered or ten attempts fail.
 
     As microsoft/unilm `beit/masking_generator.py`.
     """
@@ -133,7 +133,7 @@ def _add_block(rng, mask, smallest, room) -> int:
 def blockwise(
     rng: random.Random, grid: Grid, num_mask_patches: int, smallest: int, largest: int | None = None
 ) -> np.ndarray:
-    """As `beit_v1`, and random patches until the count is exact: `beit2/masking_generator.py`."""
+    """`beit_v1` and random patches up to the exact count: `beit2/masking_generator.py`."""
     mask = beit_v1(rng, grid, num_mask_patches, smallest, largest)
     visible = np.flatnonzero(~mask).tolist()
     mask.flat[rng.sample(visible, num_mask_patches - int(mask.sum()))] = True

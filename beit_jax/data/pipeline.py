@@ -1,37 +1,40 @@
 """Batches on the host, as a pure function of (seed, step).
 
 A batch is {"image": uint8 [B, H, W, 3], "label": int32 [B], "index": int32 [B]}, in evaluation with
-"weight": float32 [B]; `source.id(index)` names an example, and a source without labels gives none.
-"image" and what else is there of images are the renderings that were asked for.
+"weight": float32 [B]; `source.id(index)` names an example. Without labels there is no "label".
+"image" and any other images are the renderings that were asked for.
 What a step gets depends neither on the number of threads nor on where the run was resumed: there
-is no iterator state to save. Flips, colours, mixup and normalisation belong to the device.
+is no iterator state to save. Flips, colours, mixup and normalisation are done on the device.
 """
 
 import dataclasses
 import functools
 import math
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import grain
 import numpy as np
 
 from beit_jax.data import images
+from beit_jax.data.augment import Augment
 from beit_jax.data.source import THREADS, Source, in_chunks
 
-LARGEST = 1 << 20  # bytes of an image on the device: one of many pixels is better resized before
+LARGEST = 1 << 20  # bytes of an image on the device; larger ones are resized on the host
 _FOREVER = 1 << 40  # steps
 _CROP_STREAM = 1  # of a seed's random numbers; the order has stream 0
 _lock = threading.Lock()
+
+Batches = Generator[dict[str, np.ndarray], None, None]  # close it when done: that ends its threads
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
     """The order of training: one fresh permutation after the other, cut into batches.
 
-    A batch may reach over the end of an epoch, so that none is short and no example is left out.
+    A batch may span the end of an epoch, so that none is short and no example is left out.
     """
 
     num_examples: int
@@ -54,7 +57,7 @@ class Order:
 
 
 def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    with _lock:  # threads that come to a new epoch together wait for the first
+    with _lock:  # threads that begin an epoch together wait for the first of them
         return _draw_permutation(num_examples, seed, epoch)
 
 
@@ -68,26 +71,6 @@ def _philox(seed: int, step: int, stream: int = 0, row: int = 0) -> np.random.Ph
     return np.random.Philox(key=[seed, step], counter=[0, 0, stream, row])
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Host batches; `close()`, or leaving the `with`, ends the threads behind them."""
-
-    def __init__(self, dataset: grain.IterDataset):
-        self._iterator = iter(dataset)
-        self._close = weakref.finalize(self, self._iterator.close)
-
-    def __next__(self):
-        return next(self._iterator)
-
-    def close(self):
-        self._close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.close()
-
-
 def train_batches(
     source: Source,
     order: Order,
@@ -95,10 +78,7 @@ def train_batches(
     *,
     renderings: images.Renderings,
     seed: int,
-    crop: str = "rrc",
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    pad: int = 4,
+    settings: Augment,
     threads: int = THREADS,
     prefetch: int = 2,
 ) -> Batches:
@@ -113,12 +93,8 @@ def train_batches(
       start_step: the first step.
       renderings: of each crop, by the name in the batch.
       seed: of the crops.
-      crop: "rrc" for a random part, see `images.random_resized_crop`; "pad" for a random shift, see
-        `images.pad_crop`; "squash" for the whole image at another aspect ratio.
-      scale: range of a random part's area as a fraction of the image's.
-      ratio: range of a random part's width / height.
-      pad: of "pad", in pixels of the image.
-      threads: that decode, one per core by default; 0 decodes in the caller's.
+      settings: of which the crop is made here; the rest is for the device.
+      threads: number of threads that decode; 0 decodes in the caller's thread.
       prefetch: batches that are decoded ahead.
 
     Raises:
@@ -130,24 +106,27 @@ def train_batches(
             f"the order is for {order.num_examples} examples; {source.name} {source.split} has "
             f"{len(source)}"
         )
-    random_crops = {
-        "rrc": functools.partial(images.random_resized_crop, scale=scale, ratio=ratio),
-        "pad": functools.partial(images.pad_crop, pad=pad),
-    }
-    whole = None if crop in random_crops else images.whole_crop(crop, renderings)
+    crop = {
+        "squash": images.squash,
+        "pad": functools.partial(images.pad_crop, pad=settings.pad),
+        "rrc": functools.partial(
+            images.random_resized_crop, scale=settings.scale, ratio=settings.ratio
+        ),
+    }[settings.crop]
 
-    def random_crop(step, row):
+    def transform(step, row):
+        if settings.crop == "squash":
+            return functools.partial(crop, renderings=renderings)
         rng = np.random.Generator(_philox(seed, step, _CROP_STREAM, row))
-        return functools.partial(random_crops[crop], renderings=renderings, rng=rng)
+        return functools.partial(crop, renderings=renderings, rng=rng)
 
     def examples(step, rows):
         indices = order.indices(step)[rows.start : rows.stop].tolist()
         for row, index, record in zip(rows, indices, source.fetch(indices), strict=True):
-            transform = whole or random_crop(step, row)
-            yield _first_good(source, index, record, transform)
+            yield _first_good(source, index, record, transform(step, row))
 
     steps, rows = range(start_step, _FOREVER), range(order.batch_size)
-    return Batches(_dataset(examples, steps, rows, threads, prefetch))
+    return _batches(examples, steps, rows, threads, prefetch)
 
 
 def eval_batches(
@@ -165,8 +144,8 @@ def eval_batches(
     "weight" is 1 for an example; it is 0, on a black image with label 0, for the padding of the
     last batch ("index" -1) and for an image that cannot be decoded ("index" its own), which
     `source.on_bad_image` other than "error" lets pass. The arguments are those of `train_batches`,
-    but that `crop` is "squash" or "center": the middle, where `crop_pct` is size / the shorter side
-    before the crop.
+    except `crop`: "squash", or "center", the middle, where `crop_pct` is the size / the shorter
+    side before the crop.
     """
     transform = images.whole_crop(crop, renderings, crop_pct)
     black = {name: np.zeros((*r.size, 3), np.uint8) for name, r in renderings.items()}
@@ -182,12 +161,12 @@ def eval_batches(
             yield _example(*blank, -1) | {"weight": np.float32(0)}
 
     steps, rows = range(math.ceil(len(source) / batch_size)), range(batch_size)
-    return Batches(_dataset(examples, steps, rows, threads, prefetch))
+    return _batches(examples, steps, rows, threads, prefetch)
 
 
 def fits(source: Source, limit_bytes: int) -> bool:
-    """Whether all images have one shape, and need at most `limit_bytes` together and `LARGEST`
-    each, as uint8. Where the first one says that they do not, no other is looked at."""
+    """Whether all images have one shape, and take as uint8 at most `limit_bytes` together and
+    `LARGEST` each. If the first image is too large for that, no other is read."""
 
     def is_small(shape):
         size = math.prod(shape)
@@ -199,19 +178,15 @@ def fits(source: Source, limit_bytes: int) -> bool:
     return source.image_shape is not None and is_small(source.image_shape)
 
 
-def load_all(
-    source: Source,
-    *,
-    threads: int = THREADS,
-) -> dict[str, np.ndarray]:
+def load_all(source: Source, *, threads: int = THREADS) -> dict[str, np.ndarray]:
     """Decodes a whole source whose images have one shape, to be kept in device memory.
 
-    Returns {"image": uint8 [N, H, W, 3], "label": int32 [N], "index": int32 [N]}; without the
+    Returns {"image": uint8 [N, H, W, 3], "label": int32 [N], "index": int32 [N]}, without the
     images that cannot be decoded, where `source.on_bad_image` is not "error".
 
-    Args:
-      source: what to decode.
-      threads: that decode.
+    Raises:
+      ValueError: the images differ in size, or none can be decoded.
+      BadImageError: an image cannot be decoded.
     """
     shape = source.image_shape
     if shape is None:
@@ -237,21 +212,21 @@ def load_all(
 
 
 def _of_shape(shape, image):
-    """The whole image; a header may have told another shape."""
+    """The whole image, checked against the shape in its header."""
     decoded = images.decode(image)
     if decoded.shape != shape:
         raise ValueError(f"decoded it is {decoded.shape}, and its header says {shape}")
     return decoded
 
 
-def _dataset(
+def _batches(
     examples: Callable[[int, range], Iterator[dict]],
     steps: range,
     rows: range,
     threads: int,
     prefetch: int,
-) -> grain.IterDataset:
-    """Batches of `examples(step, rows)`, for each step.
+) -> Batches:
+    """Batches of `examples(step, rows)`, for each step; to close it ends its threads.
 
     Threads share a batch: each takes a run of its rows, because handing over single examples costs
     more than decoding a small one.
@@ -266,7 +241,8 @@ def _dataset(
     dataset = grain.MapDataset.range(steps.start * parts, steps.stop * parts).map(load)
     ahead = prefetch * parts
     dataset = dataset.to_iter_dataset(grain.ReadOptions(min(threads, ahead), ahead))
-    return dataset.batch(parts, batch_fn=_concatenate)
+    with closing(iter(dataset.batch(parts, batch_fn=_concatenate))) as batches:
+        yield from batches
 
 
 def _decode(source, index, record, transform) -> tuple[Any, int | None] | None:

@@ -4,13 +4,12 @@ Every image draws its own operations, and all pass through one program without b
 operation that maps levels to levels is a table of 256 per channel, and geometric operations are
 one affine map, read once for two of them in a row (Pillow would interpolate twice).
 
-Images are uint8 and the arithmetic is Pillow's: operations equal its results, but for a level
+Images are uint8 and the arithmetic is Pillow's: operations equal its results, except for a level
 here and there where a float lies on the edge between two.
 
 H x W image, C = 3 channels. Functions below the public ones see one image; vmap adds B.
 """
 
-import itertools
 import re
 from typing import NamedTuple
 
@@ -159,6 +158,9 @@ def apply_ops(
 ) -> jax.Array:
     """Applies n operations to each image, one after the other.
 
+    Two operations at a time are three passes: the colours of the first, one warp for both, the
+    colours of the second. Each pass skips the operations that are not of its kind.
+
     Args:
       image: uint8 [B, H, W, 3].
       kind: positions in OPS or NO_OP, int [B, n].
@@ -182,20 +184,22 @@ def apply_ops(
 
     def one(image, kind, arg):
         ops = list(zip(kind, arg, strict=True))
-        for first, second in itertools.zip_longest(ops[::2], ops[1::2]):
+        for start in range(0, len(ops), 2):
+            first, *second = pair = ops[start : start + 2]  # the last may be alone
             image = _settle(_recolor(image, *first))
-            ops_backwards = (second, first) if second else (first,)
-            image = _settle(_warp(image, ops_backwards, fill, interpolation))
-            image = _settle(_recolor(image, *second)) if second else image
+            image = _settle(_warp(image, pair[::-1], fill, interpolation))
+            for op in second:
+                image = _settle(_recolor(image, *op))
         return image
 
     return jax.vmap(one)(image, kind, arg)
 
 
 def _settle(x):
-    """Has XLA compute `x` once, instead of again in everything that reads it.
+    """Returns `x`, and keeps XLA from fusing its computation into each operation that reads it,
+    which would repeat it for every pixel read.
 
-    The CPU backend drops optimization barriers, but not a product with the identity.
+    The barrier for this does nothing on the CPU backend; a product with the identity does.
     """
 
     def product(x):

@@ -32,7 +32,7 @@ FILTERS = {"bicubic": _bicubic, "bilinear": _bilinear, "lanczos": _lanczos}
 
 
 def resize(image: jax.Array, size: Size, method: str = "bicubic") -> jax.Array:
-    """Resizes whole images [B, h, w, C] to float32 [B, H, W, C]; the same size is no work.
+    """Resizes whole images [B, h, w, C] to float32 [B, H, W, C]; the same size costs nothing.
 
     Raises:
       ValueError: `method` is none of FILTERS.
@@ -103,7 +103,7 @@ def _product(axes, rows, columns, image):
 
 
 def _weights(new, old, start, length, method):
-    """Filter weights [new, old] of the stretch of `length` pixels from `start`."""
+    """Filter weights [new, old] of `length` pixels from `start` on."""
     if method not in FILTERS:
         raise ValueError(f"Unknown interpolation {method!r}; available: {', '.join(FILTERS)}.")
     scale = length / new

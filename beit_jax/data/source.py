@@ -1,4 +1,4 @@
-"""What a source of uint8 images and labels is, with random access; its parts and folds."""
+"""Sources of uint8 images and labels with random access; their parts and folds."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ from beit_jax.data import images
 THREADS = min(os.cpu_count() or 1, 16)
 CHUNK = 64  # examples that a thread takes at once
 _SKIP = (
-    "--config.data.on_bad_image=skip (of other commands --on-bad-image=skip) goes on without such "
+    "--config.data.on_bad_image=skip (in other commands --on-bad-image=skip) goes on without such "
     "images"
 )
 
@@ -43,15 +43,15 @@ class Source:
 
     Reading an image that cannot be decoded raises. What the pipeline does about one is up to
     `on_bad_image`: it raises for "error", and leaves the image out for "skip", with a line in the
-    log, and for "record", where the caller tells of it.
+    log, and for "record", where the caller reports `bad_images`.
 
     Attributes:
       bad_images: id -> reason, of every image that was left out so far.
       ignored: how many other files lie beside the images, by ending: (".txt", 2), ...
-      mixed: folders named as splits that are none, because others lie beside them.
-      parts: the splits of the dataset that it is of, and which of their examples.
-      splits: the names of all that the dataset has.
-      knows_labels: whether `labels` can tell them at once.
+      mixed: folders with the name of a split that are not splits, because others lie beside them.
+      parts: the splits of the dataset that it reads, and which of their examples.
+      splits: the names of all splits of the dataset.
+      knows_labels: whether `labels` takes no pass over the data.
     """
 
     ignored: Sequence[tuple[str, int]] = ()
@@ -93,7 +93,7 @@ class Source:
         raise NotImplementedError
 
     def labels(self) -> np.ndarray | None:
-        """All labels, int [N], without a look at the images; None without labels."""
+        """All labels, int [N], without reading images; None without labels."""
         return self._labels
 
     def _label(self, index):
@@ -122,8 +122,8 @@ class Source:
             return transform(images.open_image(record.image)), label
 
     def refuse(self, error: images.BadImageError) -> None:
-        """Notes the error of an image; raises it, with what to do about it, unless such are left
-        out."""
+        """Records an image that cannot be decoded; for `on_bad_image` "error" raises its error,
+        with a note on what to do."""
         if self.on_bad_image == "error":
             flags = "--check" if self.class_names else "--unlabelled --check"
             error.add_note(
@@ -136,7 +136,7 @@ class Source:
             logging.warning("skipped: %s", error)
 
     def shared_with(self, other: "Source") -> int:
-        """How many examples are in another split of the same dataset too."""
+        """How many examples another split of the same dataset has too."""
         return np.intersect1d(self._places(), other._places()).size
 
     def _places(self) -> np.ndarray:
@@ -153,8 +153,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A checksum of the split, the ids, the labels and the sizes of the files, all of which may
-        be looked at."""
+        """A checksum of the split, ids, labels and file sizes; may look at every file."""
         digest = hashlib.sha256()
         for part in (self.split, *self._identity()):
             digest.update(repr(part).encode())
@@ -162,7 +161,7 @@ class Source:
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """H, W, 3 of all images; None where two differ, until which it may look at headers."""
+        """H, W, 3 of all images, by their headers; None where two differ."""
         return self.shape_of(range(len(self)))
 
     def shape_of(self, indices: Sequence[int]) -> tuple[int, int, int] | None:
@@ -183,20 +182,22 @@ class Source:
         return shape
 
     def size_of(self, path: pathlib.Path, index: int) -> int | None:
-        """Bytes of the file of an example; None where it is not there and may be left out.
+        """Bytes of the file of an example; None where it is missing and may be left out.
 
         Raises:
-          FileNotFoundError: it is not there.
+          FileNotFoundError: it is missing.
         """
         try:
             return path.stat().st_size
-        except OSError:
+        except OSError as error:
+            if images.is_of_machine(error):
+                raise
             if self.on_bad_image != "error":
                 return None
         raise FileNotFoundError(f"{self.name} lists {self.id(index)}, which is not there; {_SKIP}.")
 
     def _identity(self) -> Iterator:
-        """What the fingerprint is made of; the same on every machine."""
+        """What the fingerprint is computed from; the same on every machine."""
         raise NotImplementedError
 
 
@@ -241,8 +242,8 @@ class Subset(Source):
 def stratified_fold(source: Source, fold: int, folds: int) -> tuple[Source, Source]:
     """Splits a source for cross-validation: (all but the fold, the fold).
 
-    Folds are numbered from 0 and differ by one example at most, in every class and altogether; each
-    example is in one of them. Without labels every `folds`-th example is in a fold.
+    Folds are numbered from 0 and differ in size by one example at most, in every class and in all;
+    each example is in one of them. Without labels a fold has every `folds`-th example.
 
     Raises:
       ValueError: there is no such fold, or fewer than one example for each.
@@ -285,7 +286,7 @@ def in_chunks(
     threads: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Calls `function` in threads with lists that hold each i < count once.
+    """Calls `function` in threads with lists of indices, which cover range(count) once.
 
     The first error ends it and is raised. `progress(done, count)` is called in the caller's thread.
     """
@@ -331,9 +332,9 @@ def select(split: str, sizes: Mapping[str, int], name: str) -> list[tuple[str, r
 
 
 def balanced_order(ids: Sequence[str], labels: np.ndarray | None) -> np.ndarray:
-    """A fixed shuffle of which every stretch has the same share of every class, to one example.
+    """A fixed shuffle in which every run of examples has the same share of each class, to one.
 
-    It depends on the ids and labels alone, not on the order that they come in. Returns int64 [N].
+    It depends on the ids and labels alone, not on their order. Returns int64 [N].
     """
     labels = np.zeros(len(ids)) if labels is None else labels
     labels = np.unique(labels, return_inverse=True)[1]
@@ -356,7 +357,7 @@ def find_column(
     *,
     is_needed: bool = True,
 ) -> str | None:
-    """The column of a dataset that is called `key`, or else by its usual name, or the only one.
+    """The column of a dataset: `key`, or else the only one of its kind, or the usual name.
 
     Args:
       name: the dataset, for messages.
@@ -364,7 +365,7 @@ def find_column(
       what: "image" or "label", the usual names.
       kind: name of the class that the column's feature has to be of.
       key: its name, if it is known.
-      is_needed: whether it is an error that there is none, or not one alone; else None.
+      is_needed: whether a missing or ambiguous column is an error; otherwise None is returned.
 
     Raises:
       ValueError: there is no such column.
@@ -376,7 +377,7 @@ def find_column(
     if key is None and not is_needed:
         return None
     raise ValueError(
-        f"{name} has no {what} {wanted!r}: --config.data.{what}_key (of other commands "
+        f"{name} has no {what} {wanted!r}: --config.data.{what}_key (in other commands "
         f"--{what}-key) names the column, one of type {kind}. "
         f"Available: {', '.join(available) or 'none'}"
     )

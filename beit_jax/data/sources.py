@@ -8,7 +8,7 @@
 
 Splits are written as in TFDS: "train", "test", "train[:90%]", "train[10:20]", "train+test", "all".
 All but those of TFDS are first put into a fixed order with the classes mixed evenly, so that
-"train[:90%]" and "train[90%:]" have the same share of every class, on every machine.
+"train[:90%]" and "train[90%:]" have the same share of each class, on every machine.
 """
 
 import os
@@ -41,10 +41,11 @@ def get_source(
       data_dir: where TFDS keeps its datasets (default: `TFDS_DATA_DIR`, or TFDS's own) and
         `datasets` its cache, or what the path of a folder is relative to.
       on_bad_image: what the pipeline does about an image that cannot be decoded: "error";
-        "skip", which takes the next one and counts; or "record", the same without a word.
+        "skip", which leaves it out with a line in the log; or "record", for callers that report
+        `bad_images` themselves.
       labelled: False leaves the labels out, and takes a folder's images at any depth.
-      class_names: of a folder or CSV file, the classes in the order of their numbers, as a model
-        knows them; some of them may have no image. An int is how many there are, without names.
+      class_names: of a folder or CSV file, the classes of a model in the order of their numbers;
+        some of them may have no image. An int is the number of classes without names.
       image_key: name of the image's column (default: "image", or the only one).
       label_key: name of the label's, such as "coarse_label" of cifar100 (default: "label", or the
         only one).
@@ -87,23 +88,22 @@ def get_source(
 
 
 def own_test(names: Sequence[str]) -> str | None:
-    """Of the splits that a dataset has, the one that is the test: a validation where none is
-    called so.
+    """The split of a dataset that is its test: "test", or else a validation split.
 
     Raises:
-      ValueError: some have such names but for their letters.
+      ValueError: names resemble these but are spelt otherwise, such as Test.
     """
     if alike := sorted(filter(folder.is_nearly_a_split, names)):
         raise ValueError(
             f"The splits {', '.join(alike)} are not called {', '.join(folder.SPLIT_FOLDERS)}: "
-            "rename them, or say what each is for, by --config.data.train=, --config.data.val= and "
-            "--config.data.test= (of knn --train and --test)."
+            "rename them, or assign them by --config.data.train=, --config.data.val= and "
+            "--config.data.test= (in knn --train and --test)."
         )
     return next((name for name in ("test", *VALIDATIONS) if name in names), None)
 
 
 def split_names(name: str, *, data_dir: str | os.PathLike | None = None, **options) -> list[str]:
-    """The splits that a dataset has; arguments and errors as of `get_source`."""
+    """The names of a dataset's splits; arguments and errors as of `get_source`."""
     kind, _, rest = name.partition(":")
     if kind == "hf" and rest:
         return hub.split_names(name, data_dir)

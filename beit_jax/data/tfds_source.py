@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from beit_jax.data import cifar
 from beit_jax.data.source import THREADS, Record, Source, find_column, in_chunks, select
 
-_MANY = 100_000  # images whose labels take a while to be read
+_MANY = 100_000  # images, whose labels take a while to read
 
 
 class TfdsSource(Source):

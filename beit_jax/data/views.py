@@ -1,31 +1,27 @@
-"""Stored images as networks see them: augmented in training, as they are in evaluation.
+"""Stored images as networks see them: augmented in training, unchanged in evaluation.
 
-B batch, H x W image as stored, S side as a network sees it, C channels. Everywhere `prepared` is
-the `image` of model.json, and `resized` tells that the host has cropped and resized the images.
+B batch, H x W image as stored, C channels. Everywhere `prepared` is the `image` of model.json, and
+`resized` says that the host has cropped and resized the images.
 """
 
 import jax
 import numpy as np
 
-from beit_jax.data import augment, images, randaugment
+from beit_jax.data import augment, images
 from beit_jax.data.resize import FILTERS, Size
 
 
 def train_view(
     rng, image, config, prepared, size: Size, *, resized: bool, clean: bool = False
 ) -> jax.Array:
-    """uint8 images [B, H, W, C] as training sees them: float [B, *size, C], augmented; a `clean`
-    view has no noise and nothing erased."""
-    a = config.augment
-    return _augmented(
+    """uint8 images [B, H, W, C] as training sees them: float [B, *size, C], augmented. A `clean`
+    view has neither noise nor erasing."""
+    return augment.train_view(
         rng,
         image,
-        config,
-        crop=_crop(config, resized),
+        _settings(config, resized, clean),
         image_size=size,
         interpolation=prepared["interpolation"],
-        noise_std=0.0 if clean else a.noise_std,
-        erasing=0.0 if clean else a.erasing,
         mean=tuple(prepared["mean"]),
         std=tuple(prepared["std"]),
     )
@@ -34,13 +30,12 @@ def train_view(
 def tokenizer_train_view(
     rng, image, config, prepared, seen: images.Rendering, *, resized: bool
 ) -> jax.Array:
-    """The same crop and colours as `train_view` gives with this `rng`, in [0, 1] and as a tokenizer
-    is to see it; without noise and erasing, which are no part of the image."""
-    view = _augmented(
+    """The crop and colours of `train_view` with the same `rng`, in [0, 1] and as a tokenizer sees
+    them; without noise and erasing, which are no part of the image."""
+    view = augment.train_view(
         rng,
         image,
-        config,
-        crop=_crop(config, resized),
+        _settings(config, resized, clean=True),
         image_size=seen.size,
         interpolation=seen.interpolation,
         mean=(0.0,),
@@ -50,57 +45,24 @@ def tokenizer_train_view(
     return view.clip(0, 1)
 
 
-def _crop(config, resized):
-    return "squash" if resized else config.augment.crop
-
-
-def _augmented(rng, image, config, **rendering):
-    a = config.augment
-    return augment.train_view(
-        rng,
-        image,
-        pad=a.pad,
-        scale=tuple(a.scale),
-        ratio=tuple(a.ratio),
-        flip=a.flip,
-        color_jitter=a.color_jitter,
-        randaugment=a.randaugment,
-        **rendering,
-    )
+def _settings(config, resized, clean):
+    """The settings without the crop where the host has made it, and without noise if `clean`."""
+    changes = {"crop": "squash"} if resized else {}
+    changes |= {"noise_std": 0.0, "erasing": 0.0} if clean else {}
+    return augment.Augment(**{**config.augment, **changes})
 
 
 def check(config) -> None:
-    """Raises ValueError where `config.augment` or `config.image` has a value that nothing can be
-    made of."""
+    """Raises ValueError where a value of `config.augment` or `config.image` is unknown or out of
+    range."""
+    augment.Augment(**config.augment)
     for key, name, known in (
-        ("augment.crop", config.augment.crop, augment.CROPS),
         ("image.crop", config.image.crop, augment.EVAL_CROPS),
         ("image.interpolation", config.image.interpolation, FILTERS),
         ("tokenizer_interpolation", config.tokenizer_interpolation, FILTERS),
     ):
         if name is not None and name not in known:
             raise ValueError(f"Unknown config.{key} {name!r}; available: {', '.join(known)}.")
-    for key, most in (("scale", 1.0), ("ratio", np.inf)):
-        pair = tuple(config.augment[key])
-        is_pair = len(pair) == 2 and all(isinstance(x, int | float) for x in pair)
-        if not is_pair or not 0 < pair[0] <= pair[1] <= most:
-            raise ValueError(
-                f"config.augment.{key} is {pair}; expected two numbers above 0 and at most "
-                f"{most}, the smaller one first."
-            )
-    for keys, most, kind in (
-        (("flip", "erasing", "mix_prob", "mix_switch_prob"), 1, "probability, from 0 to 1"),
-        (("mixup", "cutmix", "noise_std", "color_jitter", "pad"), np.inf, "number from 0 up"),
-    ):
-        for key in keys:
-            value = config.augment[key]
-            if not (0 <= value <= most and np.isfinite(value)):
-                raise ValueError(f"config.augment.{key} is {value}; expected a {kind}.")
-    if config.augment.randaugment not in ("", "trivial"):
-        try:
-            randaugment.parse(config.augment.randaugment)
-        except ValueError as error:
-            raise ValueError(f"config.augment.randaugment: {error}") from None
     for key in ("mean", "std"):
         values = config.image[key] or ()
         if not all(isinstance(x, int | float) for x in values):
@@ -124,24 +86,24 @@ def eval_view(image, prepared, size: Size, *, resized: bool) -> jax.Array:
 
 
 def tokenizer_eval_view(image, prepared, seen: images.Rendering, *, resized: bool) -> jax.Array:
-    """What `eval_view` shows, in [0, 1] and as a tokenizer is to see it."""
+    """What `eval_view` shows, in [0, 1] and as a tokenizer sees it."""
     prepared = {**prepared, "interpolation": seen.interpolation, "mean": (0.0,), "std": (1.0,)}
     return eval_view(image, prepared, seen.size, resized=resized)
 
 
 def rendering(prepared, size: Size) -> images.Rendering:
-    """What a network of that size sees."""
+    """The rendering for a network whose input has that size."""
     return images.Rendering(size, prepared["interpolation"])
 
 
 def renderings(image: images.Rendering, **others: images.Rendering | None) -> images.Renderings:
-    """What the host makes of a crop: "image", and those others that are not the same."""
+    """The renderings that the host makes of a crop: "image", and `others` that differ from it."""
     different = {name: other for name, other in others.items() if other not in (None, image)}
     return {"image": image, **different}
 
 
 def stored(batch, name: str) -> jax.Array:
-    """What to make a view of, [B, H, W, C]: the rendering of that name where the host made one."""
+    """The images [B, H, W, C] to make a view of: the rendering `name` where the host made one."""
     return batch.get(name, batch["image"])
 
 
@@ -151,7 +113,7 @@ def host_crop(prepared, renderings: images.Renderings):
 
 
 def as_batch(rendered) -> dict[str, np.ndarray]:
-    """Stacks what a crop gave of each image: uint8 [B, H, W, C] for each rendering."""
+    """Stacks the renderings of several images: uint8 [B, H, W, C] each."""
     return jax.tree.map(lambda *rows: np.stack(rows), *rendered)
 
 

@@ -82,15 +82,8 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
             view_rng, batch["image"], config, info.image, size, resized=resized
         )
         target = jax.nn.one_hot(batch["label"], num_classes)
-        image, target = augment.mixup_cutmix(
-            mix_rng,
-            image,
-            target,
-            mixup_alpha=config.augment.mixup,
-            cutmix_alpha=config.augment.cutmix,
-            prob=config.augment.mix_prob,
-            switch_prob=config.augment.mix_switch_prob,
-        )
+        settings = augment.Augment(**config.augment)
+        image, target = augment.mixup_cutmix(mix_rng, image, target, settings)
         logits = model.apply(
             {"params": params}, image, deterministic=False, rngs={"dropout": dropout_rng}
         )

@@ -131,7 +131,7 @@ def make_parts(config, start=None, info=None):
         share = math.prod(grid) * (objective.MASK_RATIO if c.ratio is None else c.ratio)
         square = max(unit, 1) ** 2
         count = square * math.ceil(share / square) if kind == "simmim" else round(share)
-    bank = masking.make_bank(
+    bank = masking.draw_masks(
         config.seed,
         c.bank,
         grid,
