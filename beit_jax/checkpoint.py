@@ -8,7 +8,6 @@ array, and its own CRC32: orbax itself has no checksums. What cannot be read is 
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -34,7 +33,6 @@ _ARRAY_ITEMS = (*_OWN_ITEMS, "rest")
 _FORMAT = 1
 _FIX = "Restore it, or take another workdir"
 _TRASH = "_trash"
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 # as tensorstore tells them, in a ValueError
 _STATUS = re.compile("RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED")
 _Path = tuple[str, ...]
@@ -430,7 +428,7 @@ def _check_step(step, steps, directory):
 def _may_pass(error: Exception) -> bool:
     """Whether an error may be transient, so that the file may be sound."""
     if isinstance(error, OSError):
-        return isinstance(error, PermissionError) or error.errno in _PASSING
+        return isinstance(error, PermissionError) or error.errno in fileio.PASSING
     return isinstance(error, MemoryError) or bool(_STATUS.match(str(error)))
 
 

@@ -12,7 +12,8 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+# errors after which another try may succeed: they say nothing about the file
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class FileFormatError(ValueError):
@@ -41,11 +42,6 @@ def writing(path: str | os.PathLike, *, binary: bool = False) -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno and not error.filename:  # as of a full disk
             error.filename = os.fspath(path)
         raise
-
-
-def may_pass(error: OSError) -> bool:
-    """Whether a file that could not be read may be sound: another try may succeed."""
-    return isinstance(error, PermissionError) or error.errno in _PASSING
 
 
 def read_json(path: str | os.PathLike, fix: str = "Download it again") -> dict[str, Any] | None:

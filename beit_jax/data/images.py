@@ -7,7 +7,6 @@ eighth of its size.
 """
 
 import contextlib
-import errno
 import functools
 import io
 import math
@@ -64,8 +63,9 @@ class BadImageError(ValueError):
 def naming(name: Callable[[], str]):
     """Turns an error of opening or decoding into a BadImageError that names the image.
 
-    Pillow's readers raise many kinds of errors for damaged files, not only OSError. Errors of the
-    machine, see `is_of_machine`, and MemoryError are raised as they are.
+    Pillow's readers raise many kinds of errors for damaged files, not only OSError. Errors that may
+    pass, such as too many open files, are raised as they are: to skip the image would change the
+    dataset.
     """
     try:
         yield
@@ -76,16 +76,10 @@ def naming(name: Callable[[], str]):
     except FileNotFoundError as error:
         raise BadImageError(name(), "no such file, or a broken link") from error
     except Exception as error:
-        if isinstance(error, OSError) and is_of_machine(error):
+        if isinstance(error, OSError) and error.errno in fileio.PASSING:
             error.filename = error.filename or name()
             raise
         raise BadImageError(name(), str(error) or type(error).__name__) from error
-
-
-def is_of_machine(error: OSError) -> bool:
-    """Whether an error says nothing about a file's content, such as too many open files, a failing
-    disk or a missing permission: to skip the image would change the dataset."""
-    return fileio.may_pass(error) or error.errno == errno.EIO
 
 
 def open_image(image: Encoded) -> Image.Image:

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from beit_jax import fileio
 from beit_jax.data import images
 
 THREADS = min(os.cpu_count() or 1, 16)
@@ -190,7 +191,7 @@ class Source:
         try:
             return path.stat().st_size
         except OSError as error:
-            if images.is_of_machine(error):
+            if error.errno in fileio.PASSING:
                 raise
             if self.on_bad_image != "error":
                 return None
