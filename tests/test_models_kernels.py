@@ -493,7 +493,7 @@ def test_a_packed_tokenizer(decoders):
     model = vq.Model(**sizes, attention="pallas", layer_scale_init_value=0.1)
     image = jax.nn.sigmoid(random(2, 16, 16, 3))
     variables = model.init(jax.random.key(0), image)
-    variables["codebook"] = {"embedding": layers.unit(random(6, 3))}
+    variables["codebook"] = {"embedding": layers.l2_normalize(random(6, 3))}
     network, ready = vq.for_inference(model, variables)
     assert network.config.packed
     for method, given in (("encode", image), ("decode", jnp.arange(32).reshape(2, 16) % 6)):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import attention, layers
-from beit_jax.models.dense import Dense, spread
+from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.layers import (
     REMAT_POLICIES,
     Attention,
@@ -141,7 +141,7 @@ class Layer(nn.Module):
         mlp = Mlp(config, output_init, name="mlp")
 
         def branch(module, layernorm, scale, x):
-            x, y = layernorm.beside(x, fold=fold)
+            x, y = layernorm.with_residual(x, fold=fold)
             y = layers.scaled(module, y, scale, fold=fold)
             return x, dropout(y, deterministic=deterministic)
 
@@ -196,12 +196,12 @@ class Embeddings(nn.Module):
                 config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True"
             )
             masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
-            x = jnp.where(masked, spread(mask_token, x.shape, x.dtype), x)
+            x = jnp.where(masked, broadcast_param(mask_token, x.shape, x.dtype), x)
         class_token = self.param("cls_token", normal(config), (1, 1, width))
-        x = jnp.concatenate([spread(class_token, (batch, 1, width), x.dtype), x], axis=1)
+        x = jnp.concatenate([broadcast_param(class_token, (batch, 1, width), x.dtype), x], axis=1)
         if config.use_absolute_position_embeddings:
-            shape = (1, 1 + patches, width)
-            x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
+            positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
+            x += broadcast_param(positions, x.shape, x.dtype)
         if visible_index is not None:
             x = jnp.concatenate([x[:, :1], take_tokens(x[:, 1:], visible_index)], axis=1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)

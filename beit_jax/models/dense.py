@@ -55,7 +55,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def broadcast_param(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """A float32 parameter in `dtype`, broadcast to `shape`; its gradient is summed in float32.
 
     Left to JAX that sum is one in `dtype`, and an H100 does add bfloat16 in bfloat16, where the sum
@@ -64,11 +64,11 @@ def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> ja
     return jnp.broadcast_to(parameter.astype(dtype), shape)
 
 
-def _spread_forward(parameter, shape, dtype):
-    return spread(parameter, shape, dtype), parameter
+def _broadcast_forward(parameter, shape, dtype):
+    return broadcast_param(parameter, shape, dtype), parameter
 
 
-def _spread_backward(shape, dtype, parameter, gradient):
+def _broadcast_backward(shape, dtype, parameter, gradient):
     if dtype == jnp.bfloat16:
         # By its bits: where XLA sees a conversion back, it keeps float32 in memory in the first
         # place, for all that reads the gradient.
@@ -77,7 +77,7 @@ def _spread_backward(shape, dtype, parameter, gradient):
     return jax.linear_transpose(lambda p: jnp.broadcast_to(p, shape), parameter)(gradient)
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+broadcast_param.defvjp(_broadcast_forward, _broadcast_backward)
 
 
 def _sum_of_rows(x):
@@ -207,13 +207,13 @@ class Dense(nn.Module):
         if fold:
             return Folded(x.astype(self.dtype), None, bias)
         if bias is not None:
-            x += spread(bias, x.shape, x.dtype)
+            x += broadcast_param(bias, x.shape, x.dtype)
         return x.astype(self.dtype)
 
 
 class Conv(nn.Module):
     """A convolution [B, H, W, C] -> [B, H', W', features] over float32 parameters, in `dtype`; as
-    `linen.Conv`, but for how its bias learns, see `spread`.
+    `linen.Conv`, but for how its bias learns, see `broadcast_param`.
 
     Attributes:
       fast: products of float32 may lose 13 bits on a GPU.
@@ -249,7 +249,7 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=None if self.fast else precision(self.dtype),
         )
-        return x + spread(bias, x.shape, self.dtype)
+        return x + broadcast_param(bias, x.shape, self.dtype)
 
 
 def widen(x, kernel, multiple: int = 8):

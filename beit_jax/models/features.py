@@ -96,7 +96,7 @@ def seen_patches(config, weights: jax.Array) -> jax.Array:
     It reads the class token, and DeiT's distillation token, or the mean of all patches, or both.
     """
     prefix = config.num_prefix
-    of_tokens = weights[..., : config.num_read, prefix:].mean(-2)
+    of_tokens = weights[..., : config.num_readout_tokens, prefix:].mean(-2)
     of_patches = weights[..., prefix:, prefix:].mean(-2)
     seen = of_patches if config.use_mean_pooling else of_tokens
     if getattr(config, "use_class_and_mean", False):

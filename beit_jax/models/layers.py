@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import lax
 
 from beit_jax.models import activations, attention, flash, norms
-from beit_jax.models.dense import Dense, Folded, add_low_rank, matmul, spread, unfold
+from beit_jax.models.dense import Dense, Folded, add_low_rank, broadcast_param, matmul, unfold
 from beit_jax.models.position import Grid, Table, num_relative_positions, relative_position_bias
 
 DTYPES = ("float32", "bfloat16")
@@ -42,25 +42,25 @@ class LayerNorm(nn.Module):
 
     def __call__(self, x):
         """Tokens [..., D] normalized."""
-        return self.beside(x, fold=False)[1]
+        return self.with_residual(x, fold=False)[1]
 
     @nn.compact
-    def beside(self, x, *, fold: bool):
+    def with_residual(self, x, *, fold: bool):
         """Tokens [..., D] as they are, for a residual connection, and normalized; with `fold` these
         are `Folded`, and the gradients of both meet in one kernel."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         shift = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        how = norms.How(self.epsilon, self.dtype, self.fused)
+        options = norms.NormOptions(self.epsilon, self.dtype, self.fused)
         if fold:
-            x, y = norms.standardize(x, how)
+            x, y = norms.standardize(x, options)
             return x, Folded(y, scale, shift)
-        return x, norms.layer_norm(x, scale, shift, how)
+        return x, norms.layer_norm(x, scale, shift, options)
 
 
 class DropPath(nn.Module):
     """Adds a residual branch to x [B, ...] with stochastic depth (arXiv:1603.09382): some samples
     skip the branch, and for the others it is scaled up so that the mean stays. The branch is a
-    function of x, and returns x too, see `LayerNorm.beside`.
+    function of x, and returns x too, see `LayerNorm.with_residual`.
 
     Attributes:
       rate: share of samples that skip the branch.
@@ -106,7 +106,7 @@ def drop_path(config, index: int) -> DropPath:
     return DropPath(config.drop_path_rate * depth, config.drop_path_mode)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Vectors [..., D] of length 1 in float32; a vector of zeros stays, and has a gradient."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
@@ -241,14 +241,14 @@ class TransformerConfig:
         expect_rate(self, drop_path_rate=self.drop_path_rate)
 
     @property
-    def num_read(self) -> int:
+    def num_readout_tokens(self) -> int:
         """Tokens that a head may read: the first ones."""
         return 1
 
     @property
     def num_prefix(self) -> int:
         """Tokens before the patches."""
-        return self.num_read
+        return self.num_readout_tokens
 
     @property
     def grid(self) -> Grid:
@@ -460,7 +460,7 @@ def scaled(module: Callable, x, scale: jax.Array | None, *, fold: bool):
     if fold or scale is None:
         return module(x, scale=scale)
     x = module(x)  # apart from the kernel, to whose result adapters add theirs
-    return x * spread(scale, x.shape, x.dtype)
+    return x * broadcast_param(scale, x.shape, x.dtype)
 
 
 def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -516,7 +516,7 @@ class PatchEmbeddings(nn.Module):
         bias = self.param("bias", initial[1], (width,))
         dtype = jnp.dtype(config.dtype)
         x = matmul(patchify(image, size).astype(dtype), kernel.reshape(-1, width))
-        return (x + spread(bias, x.shape, x.dtype)).astype(dtype)
+        return (x + broadcast_param(bias, x.shape, x.dtype)).astype(dtype)
 
 
 def _uniform(bound: float):

@@ -31,7 +31,7 @@ def normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     return x * scale, scale
 
 
-class How(NamedTuple):
+class NormOptions(NamedTuple):
     """How a norm is computed.
 
     Attributes:
@@ -71,51 +71,51 @@ def _trial():
     return kernels.distance(run(*given), expected)
 
 
-def layer_norm(x: jax.Array, gain: jax.Array, shift: jax.Array, how: How) -> jax.Array:
+def layer_norm(x: jax.Array, gain: jax.Array, shift: jax.Array, options: NormOptions) -> jax.Array:
     """x [..., D] normalized, times `gain` [D], plus `shift` [D]."""
-    return (_fused_layer_norm if how.is_fused(x) else _layer_norm)(x, gain, shift, how)
+    return (_fused_layer_norm if options.is_fused(x) else _layer_norm)(x, gain, shift, options)
 
 
-def _layer_norm(x, gain, shift, how):
-    return (normalize(x, how.epsilon)[0] * gain + shift).astype(how.dtype)
+def _layer_norm(x, gain, shift, options):
+    return (normalize(x, options.epsilon)[0] * gain + shift).astype(options.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fused_layer_norm(x, gain, shift, how):
-    return fused_norm(x, gain, shift, how.epsilon)[0]
+def _fused_layer_norm(x, gain, shift, options):
+    return fused_norm(x, gain, shift, options.epsilon)[0]
 
 
-def _layer_norm_backward(how, residuals, gradient):
-    return jax.vjp(lambda *args: _layer_norm(*args, how), *residuals)[1](gradient)
+def _layer_norm_backward(options, residuals, gradient):
+    return jax.vjp(lambda *args: _layer_norm(*args, options), *residuals)[1](gradient)
 
 
 _fused_layer_norm.defvjp(lambda *args: (_fused_layer_norm(*args), args[:3]), _layer_norm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def standardize(x: jax.Array, how: How) -> tuple[jax.Array, jax.Array]:
+def standardize(x: jax.Array, options: NormOptions) -> tuple[jax.Array, jax.Array]:
     """x [..., D] as it is, for the residual connection, and normalized.
 
     The gradient is computed from the result, which the next product keeps anyway, so that x itself
     is not kept for the backward pass.
     """
-    return _standardize_forward(x, how)[0]
+    return _standardize_forward(x, options)[0]
 
 
-def _standardize_forward(x, how):
-    if how.is_fused(x):
-        y, scale = fused_norm(x, None, None, how.epsilon)
+def _standardize_forward(x, options):
+    if options.is_fused(x):
+        y, scale = fused_norm(x, None, None, options.epsilon)
     else:
-        y, scale = normalize(x, how.epsilon)
+        y, scale = normalize(x, options.epsilon)
         # or XLA keeps x, to compute both again
-        y, scale = lax.optimization_barrier((y.astype(how.dtype), scale))
+        y, scale = lax.optimization_barrier((y.astype(options.dtype), scale))
     return (x, y), (y, scale)
 
 
-def _standardize_backward(how, residuals, gradients):
+def _standardize_backward(options, residuals, gradients):
     y, scale = residuals
     past, gradient = gradients
-    compute = fused_gradient if how.is_fused(past) else plain_gradient
+    compute = fused_gradient if options.is_fused(past) else plain_gradient
     return (compute(past, gradient, y, scale),)
 
 

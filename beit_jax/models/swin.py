@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import activations, attention
-from beit_jax.models.dense import Dense, spread
+from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.layers import (
     DROP_PATH_MODES,
     DTYPES,
@@ -366,8 +366,8 @@ class Embeddings(nn.Module):
         x = PatchEmbeddings(config, config.embed_dim, name="patch_embeddings")(image)
         x = norm(config, "layernorm", EMBEDDING_NORM_EPS)(x)
         if config.use_absolute_embeddings:
-            shape = (1, *x.shape[1:])
-            x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
+            positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
+            x += broadcast_param(positions, x.shape, x.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
