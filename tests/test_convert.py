@@ -407,7 +407,7 @@ def test_bad_config(saved, change):
 
 
 def test_unknown_override(saved):
-    with pytest.raises(ValueError, match="hidden_dim; known: hidden_size"):
+    with pytest.raises(ValueError, match="hidden_dim; known: image_size"):
         convert.load(saved[0], hidden_dim=3)
     with pytest.raises(ValueError, match="image_size must be one or two ints, got 16.5"):
         convert.load(saved[0], image_size=16.5)

@@ -735,7 +735,7 @@ def test_for_finetuning():
 @pytest.mark.parametrize(
     "architecture, message",
     [
-        ({"hidden_dim": 8}, "unknown architecture keys hidden_dim; known: hidden_size, "),
+        ({"hidden_dim": 8}, "unknown architecture keys hidden_dim; known: image_size, "),
         ({"head": "linear"}, "head must be one of classifier, mim, tokens, none, got 'linear'"),
         ({"hidden_act": "tanh"}, "hidden_act must be one of gelu, .*, got 'tanh'"),
         ({"remat": "some"}, "remat must be one of none, full, dots, got 'some'"),

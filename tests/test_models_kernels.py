@@ -26,6 +26,7 @@ from beit_jax.models import (
     swin,
     vit,
 )
+from beit_jax.models.config import REMAT_POLICIES
 from beit_jax.tokenizers import vq
 
 HEADS = 2
@@ -567,7 +568,7 @@ def test_dots_are_kept_and_what_attention_gave(gpu):
     def layer(x):
         return beit.Layer(model.config, 0).apply({"params": params["layer_0"]}, x, None, False)
 
-    kept = jax.checkpoint(layer, policy=layers.REMAT_POLICIES["dots"])
+    kept = jax.checkpoint(layer, policy=REMAT_POLICIES["dots"])
     _, pull = jax.vjp(kept, random(2, 17, 32, dtype="bfloat16"))
     widths = [x.size / (2 * 17) for x in jax.tree.leaves(pull) if x.shape[:2] == (2, 17)]
     assert max(widths) <= 4 * 32  # of one product each

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.models import flash, kernels
 from beit_jax.models.flash import product
+from beit_jax.models.position import Table, relative_position_bias
 
 MASKED = -1e9
 PADDED = 8  # tokens, or rows of a product, come in such numbers where a GPU wants them to
@@ -127,6 +128,14 @@ def saves_kernel(primitive, *_, **settings) -> bool:
 def pad_tokens(x):
     """Appends zeros to tokens [B, T, ...] until T is a multiple of `PADDED`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % PADDED)) + ((0, 0),) * (x.ndim - 2))
+
+
+def total_bias(bias, table: Table | None, tokens: int):
+    """A bias [H, T, T] or None, plus that of a table; tokens beyond them are padding, masked."""
+    if table is not None:
+        own = relative_position_bias(*table)
+        bias = own if bias is None else bias + own
+    return None if bias is None else mask_padding(bias, tokens)
 
 
 def mask_padding(bias, tokens: int):

@@ -5,19 +5,16 @@ B batch, T tokens (1 + N), N patches, P patch size, D hidden, K classes, V visua
 
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import attention, layers
+from beit_jax.models.config import REMAT_POLICIES, TransformerConfig, expect, make_config
 from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.layers import (
-    REMAT_POLICIES,
-    Attention,
     Mlp,
     PatchEmbeddings,
     drop_path,
@@ -31,6 +28,7 @@ from beit_jax.models.position import (
     resize_position_embeddings,
     resize_relative_position_bias_table,
 )
+from beit_jax.models.self_attention import Attention, bias_table
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
 
@@ -76,7 +74,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class BeitConfig(layers.TransformerConfig):
+class BeitConfig(TransformerConfig):
     """Architecture; the defaults are BEiT-base with per-layer bias and mean pooling, for
     ImageNet-1k.
 
@@ -108,7 +106,7 @@ class BeitConfig(layers.TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        layers.expect(
+        expect(
             self,
             0 <= self.early_layers <= self.num_hidden_layers,
             f"early_layers must be at most {self.num_hidden_layers}, got {self.early_layers}",
@@ -192,9 +190,7 @@ class Embeddings(nn.Module):
         if config.use_mask_token:
             mask_token = self.param("mask_token", normal(config), (1, 1, width))
         if bool_masked_pos is not None:
-            layers.expect(
-                config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True"
-            )
+            expect(config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True")
             masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
             x = jnp.where(masked, broadcast_param(mask_token, x.shape, x.dtype), x)
         class_token = self.param("cls_token", normal(config), (1, 1, width))
@@ -238,7 +234,7 @@ class Beit(nn.Module):
         """
         config = self.config
         is_biased = config.use_relative_position_bias or config.use_shared_relative_position_bias
-        layers.expect(
+        expect(
             config,
             visible_index is None or not is_biased,
             "visible_index needs positions without a relative bias",
@@ -250,11 +246,10 @@ class Beit(nn.Module):
         kernel = config.resolved_attention(tokens, biased=True) if is_biased else None
         is_padded = kernel == "cudnn"
         if kernel == "pallas":
-            own = len(x) // math.gcd(len(x), jax.device_count())  # of each device
-            is_padded = own * tokens % attention.PADDED > 0
+            is_padded = layers.batch_per_device(len(x)) * tokens % attention.PADDED > 0
         pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
-            bias = relative_position_bias(layers.bias_table(self, config), config.grid)
+            bias = relative_position_bias(bias_table(self, config), config.grid)
         policy = REMAT_POLICIES[config.remat]
         layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
         read = self._read(x.shape[0], masked_index)
@@ -314,7 +309,7 @@ class Beit(nn.Module):
 
 def Model(**architecture: Any) -> Beit:
     """The network of an architecture, the keyword arguments of `BeitConfig`."""
-    return Beit(layers.make_config(BeitConfig, architecture))
+    return Beit(make_config(BeitConfig, architecture))
 
 
 def for_finetuning(architecture: dict) -> dict:

@@ -4,7 +4,6 @@ B batch, T tokens, N patches, D width, L layers, H heads.
 """
 
 import functools
-import math
 import re
 from collections.abc import Sequence
 
@@ -42,7 +41,7 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
     }
     if not found or any(x.ndim != 3 for x in found.values()):
         raise ValueError(f"{type(model).__name__} has no layers of tokens to look into.")
-    return [found[index][:, : _num_tokens(model)] for index in sorted(found)]
+    return [found[index][:, : model.config.num_tokens] for index in sorted(found)]
 
 
 def check_layer(layer: int | None, model) -> int:
@@ -72,7 +71,7 @@ def attention_maps(model, params, image) -> list[jax.Array]:
     found = state.get("attention_maps", {})
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention from all patches to all.")
-    tokens = _num_tokens(model)  # without padding
+    tokens = model.config.num_tokens  # without padding
     layers = (found[f"layer_{index}"] for index in range(model.config.num_hidden_layers))
     maps = (layer["attention"]["probabilities"][0] for layer in layers)
     return [x[..., :tokens, :tokens] for x in maps]
@@ -102,10 +101,6 @@ def seen_patches(config, weights: jax.Array) -> jax.Array:
     if getattr(config, "use_class_and_mean", False):
         seen = (of_tokens + of_patches) / 2
     return seen.reshape(*seen.shape[:-1], *config.grid)
-
-
-def _num_tokens(model) -> int:
-    return model.config.num_prefix + math.prod(model.config.grid)
 
 
 def pool(tokens: jax.Array, num_prefix: int) -> jax.Array:

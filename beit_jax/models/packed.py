@@ -12,8 +12,8 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import flash
+from beit_jax.models.config import TransformerConfig
 from beit_jax.models.flash import PARTS
-from beit_jax.models.layers import TransformerConfig
 from beit_jax.models.position import Table
 
 _JOINED = "+".join(PARTS) + "/kernel"  # a name that no layer has

@@ -12,10 +12,11 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import swin
+from beit_jax.models.config import expect, make_config
 from beit_jax.models.dense import Dense
-from beit_jax.models.layers import expect, l2_normalize, make_config, normal
+from beit_jax.models.layers import l2_normalize, layer_id, normal
 from beit_jax.models.position import Grid
-from beit_jax.models.swin import Swin, layer_id
+from beit_jax.models.swin import Swin
 
 __all__ = ["PRESETS", "Model", "Swinv2Config", "adapt_params", "for_finetuning", "layer_id"]
 

@@ -14,10 +14,9 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import layers
+from beit_jax.models.config import REMAT_POLICIES, TransformerConfig, expect, make_config
 from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.layers import (
-    REMAT_POLICIES,
-    Attention,
     Mlp,
     PatchEmbeddings,
     drop_path,
@@ -26,6 +25,7 @@ from beit_jax.models.layers import (
     normal,
 )
 from beit_jax.models.position import resize_position_embeddings, sincos_position_embeddings
+from beit_jax.models.self_attention import Attention
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
 
@@ -72,7 +72,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(layers.TransformerConfig):
+class ViTConfig(TransformerConfig):
     """Architecture; the defaults are ViT-base/16 for ImageNet-1k.
 
     Attributes beyond those of `TransformerConfig`:
@@ -107,34 +107,34 @@ class ViTConfig(layers.TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        layers.expect(
+        expect(
             self,
             self.use_distillation_token or not self.use_distillation_classifier,
             "use_distillation_classifier needs use_distillation_token=True",
         )
-        layers.expect(
+        expect(
             self,
             not (self.use_mean_pooling and self.use_distillation_classifier),
             "use_distillation_classifier is for tokens, not for use_mean_pooling",
         )
-        layers.expect(
+        expect(
             self,
             not (
                 self.use_class_and_mean and (self.use_mean_pooling or self.num_readout_tokens > 1)
             ),
             "use_class_and_mean is for one class token, not for use_mean_pooling",
         )
-        layers.expect(
+        expect(
             self,
             not (self.layer_scale_init_value and self.use_post_norm),
             "layer_scale_init_value is for norms before the sums, not for use_post_norm",
         )
-        layers.expect(
+        expect(
             self,
             self.num_register_tokens >= 0,
             f"num_register_tokens must be at least 0, got {self.num_register_tokens}",
         )
-        layers.expect(
+        expect(
             self,
             self.hidden_size % 4 == 0 or not self.use_sincos_position_embeddings,
             f"use_sincos_position_embeddings needs a hidden_size that is a multiple of 4, got "
@@ -269,7 +269,7 @@ class ViT(nn.Module):
 
 def Model(**architecture: Any) -> ViT:
     """The network of an architecture, the keyword arguments of `ViTConfig`."""
-    return ViT(layers.make_config(ViTConfig, architecture))
+    return ViT(make_config(ViTConfig, architecture))
 
 
 def for_finetuning(architecture: dict) -> dict:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models import layers, packed, vit
+from beit_jax.models.config import REMAT_POLICIES, expect, make_config
 from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.layers import PatchEmbeddings, norm, normal, patchify, unpatchify
 from beit_jax.tokenizers import codebook
@@ -59,10 +60,8 @@ class VQConfig(vit.ViTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        layers.expect(
-            self, self.vocab_size > 1, f"vocab_size must be above 1, got {self.vocab_size}"
-        )
-        layers.expect(self, self.code_dim > 0, f"code_dim must be above 0, got {self.code_dim}")
+        expect(self, self.vocab_size > 1, f"vocab_size must be above 1, got {self.vocab_size}")
+        expect(self, self.code_dim > 0, f"code_dim must be above 0, got {self.code_dim}")
 
     @property
     def num_prefix(self) -> int:
@@ -81,7 +80,7 @@ class Transformer(nn.Module):
         config = self.config
         positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
         x += broadcast_param(positions, x.shape, x.dtype)
-        policy = layers.REMAT_POLICIES[config.remat]
+        policy = REMAT_POLICIES[config.remat]
         layer = nn.remat(vit.Layer, policy=policy, static_argnums=(2,)) if policy else vit.Layer
         for index in range(self.num_layers):
             x = layer(config, index, name=f"layer_{index}")(x, deterministic)
@@ -152,7 +151,7 @@ class VQ(nn.Module):
 
 def Model(**architecture: Any) -> VQ:
     """The network of an architecture, the keyword arguments of `VQConfig`."""
-    return VQ(layers.make_config(VQConfig, architecture))
+    return VQ(make_config(VQConfig, architecture))
 
 
 def for_inference(model: VQ, variables: dict) -> tuple[VQ, dict]:
