@@ -487,6 +487,17 @@ def test_a_packed_network_is_for_inference_alone(gpu):
         packed.for_inference(fused, params)
 
 
+def test_packing_takes_widths_of_kernels():
+    """A tree may also have layers of another width, such as the decoder of a masked autoencoder."""
+    fused, _, params, _ = make(beit)
+    narrow = {"kernel": np.ones((16, 16)), "bias": np.ones(16)}
+    attention = dict.fromkeys(("query", "value", "output"), narrow)
+    attention["key"] = {"kernel": narrow["kernel"]}
+    _, ready = packed.for_inference(fused, {**params, "decoder": {"attention": attention}})
+    expected = np.repeat([1, 0, 1], 16)
+    np.testing.assert_array_equal(ready["decoder"]["attention"]["qkv"]["bias"], expected)
+
+
 @pytest.mark.parametrize("decoders", [0, 1])
 def test_a_packed_tokenizer(decoders):
     sizes = dict(SIZES, vocab_size=6, code_dim=3, num_decoder_layers=decoders)

@@ -84,10 +84,9 @@ def _packed(params, config):
 
 @functools.partial(jax.jit, static_argnums=1)  # compiled once for all layers
 def _packed_attention(params, config):
-    none = jnp.zeros(config.hidden_size)
     parts = [params[name] for name in PARTS]
     kernel = jnp.concatenate([x["kernel"] for x in parts], 1)
-    bias = jnp.concatenate([x.get("bias", none) for x in parts])
+    bias = jnp.concatenate([x.get("bias", jnp.zeros(x["kernel"].shape[1])) for x in parts])
     packed = {"qkv": {"kernel": kernel, "bias": bias}, "output": params["output"]}
     packed = jax.tree.map(lambda x: x.astype(config.dtype), packed)
     if "relative_position_bias_table" in params:
