@@ -201,46 +201,52 @@ def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, sum_ref, *, queries
     _store(sum_ref, dq.sum(0), ALL)  # those of no query are zeros
 
 
+PARTS = "query", "key", "value"
+_SHARED = "shift", "bias", "offset"  # by all images
+_LAYOUTS = {  # b images, t tokens, w tokens padded to `ALIGNMENT`, h heads, k numbers, n tiles
+    **dict.fromkeys((*PARTS, "tokens"), "bthk"),
+    "packed": "btphk",  # p: query, key, value
+    "row": "bht",
+    "pairs": "bhtw",
+    "sums": "bnhk",
+    "shift": "hk",
+    "offset": "hk",
+    "bias": "htw",
+}
+
+
+class _Size(NamedTuple):
+    """Tokens of a tile of queries and of one of keys, and warps of a program."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+
+
 class _Kernel(NamedTuple):
-    """A kernel, what its arguments and results are, and how it is cut into tiles.
+    """A kernel, its arguments and results, and its tiles.
 
     Attributes:
-      body: is given references to what an image and a head have of each array.
-      takes: its arguments: "query", "key" and "value", each [B, T, H, K] or together
-        [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
-        "pairs" [B, H, T, T]; "sums" [B, tiles, H, K]; "shift" and "offset" [H, K] and "bias"
-        [H, T, T], which may be None.
-      gives: its results.
-      tiles: tokens of a tile of queries, and of one of keys.
-      over: which of them, "queries" or "keys", have a program for each tile.
-      warps: of a program.
-      stages: of the pipeline that loads one tile while others are computed.
-      few: {tokens: (tiles, warps)} in the place of these, where there are at most so many tokens;
-        the fewest first.
+      body: gets a reference to one image's and head's part of each array.
+      takes: names in `_LAYOUTS` of its arguments, of which those in `_SHARED` may be None; query,
+        key and value may be one packed array each time.
+      gives: names of its results.
+      over: "queries" or "keys", which have a program for each tile.
+      size: of tiles and programs.
+      few: {tokens: size}, used instead for at most so many tokens; the fewest first.
       aliases: {argument: result} that are the same memory.
     """
 
     body: Callable
     takes: tuple[str, ...]
     gives: tuple[str, ...]
-    tiles: tuple[int, int]
     over: str
-    warps: int = 4
-    stages: int = 3
-    few: Mapping[int, tuple[tuple[int, int], int]] = {}
+    size: _Size
+    few: Mapping[int, _Size] = {}
     aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
         """Runs for all images and heads."""
-        return self._sized(arrays[0].shape[1])._call(*arrays)
-
-    def _sized(self, tokens):
-        for most, (tiles, warps) in self.few.items():
-            if tokens <= most:
-                return self._replace(tiles=tiles, warps=warps, few={})
-        return self
-
-    def _call(self, *arrays):
         names = [name for name, x in zip(self.takes, arrays, strict=True) if x is not None]
 
         def run(*given):
@@ -250,78 +256,65 @@ class _Kernel(NamedTuple):
         return kernels.on_each_device(
             run,
             [x for x in arrays if x is not None],
-            [x.ndim for x in self._shapes(arrays[0])],
+            [len(_LAYOUTS[name]) for name in self.gives],
             [i for i, name in enumerate(names) if name in _SHARED],
         )
 
-    def _shapes(self, first):
-        (batch, tokens), (heads, size) = first.shape[:2], first.shape[-2:]
-        count = self._cut(tokens)[self.over].count
-        kinds = {
-            "tokens": ((batch, tokens, heads, size), first.dtype),
-            "packed": ((batch, tokens, 3, heads, size), first.dtype),
-            "row": ((batch, heads, tokens), jnp.float32),
-            "pairs": ((batch, heads, tokens, tokens + -tokens % ALIGNMENT), first.dtype),
-            "sums": ((batch, count, heads, size), jnp.float32),
-        }
-        return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
-
-    def _cut(self, tokens):
-        return {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
-
     def _run(self, *arrays):
-        (batch, tokens), (heads, size) = arrays[0].shape[:2], arrays[0].shape[-2:]
-        if size < SMALLEST_TILE or size & (size - 1):
+        (batch, tokens), (heads, width) = arrays[0].shape[:2], arrays[0].shape[-2:]
+        if width < SMALLEST_TILE or width & (width - 1):
             raise ValueError(
-                f"Heads of {size} numbers have no kernel of ours: expected a power of 2 of at "
+                f"Heads of {width} numbers have no kernel of ours: expected a power of 2 of at "
                 f"least {SMALLEST_TILE}; use config.model.attention=auto, cudnn or xla."
             )
-        cut = self._cut(tokens)
-        reach = max(tiles.reach for tiles in cut.values())
-        places = {
-            "tokens": ((None, reach, None, size), lambda i, h, b: (b, 0, h, 0)),
-            "packed": ((None, reach, 3, None, size), lambda i, h, b: (b, 0, 0, h, 0)),
-            "row": ((None, None, reach), lambda i, h, b: (b, h, 0)),
-            "pairs": ((None, None, reach, reach), lambda i, h, b: (b, h, 0, 0)),
-            "sums": ((None, None, None, size), lambda i, h, b: (b, i, h, 0)),
-            "shift": ((None, size), lambda i, h, b: (h, 0)),
-            "offset": ((None, size), lambda i, h, b: (h, 0)),
-            "bias": ((None, reach, reach), lambda i, h, b: (h, 0, 0)),
-        }
-        for part, name in enumerate(PARTS):
-            places[name, 4] = places["tokens"]
-            block = (None, reach, None, None, size)
-            places[name, 5] = block, lambda i, h, b, part=part: (b, 0, part, h, 0)
+        size = next((size for most, size in self.few.items() if tokens <= most), self.size)
+        tiles = {"queries": _Tiles(tokens, size.queries), "keys": _Tiles(tokens, size.keys)}
+        count = tiles[self.over].count
+        padded = tokens + -tokens % ALIGNMENT
+        sizes = dict(b=batch, t=tokens, w=padded, h=heads, k=width, n=count, p=len(PARTS))
+        reach = max(tiles["queries"].reach, tiles["keys"].reach)
 
         def spec(name, x=None):
-            return pl.BlockSpec(*places[(name, x.ndim) if name in PARTS else name])
+            is_packed = name in PARTS and x.ndim == len(_LAYOUTS["packed"])
+            return _block(f"bt{PARTS.index(name)}hk" if is_packed else _LAYOUTS[name], reach, width)
+
+        def result(name):
+            dtype = jnp.float32 if name in ("row", "sums") else arrays[0].dtype
+            return jax.ShapeDtypeStruct([sizes[axis] for axis in _LAYOUTS[name]], dtype)
 
         takes = zip(self.takes, arrays, strict=True)
         return pl.pallas_call(
-            functools.partial(self.body, **cut),
-            grid=(cut[self.over].count, heads, batch),  # heads side by side in memory
+            functools.partial(self.body, **tiles),
+            grid=(count, heads, batch),  # heads side by side in memory
             in_specs=[None if x is None else spec(name, x) for name, x in takes],
             out_specs=tuple(map(spec, self.gives)),
-            out_shape=tuple(self._shapes(arrays[0])),
+            out_shape=tuple(map(result, self.gives)),
             input_output_aliases=self.aliases,
-            compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=self.stages),
+            compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=3),
             interpret=kernels.is_interpreted(),
             name=self.body.__name__.strip("_"),
         )(*arrays)
 
 
-_CUT = "queries", "keys"
-PARTS = "query", "key", "value"
-_SHARED = "shift", "bias", "offset"  # by all images
+def _block(layout, reach, width):
+    """What a program has of an array: tokens up to `reach` and numbers of a head, `width`, of its
+    own image, head and tile, and of the query, key or value, where the axis is their number."""
+    whole = dict(t=reach, w=reach, k=width, p=len(PARTS))
+
+    def index(tile, head, image):
+        own = {"b": image, "h": head, "n": tile, "1": 1, "2": 2}
+        return tuple(own.get(axis, 0) for axis in layout)
+
+    return pl.BlockSpec(tuple(whole.get(axis) for axis in layout), index)
 
 
 _FORWARD = _Kernel(
     _forward_kernel,
-    (*PARTS, *_SHARED),
-    ("tokens", "row"),
-    few={128: ((32, 32), 2), 256: ((64, 32), 4)},
-    tiles=(64, 64),
+    takes=(*PARTS, *_SHARED),
+    gives=("tokens", "row"),
     over="queries",
+    size=_Size(64, 64),
+    few={128: _Size(32, 32, warps=2), 256: _Size(64, 32)},
 )
 _SHIFTING = _FORWARD._replace(
     body=_shifting_kernel,
@@ -331,18 +324,18 @@ _SHIFTING = _FORWARD._replace(
 )
 _BACKWARD = _Kernel(
     _backward_kernel,
-    (*PARTS, "bias", "tokens", "row", "row"),
-    ("packed", "pairs"),
-    few={128: ((32, 32), 2), 256: ((32, 64), 4)},
-    tiles=(64, 64),
+    takes=(*PARTS, "bias", "tokens", "row", "row"),
+    gives=("packed", "pairs"),
     over="keys",
+    size=_Size(64, 64),
+    few={128: _Size(32, 32, warps=2), 256: _Size(32, 64)},
 )
 _QUERIES = _Kernel(
     _query_kernel,
-    ("key", "pairs", "packed"),
-    ("packed", "sums"),
-    tiles=(128, 64),
+    takes=("key", "pairs", "packed"),
+    gives=("packed", "sums"),
     over="queries",
+    size=_Size(128, 64),
     aliases={2: 0},
 )
 
