@@ -12,17 +12,9 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import attention, layers
-from beit_jax.models.config import REMAT_POLICIES, TransformerConfig, expect, make_config
+from beit_jax.models.config import TransformerConfig, expect, make_config
 from beit_jax.models.dense import Dense, broadcast_param
-from beit_jax.models.layers import (
-    Mlp,
-    PatchEmbeddings,
-    drop_path,
-    layer_id,
-    norm,
-    normal,
-    take_tokens,
-)
+from beit_jax.models.layers import Mlp, PatchEmbeddings, drop_path, layer_id, norm, normal
 from beit_jax.models.position import (
     relative_position_bias,
     resize_position_embeddings,
@@ -121,8 +113,8 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias, deterministic, read=None):
-        """Tokens [B, T, D] to [B, T, D], or to [B, M, D], those at an index `read` [B, M]: what
-        nobody reads of the last layer its MLP need not compute."""
+        """Tokens [B, T, D] to [B, T, D], or to [B, M, D], those at an index `read` [B, M], as the
+        MLP of the last layer can skip tokens that no head reads."""
         config = self.config
         dropout = nn.Dropout(config.hidden_dropout_prob)
         rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
@@ -149,19 +141,19 @@ class Layer(nn.Module):
             add = drop_path(config, self.index)
             own_branch = functools.partial(branch, module, layernorm, scale)
             if module is mlp and read is not None:
-                x = take_tokens(x, read)
+                x = layers.take_tokens(x, read)
             x = add(x, own_branch, deterministic=deterministic)
         return x
 
 
 def run_layers(stack, x, bias, deterministic, read=None, *, whole=False):
     """Tokens [B, T, D] through layers, one after the other: all, or those at an index `read`
-    [B, M], which then are all that the last layer gives, unless it is to be `whole`."""
+    [B, M], which are then all that the last layer computes, unless it is `whole`."""
     for layer in stack[:-1]:
         x = layer(x, bias, deterministic)
     for layer in stack[-1:]:
         x = layer(x, bias, deterministic, None if whole else read)
-    return take_tokens(x, read) if read is not None and (whole or not stack) else x
+    return layers.take_tokens(x, read) if read is not None and (whole or not stack) else x
 
 
 def _lm_head(config, prefix):
@@ -199,7 +191,7 @@ class Embeddings(nn.Module):
             positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
             x += broadcast_param(positions, x.shape, x.dtype)
         if visible_index is not None:
-            x = jnp.concatenate([x[:, :1], take_tokens(x[:, 1:], visible_index)], axis=1)
+            x = jnp.concatenate([x[:, :1], layers.take_tokens(x[:, 1:], visible_index)], axis=1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -250,8 +242,7 @@ class Beit(nn.Module):
         pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
             bias = relative_position_bias(bias_table(self, config), config.grid)
-        policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
+        layer = layers.remat(Layer, config, 3)
         read = self._read(x.shape[0], masked_index)
         looked_into = self.is_mutable_collection("intermediates")
 
@@ -292,8 +283,8 @@ class Beit(nn.Module):
         return layers.classifier(config, x)
 
     def _read(self, batch, masked_index):
-        """The tokens [B, M] that are read of the last layer, the class token and masked patches, or
-        None for all."""
+        """Indices [B, M] of the tokens that the head reads, class token and masked patches, or None
+        for all."""
         class_token = jnp.zeros((batch, 1), jnp.int32)
         if self.config.head in ("mim", "tokens"):
             if masked_index is None:
@@ -302,8 +293,7 @@ class Beit(nn.Module):
         return None if self.config.use_mean_pooling else class_token
 
     def _has_pooler(self):
-        """Whether there is a norm of the mean, which transformers' networks without a head may
-        lack."""
+        """Whether the mean is normed: transformers' networks without a head may lack that norm."""
         return self.is_initializing() or self.has_variable("params", "pooler_layernorm")
 
 
@@ -314,7 +304,7 @@ def Model(**architecture: Any) -> Beit:
 
 def for_finetuning(architecture: dict) -> dict:
     """The architecture that fine-tunes a pretrained one: a position table for every layer, and no
-    dropout of attention, which is data2vec's in pre-training alone."""
+    attention dropout, which data2vec uses in pre-training only."""
     if architecture.get("head") in ("mim", "tokens"):
         architecture = dict(architecture, attention_probs_dropout_prob=0.0)
     architecture = dict(architecture, use_mask_token=False, initializer_bound=None)

@@ -25,7 +25,7 @@ from flax import linen as nn
 from jax import lax
 
 from beit_jax.models import activations, norms
-from beit_jax.models.config import TransformerConfig, VisionConfig
+from beit_jax.models.config import REMAT_POLICIES, TransformerConfig, VisionConfig
 from beit_jax.models.dense import Dense, Folded, broadcast_param, matmul, unfold
 from beit_jax.models.position import Grid
 
@@ -107,6 +107,12 @@ def drop_path(config: VisionConfig, index: int) -> DropPath:
     configured one in the last."""
     depth = min(index / max(config.num_hidden_layers - 1, 1), 1.0)
     return DropPath(config.drop_path_rate * depth, config.drop_path_mode)
+
+
+def remat(layer: type[nn.Module], config: VisionConfig, *static: int) -> type[nn.Module]:
+    """A class of layers with `config.remat`; `static` are indices of arguments that are static."""
+    policy = REMAT_POLICIES[config.remat]
+    return nn.remat(layer, policy=policy, static_argnums=static) if policy else layer
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from beit_jax.models.position import sincos_position_embeddings
 
 
 class Decoder(nn.Module):
-    """Tokens of the visible patches to pixels; `config` is of its own layers."""
+    """Tokens of the visible patches to pixels; `config` is the decoder's own."""
 
     config: BeitConfig
 

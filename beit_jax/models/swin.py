@@ -13,24 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from beit_jax.models import attention
-from beit_jax.models.config import (
-    REMAT_POLICIES,
-    VisionConfig,
-    expect,
-    expect_positive,
-    make_config,
-)
+from beit_jax.models import attention, layers
+from beit_jax.models.config import VisionConfig, expect, expect_positive, make_config
 from beit_jax.models.dense import Dense, broadcast_param
-from beit_jax.models.layers import (
-    Mlp,
-    PatchEmbeddings,
-    classifier,
-    drop_path,
-    layer_id,
-    norm,
-    normal,
-)
+from beit_jax.models.layers import Mlp, PatchEmbeddings, drop_path, layer_id, norm, normal
 from beit_jax.models.position import Grid, relative_position_bias, resize_bicubic
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
@@ -346,20 +332,18 @@ class Swin(nn.Module):
         """
         config = self.config
         x = Embeddings(config, name="embeddings")(image, deterministic=deterministic)
-        policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(self.layer, policy=policy, static_argnums=(2,)) if policy else self.layer
-        layers = itertools.count()
+        layer, indices = layers.remat(self.layer, config, 2), itertools.count()
         stages = config.stages
         for stage in stages:
             for block in range(stage.depth):
-                index, shift = next(layers), stage.shift if block % 2 else 0
+                index, shift = next(indices), stage.shift if block % 2 else 0
                 x = layer(config, stage, index, shift, name=f"layer_{index}")(x, deterministic)
             if stage is not stages[-1]:
                 x = self.downsample(config, stage, name=f"downsample_{index}")(x)
         x = norm(config, "layernorm")(x).astype(jnp.float32).mean(1)
         if config.head == "none" or config.num_labels == 0:
             return x
-        return classifier(config, x)
+        return layers.classifier(config, x)
 
 
 def Model(**architecture: Any) -> Swin:

@@ -14,16 +14,9 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import layers
-from beit_jax.models.config import REMAT_POLICIES, TransformerConfig, expect, make_config
+from beit_jax.models.config import TransformerConfig, expect, make_config
 from beit_jax.models.dense import Dense, broadcast_param
-from beit_jax.models.layers import (
-    Mlp,
-    PatchEmbeddings,
-    drop_path,
-    layer_id,
-    norm,
-    normal,
-)
+from beit_jax.models.layers import Mlp, PatchEmbeddings, drop_path, layer_id, norm, normal
 from beit_jax.models.position import resize_position_embeddings, sincos_position_embeddings
 from beit_jax.models.self_attention import Attention
 
@@ -239,8 +232,7 @@ class ViT(nn.Module):
         """
         config = self.config
         x = Embeddings(config, name="embeddings")(image, deterministic=deterministic)
-        policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(Layer, policy=policy, static_argnums=(2, 3)) if policy else Layer
+        layer = layers.remat(Layer, config, 2, 3)
         reads_patches = config.use_mean_pooling or config.use_class_and_mean
         looked_into = self.is_mutable_collection("intermediates")
         for index in range(config.num_hidden_layers):

@@ -17,13 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import dense, layers
-from beit_jax.models.config import (
-    DTYPES,
-    expect,
-    expect_one_of,
-    make_config,
-    pair_image_size,
-)
+from beit_jax.models.config import DTYPES, expect, expect_one_of, make_config, pair_image_size
 from beit_jax.tokenizers.trainer import Trainer, count
 
 PRESETS = {

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models import layers, packed, vit
-from beit_jax.models.config import REMAT_POLICIES, expect, make_config
+from beit_jax.models.config import expect, make_config
 from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.layers import PatchEmbeddings, norm, normal, patchify, unpatchify
 from beit_jax.tokenizers import codebook
@@ -80,8 +80,7 @@ class Transformer(nn.Module):
         config = self.config
         positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
         x += broadcast_param(positions, x.shape, x.dtype)
-        policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(vit.Layer, policy=policy, static_argnums=(2,)) if policy else vit.Layer
+        layer = layers.remat(vit.Layer, config, 2)
         for index in range(self.num_layers):
             x = layer(config, index, name=f"layer_{index}")(x, deterministic)
         return norm(config, "layernorm")(x)
