@@ -6,7 +6,7 @@ from typing import Any
 
 from beit_jax import modules
 from beit_jax.checkpoint import ModelInfo
-from beit_jax.models import layers
+from beit_jax.models.config import resolve_dtype
 
 # the same weights run with any: settings of config.model, and what is made for inference alone
 RUNTIME = ("dtype", "attention", "remat", "fold", "drop_path_mode", "packed")
@@ -80,10 +80,10 @@ def runtime(config) -> dict[str, Any]:
 def make_model(info: ModelInfo, *, dtype="auto", package="models", **runtime):
     """The network of a model, of a `package` of families.
 
-    `dtype` is as of `layers.resolve_dtype`; what else of `RUNTIME` the family does not have, such
-    as attention of convolutions, changes nothing.
+    `dtype` is as of `resolve_dtype`; settings of `RUNTIME` that the family lacks, such as
+    attention in a convolutional network, change nothing.
     """
     family = modules.load(package, info.model_name)
     known = _fields(family)
     runtime = {key: value for key, value in runtime.items() if key in known}
-    return family.Model(**info.architecture, dtype=layers.resolve_dtype(dtype), **runtime)
+    return family.Model(**info.architecture, dtype=resolve_dtype(dtype), **runtime)

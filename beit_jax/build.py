@@ -10,7 +10,8 @@ import numpy as np
 
 from beit_jax import checkpoint, compiler, lora, modules, optim, pretrained, sharding
 from beit_jax import state as states
-from beit_jax.models import attention, layers, position
+from beit_jax.models import attention, position
+from beit_jax.models.config import ATTENTIONS, DROP_PATH_MODES, REMAT_POLICIES
 from beit_jax.steps import to_steps
 from beit_jax.tasks.task import Data
 
@@ -125,9 +126,9 @@ def check(config) -> None:
         ("best_mode", config.best_mode, ("max", "min")),
         ("pretrained_classes", config.pretrained_classes, ("names", "numbers")),
         ("resize_method", config.resize_method, position.METHODS),
-        ("model.attention", config.model.attention, layers.ATTENTIONS),
-        ("model.remat", config.model.remat, layers.REMAT_POLICIES),
-        ("model.drop_path_mode", config.model.drop_path_mode, layers.DROP_PATH_MODES),
+        ("model.attention", config.model.attention, ATTENTIONS),
+        ("model.remat", config.model.remat, REMAT_POLICIES),
+        ("model.drop_path_mode", config.model.drop_path_mode, DROP_PATH_MODES),
     ):
         if value not in known:
             raise ValueError(f"config.{key} is {value!r}; available: {', '.join(known)}.")

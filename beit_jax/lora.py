@@ -24,8 +24,8 @@ from flax import traverse_util
 
 from beit_jax import architecture
 from beit_jax.models import packed
+from beit_jax.models.config import DTYPES
 from beit_jax.models.dense import Folded, LowRank, add_low_rank
-from beit_jax.models.layers import DTYPES
 from beit_jax.tasks.task import Task
 
 CLASSIFIERS = "(distillation_)?classifier/.*"  # the default of config.lora.trainable

@@ -735,7 +735,7 @@ def test_for_finetuning():
 @pytest.mark.parametrize(
     "architecture, message",
     [
-        ({"hidden_dim": 8}, "unknown architecture keys hidden_dim; known: hidden_size, "),
+        ({"hidden_dim": 8}, "unknown architecture keys hidden_dim; known: image_size, "),
         ({"head": "linear"}, "head must be one of classifier, mim, tokens, none, got 'linear'"),
         ({"hidden_act": "tanh"}, "hidden_act must be one of gelu, .*, got 'tanh'"),
         ({"remat": "some"}, "remat must be one of none, full, dots, got 'some'"),
@@ -800,8 +800,8 @@ def test_the_gradient_of_a_norm_comes_from_its_result(dtype, tolerance):
         x = x - x.mean(-1, keepdims=True)
         return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
 
-    how = norms.How(1e-6, jnp.dtype(dtype))
-    y, pull = jax.vjp(lambda x: norms.standardize(x, how)[1], x)
+    options = norms.NormOptions(1e-6, jnp.dtype(dtype))
+    y, pull = jax.vjp(lambda x: norms.standardize(x, options)[1], x)
     expected, expected_pull = jax.vjp(plain, x.astype(jnp.float32))
     (actual,), (wanted,) = pull(gradient), expected_pull(gradient.astype(jnp.float32))
     assert y.dtype == actual.dtype == x.dtype

@@ -26,6 +26,7 @@ from beit_jax.models import (
     swin,
     vit,
 )
+from beit_jax.models.config import REMAT_POLICIES
 from beit_jax.tokenizers import vq
 
 HEADS = 2
@@ -486,6 +487,17 @@ def test_a_packed_network_is_for_inference_alone(gpu):
         packed.for_inference(fused, params)
 
 
+def test_packing_takes_widths_of_kernels():
+    """A tree may also have layers of another width, such as the decoder of a masked autoencoder."""
+    fused, _, params, _ = make(beit)
+    narrow = {"kernel": np.ones((16, 16)), "bias": np.ones(16)}
+    attention = dict.fromkeys(("query", "value", "output"), narrow)
+    attention["key"] = {"kernel": narrow["kernel"]}
+    _, ready = packed.for_inference(fused, {**params, "decoder": {"attention": attention}})
+    expected = np.repeat([1, 0, 1], 16)
+    np.testing.assert_array_equal(ready["decoder"]["attention"]["qkv"]["bias"], expected)
+
+
 @pytest.mark.parametrize("decoders", [0, 1])
 def test_a_packed_tokenizer(decoders):
     sizes = dict(SIZES, vocab_size=6, code_dim=3, num_decoder_layers=decoders)
@@ -493,7 +505,7 @@ def test_a_packed_tokenizer(decoders):
     model = vq.Model(**sizes, attention="pallas", layer_scale_init_value=0.1)
     image = jax.nn.sigmoid(random(2, 16, 16, 3))
     variables = model.init(jax.random.key(0), image)
-    variables["codebook"] = {"embedding": layers.unit(random(6, 3))}
+    variables["codebook"] = {"embedding": layers.l2_normalize(random(6, 3))}
     network, ready = vq.for_inference(model, variables)
     assert network.config.packed
     for method, given in (("encode", image), ("decode", jnp.arange(32).reshape(2, 16) % 6)):
@@ -567,7 +579,7 @@ def test_dots_are_kept_and_what_attention_gave(gpu):
     def layer(x):
         return beit.Layer(model.config, 0).apply({"params": params["layer_0"]}, x, None, False)
 
-    kept = jax.checkpoint(layer, policy=layers.REMAT_POLICIES["dots"])
+    kept = jax.checkpoint(layer, policy=REMAT_POLICIES["dots"])
     _, pull = jax.vjp(kept, random(2, 17, 32, dtype="bfloat16"))
     widths = [x.size / (2 * 17) for x in jax.tree.leaves(pull) if x.shape[:2] == (2, 17)]
     assert max(widths) <= 4 * 32  # of one product each

@@ -167,7 +167,9 @@ def test_spread(dtype, shape):
     gradient = rng.standard_normal((1000, 300, 3)) * 10.0 ** rng.integers(-40, 9, (1000, 300, 3))
     gradient[..., 0] = 1  # which bfloat16 counts to 256
     gradient = jnp.asarray(gradient, dtype)
-    out, pull = jax.vjp(lambda p: dense.spread(p, gradient.shape, gradient.dtype), parameter)
+    out, pull = jax.vjp(
+        lambda p: dense.broadcast_param(p, gradient.shape, gradient.dtype), parameter
+    )
     assert out.dtype == dtype
     np.testing.assert_array_equal(
         out[-1], jnp.broadcast_to(parameter.astype(dtype), (1, 300, 3))[-1]

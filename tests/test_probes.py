@@ -110,7 +110,7 @@ def test_the_last_mlp_sees_what_is_read(family, changes, given):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     text = str(jax.make_jaxpr(lambda p: model.apply({"params": p}, image, **given))(params))
     tokens = sorted(int(n) for n in re.findall(r"f32\[2,(\d+),32\]", text))
-    read = model.config.num_read + len(given and given["masked_index"][0])
+    read = model.config.num_readout_tokens + len(given and given["masked_index"][0])
     assert {min(tokens), max(tokens)} == {read, model.config.num_prefix + 4}
     outputs = features.layer_outputs(model, params, image, **given)
     assert [x.shape[1] for x in outputs] == [model.config.num_prefix + 4] * 2

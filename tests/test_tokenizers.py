@@ -63,7 +63,7 @@ def test_a_token_is_the_first_of_the_largest_logits(backend, monkeypatch):
 def test_kmeans_finds_clusters():
     centres = unit_vectors(5, width=8)
     z = np.repeat(centres, 20, axis=0) + np.random.default_rng(1).normal(0, 0.01, (100, 8))
-    found = codebook.kmeans(jax.random.key(3), layers.unit(z), 5, 10)
+    found = codebook.kmeans(jax.random.key(3), layers.l2_normalize(z), 5, 10)
     cosine = np.asarray(found["embedding"]) @ centres.T
     assert found["size"].sum() == 100
     for centre in range(5):  # a start may have put two into one cluster, none may be nowhere
@@ -283,7 +283,7 @@ def test_nothing_changes_for_inference(kind, dtype, image):
     variables = jax.tree.map(lambda x: x + 0.1 * noise(x.shape), variables)  # biases too
     if kind == "vq":
         book = jax.random.normal(jax.random.key(1), (TINY["vocab_size"], TINY["code_dim"]))
-        variables["codebook"] = {"embedding": layers.unit(book)}
+        variables["codebook"] = {"embedding": layers.l2_normalize(book)}
     found = module.for_inference(model, variables)
     converted = sum(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(found[1]))
     assert bool(converted) == (dtype == "bfloat16")

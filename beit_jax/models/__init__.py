@@ -4,6 +4,6 @@ Each has `Model(**architecture)`, `PRESETS`, `layer_id` and `adapt_params`.
 """
 
 SHARED = (  # modules that are no family
-    *("activations", "attention", "dense", "features", "flash", "kernels", "layers", "mae"),
-    *("norms", "packed", "position"),
+    *("activations", "attention", "config", "dense", "features", "flash", "kernels", "layers"),
+    *("mae", "norms", "packed", "position", "self_attention"),
 )

@@ -14,7 +14,7 @@ from beit_jax.models import kernels
 from beit_jax.models.kernels import triton
 
 ROWS, COLUMNS = 16, 1024  # of a program of the forward kernel, at most
-BACKWARD_ROWS = 32  # of one of the other, which writes a sum of them
+BACKWARD_ROWS = 32  # of one of the backward kernel, which also writes their sum
 STEP = 4096  # numbers at once, at most
 
 
@@ -34,14 +34,14 @@ ACTIVATIONS = {
 
 
 def can_fuse(width: int, dtype: jnp.dtype) -> bool:
-    """Whether there is a kernel for GELU of [..., width]: for bfloat16, and a width that shares a
-    factor of at least 128 with the columns of a program."""
+    """Whether a kernel computes GELU of [..., width]: in bfloat16, for widths with a common factor
+    of at least 128 with `COLUMNS`."""
     return dtype == jnp.bfloat16 and math.gcd(width, COLUMNS) >= 128 and kernels_work()
 
 
 @functools.cache
 def kernels_work() -> bool:
-    """Whether they give the right numbers here."""
+    """Whether our kernels give the right numbers on this machine."""
     return kernels.try_out("GELU", _trial)
 
 
@@ -63,9 +63,9 @@ def _trial():
 def fused_gelu(x: jax.Array, bias: jax.Array | None) -> jax.Array:
     """GELU of x [..., D] + bias [D] as one kernel, and its gradient likewise.
 
-    XLA's erf takes a GPU longer than the memory takes to bring x; here it is a formula that is off
-    by 2.1e-5 at most and its gradient by 4e-5, before both are rounded to 8 bits. Results below
-    those of -4, of less than 1.3e-4, are off by more than that rounding.
+    XLA's erf takes a GPU longer than loading x. This approximation has an error of at most 2.1e-5,
+    4e-5 in the gradient, before rounding to 8 bits; for inputs below -4, whose results are smaller
+    than 1.3e-4 in magnitude, the error exceeds that rounding.
     """
     return _forward(x, bias)[0]
 
@@ -82,9 +82,9 @@ LOG_ODDS = (
 def _below(x):
     """The share of the standard normal distribution below x, as the sigmoid of a polynomial.
 
-    x times `LOG_ODDS`, a polynomial of x ** 2, are the logarithms of its odds: the one that makes
-    the largest error relative to the smaller share, or to 0.001 where that is less, for abs(x) <
-    5.5 the smallest (Lawson's algorithm).
+    The log-odds are x times a polynomial of x ** 2 with coefficients `LOG_ODDS`. They minimise the
+    largest error for abs(x) < 5.5, relative to the smaller share, but at least to 0.001 (Lawson's
+    algorithm).
     """
     square = jnp.square(x)
     polynomial = functools.reduce(lambda sum, factor: sum * square + factor, LOG_ODDS[::-1])
@@ -126,8 +126,8 @@ def _for_each_step(x_ref, bias_ref, body, shape=None):
 
 
 def _call(body, arrays, bias, sums):
-    """Runs a kernel on blocks of arrays [B, ..., D]: the result, and with `sums` also the sum of
-    all its rows, [D]."""
+    """Runs a kernel on blocks of arrays [B, ..., D]: returns the result and, with `sums`, the sum
+    of its rows, [D]."""
     arrays = [*arrays] if bias is None else [*arrays, bias]
 
     def run(*given):

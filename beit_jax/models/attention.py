@@ -1,9 +1,9 @@
 """Softmax attention with a learned bias, in four implementations of one function.
 
-`plain` is the definition; `xla` the same with a gradient that is faster and holds fewer residuals;
-`cudnn` NVIDIA's fused kernel; `pallas` our own, see `models/flash.py`. Shapes: query, key, value
-[B, T, H, K], bias [H, T, T] or None, result [B, T, H, K]; `plain` takes any leading axes, [..., T,
-H, K], and a bias that broadcasts.
+`plain` is the definition; `xla` has a faster gradient with fewer residuals; `cudnn` is NVIDIA's
+fused kernel; `pallas` our own, see `models/flash.py`. Shapes: query, key, value [B, T, H, K], bias
+[H, T, T] or None, result [B, T, H, K]; `plain` takes any leading axes, [..., T, H, K], and a bias
+that broadcasts.
 """
 
 import functools
@@ -19,9 +19,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax.models import flash, kernels
 from beit_jax.models.flash import product
+from beit_jax.models.position import Table, relative_position_bias
 
 MASKED = -1e9
-PADDED = 8  # tokens, or rows of a product, come in such numbers where a GPU wants them to
+PADDED = 8  # tokens, or rows of a matmul, are padded to a multiple for GPUs
 _DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(?!=(false|0))"
 
 
@@ -49,7 +50,7 @@ def probabilities(query, key, bias):
 
 
 def xla(query, key, value, bias):
-    """`plain` with its own gradient; normalises after the second product."""
+    """`plain` with its own gradient; normalises after the second matmul."""
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     return _attend(query, key, value, bias).transpose(0, 2, 1, 3)
 
@@ -90,8 +91,8 @@ def _attend_backward(residuals, gradient):
 
 
 def _transposed(x):
-    """[..., a, b] to [..., b, a]; on a CPU by a copy, as XLA multiplies three times slower where it
-    is to transpose many small matrices on the way."""
+    """[..., a, b] to [..., b, a]; on CPU as a copy, since XLA's batched matmul with a transposed
+    operand is three times slower there."""
     x = x.mT
     return lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
@@ -103,10 +104,9 @@ def cudnn(query, key, value, bias):
     """cuDNN's fused attention, forward and backward with the gradient of the bias; for bfloat16 or
     float16.
 
-    The bias is rounded to that type: of a float32 one the kernel returns a gradient that is wrong
-    (cuDNN 9.19 as XLA calls it, on an H200). The kernel wants an even number of tokens for a
-    gradient: they are padded here, unless the network has done so for all its layers, see
-    `pad_tokens`.
+    The bias is rounded to that type: for a float32 bias the kernel returns a wrong gradient (cuDNN
+    9.19 as XLA calls it, on an H200). The kernel needs an even number of tokens for a gradient:
+    they are padded here, unless the network has padded them for all its layers, see `pad_tokens`.
     """
     options = dict(scale=query.shape[-1] ** -0.5, implementation="cudnn")
     batch, tokens = query.shape[:2]
@@ -119,8 +119,8 @@ def cudnn(query, key, value, bias):
 
 
 def saves_kernel(primitive, *_, **settings) -> bool:
-    """Policy of `jax.checkpoint` for what leads to a fused kernel: its results are kept for the
-    backward pass, and all else, such as the bias, made again."""
+    """Policy of `jax.checkpoint`: keeps the results of a fused kernel for the backward pass, and
+    recomputes all else, such as the bias."""
     return "dot_product_attention" in primitive.name or settings.get("name") == flash.KEPT
 
 
@@ -129,8 +129,16 @@ def pad_tokens(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % PADDED)) + ((0, 0),) * (x.ndim - 2))
 
 
+def total_bias(bias, table: Table | None, tokens: int):
+    """A bias [H, T, T] or None, plus that of a table; tokens beyond them are padding, masked."""
+    if table is not None:
+        own = relative_position_bias(*table)
+        bias = own if bias is None else bias + own
+    return None if bias is None else mask_padding(bias, tokens)
+
+
 def mask_padding(bias, tokens: int):
-    """A bias [H, T, T] for more tokens than it was made for: the others see no padding."""
+    """A bias [H, T, T] padded to `tokens`, so that no token attends to padding."""
     padding = tokens - bias.shape[-1]
     if not padding:
         return bias
@@ -143,26 +151,26 @@ IMPLEMENTATIONS = {"plain": plain, "xla": xla, "cudnn": cudnn, "pallas": pallas}
 
 
 def _pallas_packed_alone(query, key, value, bias):
-    """`pallas_packed` as if it were `pallas`."""
+    """`pallas_packed` with the arguments of `pallas`, for its trial."""
     shift = jnp.ones(query.shape[2:], jnp.float32)
     qkv = jnp.stack([query - shift.astype(query.dtype), key, value], 2)
     out = pallas_packed(qkv, shift, shift, bias)
     return out - shift.astype(out.dtype)
 
 
-# kernels for GPUs, the faster first, in all forms that networks use
+# kernels for GPUs, the fastest first, in all forms that networks use
 FUSED = {"pallas": (pallas, _pallas_packed_alone), "cudnn": (cudnn,)}
 
 
 @functools.cache
 def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> str:
-    """What "auto" stands for; other names stay.
+    """The implementation that "auto" stands for; other names are returned unchanged.
 
-    It is "xla", but in bfloat16 on GPUs the first of `FUSED` that in a trial of these sizes,
-    forward and backward, gives the right numbers. Where XLA_FLAGS ask for determinism, "cudnn" is
-    left out, whose gradient of a bias has none. A trial takes a second or two, once in a process
-    for each size, and splits a batch over the GPUs of the process, as a step does; what came of it
-    is logged.
+    It is "xla", except in bfloat16 on GPUs: there the first of `FUSED` that gives the right numbers
+    in a trial of these sizes, forward and backward. If XLA_FLAGS ask for determinism, "cudnn" is
+    left out, whose gradient of a bias is not deterministic. A trial takes a second or two, once in
+    a process for each size; it splits a batch over the process's GPUs, as a step does, and logs the
+    outcome.
     """
     if name != "auto":
         return name
@@ -184,8 +192,8 @@ def resolve(name: str, dtype: str, tokens: int, head_dim: int, biased: bool) -> 
 
 
 def _trial(kernel, tokens, head_dim, biased):
-    """How far a kernel in bfloat16 is from the exact output and gradients, of the largest number of
-    each. All logits are low: padding that is not masked would outweigh them."""
+    """The largest error of a kernel's output and gradients in bfloat16, see `kernels.distance`. All
+    logits are low: padding that is not masked would outweigh them."""
     rng, devices = np.random.default_rng(0), jax.local_devices()
     arrays = rng.standard_normal((4, 2 * len(devices), tokens, 2, head_dim))
     arrays += np.reshape([1, -1, 0, 0], (4, 1, 1, 1, 1))  # query, key, value, gradient
@@ -209,8 +217,8 @@ def _trial(kernel, tokens, head_dim, biased):
 
 
 def _exact_results(query, key, value, gradient, bias):
-    """Of `plain` in NumPy, which has nothing to compile: the output, and the gradients of query,
-    key, value and bias."""
+    """Output of `plain`, and gradients of query, key, value and bias, in NumPy, which need not be
+    compiled."""
     q, k, v, g = (np.float32(x).transpose(0, 2, 1, 3) for x in (query, key, value, gradient))
     scale = np.float32(q.shape[-1] ** -0.5)
     logits = q @ k.mT * scale + (0 if bias is None else bias)

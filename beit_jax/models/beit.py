@@ -5,32 +5,22 @@ B batch, T tokens (1 + N), N patches, P patch size, D hidden, K classes, V visua
 
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import attention, layers
-from beit_jax.models.dense import Dense, spread
-from beit_jax.models.layers import (
-    REMAT_POLICIES,
-    Attention,
-    Mlp,
-    PatchEmbeddings,
-    drop_path,
-    layer_id,
-    norm,
-    normal,
-    take_tokens,
-)
+from beit_jax.models.config import TransformerConfig, expect, make_config
+from beit_jax.models.dense import Dense, broadcast_param
+from beit_jax.models.layers import Mlp, PatchEmbeddings, drop_path, layer_id, norm, normal
 from beit_jax.models.position import (
     relative_position_bias,
     resize_position_embeddings,
     resize_relative_position_bias_table,
 )
+from beit_jax.models.self_attention import Attention, bias_table
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
 
@@ -76,7 +66,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class BeitConfig(layers.TransformerConfig):
+class BeitConfig(TransformerConfig):
     """Architecture; the defaults are BEiT-base with per-layer bias and mean pooling, for
     ImageNet-1k.
 
@@ -108,7 +98,7 @@ class BeitConfig(layers.TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        layers.expect(
+        expect(
             self,
             0 <= self.early_layers <= self.num_hidden_layers,
             f"early_layers must be at most {self.num_hidden_layers}, got {self.early_layers}",
@@ -123,8 +113,8 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias, deterministic, read=None):
-        """Tokens [B, T, D] to [B, T, D], or to [B, M, D], those at an index `read` [B, M]: what
-        nobody reads of the last layer its MLP need not compute."""
+        """Tokens [B, T, D] to [B, T, D], or to [B, M, D], those at an index `read` [B, M], as the
+        MLP of the last layer can skip tokens that no head reads."""
         config = self.config
         dropout = nn.Dropout(config.hidden_dropout_prob)
         rescale = (2 * (self.index + 1)) ** -0.5 if config.rescale_init else 1.0
@@ -141,7 +131,7 @@ class Layer(nn.Module):
         mlp = Mlp(config, output_init, name="mlp")
 
         def branch(module, layernorm, scale, x):
-            x, y = layernorm.beside(x, fold=fold)
+            x, y = layernorm.with_residual(x, fold=fold)
             y = layers.scaled(module, y, scale, fold=fold)
             return x, dropout(y, deterministic=deterministic)
 
@@ -151,19 +141,19 @@ class Layer(nn.Module):
             add = drop_path(config, self.index)
             own_branch = functools.partial(branch, module, layernorm, scale)
             if module is mlp and read is not None:
-                x = take_tokens(x, read)
+                x = layers.take_tokens(x, read)
             x = add(x, own_branch, deterministic=deterministic)
         return x
 
 
 def run_layers(stack, x, bias, deterministic, read=None, *, whole=False):
     """Tokens [B, T, D] through layers, one after the other: all, or those at an index `read`
-    [B, M], which then are all that the last layer gives, unless it is to be `whole`."""
+    [B, M], which are then all that the last layer computes, unless it is `whole`."""
     for layer in stack[:-1]:
         x = layer(x, bias, deterministic)
     for layer in stack[-1:]:
         x = layer(x, bias, deterministic, None if whole else read)
-    return take_tokens(x, read) if read is not None and (whole or not stack) else x
+    return layers.take_tokens(x, read) if read is not None and (whole or not stack) else x
 
 
 def _lm_head(config, prefix):
@@ -192,18 +182,16 @@ class Embeddings(nn.Module):
         if config.use_mask_token:
             mask_token = self.param("mask_token", normal(config), (1, 1, width))
         if bool_masked_pos is not None:
-            layers.expect(
-                config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True"
-            )
+            expect(config, config.use_mask_token, "bool_masked_pos needs use_mask_token=True")
             masked = bool_masked_pos.reshape(batch, patches, 1).astype(bool)
-            x = jnp.where(masked, spread(mask_token, x.shape, x.dtype), x)
+            x = jnp.where(masked, broadcast_param(mask_token, x.shape, x.dtype), x)
         class_token = self.param("cls_token", normal(config), (1, 1, width))
-        x = jnp.concatenate([spread(class_token, (batch, 1, width), x.dtype), x], axis=1)
+        x = jnp.concatenate([broadcast_param(class_token, (batch, 1, width), x.dtype), x], axis=1)
         if config.use_absolute_position_embeddings:
-            shape = (1, 1 + patches, width)
-            x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
+            positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
+            x += broadcast_param(positions, x.shape, x.dtype)
         if visible_index is not None:
-            x = jnp.concatenate([x[:, :1], take_tokens(x[:, 1:], visible_index)], axis=1)
+            x = jnp.concatenate([x[:, :1], layers.take_tokens(x[:, 1:], visible_index)], axis=1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -238,7 +226,7 @@ class Beit(nn.Module):
         """
         config = self.config
         is_biased = config.use_relative_position_bias or config.use_shared_relative_position_bias
-        layers.expect(
+        expect(
             config,
             visible_index is None or not is_biased,
             "visible_index needs positions without a relative bias",
@@ -250,13 +238,11 @@ class Beit(nn.Module):
         kernel = config.resolved_attention(tokens, biased=True) if is_biased else None
         is_padded = kernel == "cudnn"
         if kernel == "pallas":
-            own = len(x) // math.gcd(len(x), jax.device_count())  # of each device
-            is_padded = own * tokens % attention.PADDED > 0
+            is_padded = layers.batch_per_device(len(x)) * tokens % attention.PADDED > 0
         pad = attention.pad_tokens if is_padded else lambda x: x
         if config.use_shared_relative_position_bias:
-            bias = relative_position_bias(layers.bias_table(self, config), config.grid)
-        policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(Layer, policy=policy, static_argnums=(3,)) if policy else Layer
+            bias = relative_position_bias(bias_table(self, config), config.grid)
+        layer = layers.remat(Layer, config, 3)
         read = self._read(x.shape[0], masked_index)
         looked_into = self.is_mutable_collection("intermediates")
 
@@ -297,8 +283,8 @@ class Beit(nn.Module):
         return layers.classifier(config, x)
 
     def _read(self, batch, masked_index):
-        """The tokens [B, M] that are read of the last layer, the class token and masked patches, or
-        None for all."""
+        """Indices [B, M] of the tokens that the head reads, class token and masked patches, or None
+        for all."""
         class_token = jnp.zeros((batch, 1), jnp.int32)
         if self.config.head in ("mim", "tokens"):
             if masked_index is None:
@@ -307,19 +293,18 @@ class Beit(nn.Module):
         return None if self.config.use_mean_pooling else class_token
 
     def _has_pooler(self):
-        """Whether there is a norm of the mean, which transformers' networks without a head may
-        lack."""
+        """Whether the mean is normed: transformers' networks without a head may lack that norm."""
         return self.is_initializing() or self.has_variable("params", "pooler_layernorm")
 
 
 def Model(**architecture: Any) -> Beit:
     """The network of an architecture, the keyword arguments of `BeitConfig`."""
-    return Beit(layers.make_config(BeitConfig, architecture))
+    return Beit(make_config(BeitConfig, architecture))
 
 
 def for_finetuning(architecture: dict) -> dict:
     """The architecture that fine-tunes a pretrained one: a position table for every layer, and no
-    dropout of attention, which is data2vec's in pre-training alone."""
+    attention dropout, which data2vec uses in pre-training only."""
     if architecture.get("head") in ("mim", "tokens"):
         architecture = dict(architecture, attention_probs_dropout_prob=0.0)
     architecture = dict(architecture, use_mask_token=False, initializer_bound=None)

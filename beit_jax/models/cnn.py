@@ -17,9 +17,17 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import linen as nn
 
-from beit_jax.models import dense, layers
+from beit_jax.models import dense
+from beit_jax.models.config import (
+    DTYPES,
+    expect,
+    expect_one_of,
+    expect_positive,
+    make_config,
+    pair_image_size,
+)
 from beit_jax.models.dense import Dense
-from beit_jax.models.layers import layer_id
+from beit_jax.models.layers import check_image, layer_id
 from beit_jax.models.position import Grid
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
@@ -52,12 +60,12 @@ class CnnConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        size = layers.pair_image_size(self)
+        size = pair_image_size(self)
         for name in ("conv_channels", "hidden_sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        layers.expect_positive(self, "kernel_size", "conv_channels", "hidden_sizes")
-        layers.expect_one_of(self, head=("classifier", "none"), dtype=layers.DTYPES)
-        layers.expect(
+        expect_positive(self, "kernel_size", "conv_channels", "hidden_sizes")
+        expect_one_of(self, head=("classifier", "none"), dtype=DTYPES)
+        expect(
             self,
             min(self.grid) > 0,
             f"nothing is left of image_size {size} after {len(self.conv_channels)} convolutions of "
@@ -90,7 +98,7 @@ class Cnn(nn.Module):
         `deterministic` changes nothing: there is no dropout.
         """
         config, initial = self.config, nn.initializers.he_normal()
-        layers.check_image(config, image)
+        check_image(config, image)
         dtype = jnp.dtype(config.dtype)
         x = image.astype(dtype)
         for index, channels in enumerate(config.conv_channels):
@@ -108,7 +116,7 @@ class Cnn(nn.Module):
 
 def Model(**architecture: Any) -> Cnn:
     """The network of an architecture, the keyword arguments of `CnnConfig`."""
-    return Cnn(layers.make_config(CnnConfig, architecture))
+    return Cnn(make_config(CnnConfig, architecture))
 
 
 def for_finetuning(architecture: dict) -> dict:
@@ -122,7 +130,7 @@ def adapt_params(params: dict, old: CnnConfig, new: CnnConfig, method: str = "un
     Raises:
       ValueError: the resolution changes.
     """
-    layers.expect(
+    expect(
         new,
         old.grid == new.grid,
         f"it cannot be taken from image_size {old.image_size} to {new.image_size}; its dense "

@@ -1,5 +1,4 @@
-"""Products: dense layers and convolutions, what they can take in, and how their gradients are
-summed."""
+"""Dense layers and convolutions: matmuls with float32 gradients, and what is folded into them."""
 
 import functools
 import math
@@ -18,7 +17,7 @@ from beit_jax.models.flash import precision
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., in] times a float32 kernel [in, out], both in the dtype of x, accumulated in float32.
 
-    On CPU the result of a bfloat16 product is float32, which XLA computes twice as fast there; the
+    On CPU the result of a bfloat16 matmul is float32, which XLA computes twice as fast there. The
     gradient of the kernel is float32 and contracts the leading axes without flattening them.
     """
     return _matmul_forward(x, kernel)[0]
@@ -33,7 +32,7 @@ def _product_dtype(dtype):
     return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
-def _matmul_forward(x, kernel):  # a bare product, which remat "dots" can see and save
+def _matmul_forward(x, kernel):  # a bare matmul, which remat "dots" can see and save
     y = _dot(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,), _product_dtype(x.dtype))
     return y, (x, kernel)
 
@@ -44,7 +43,7 @@ def _matmul_backward(residuals, gradient):
     leading = tuple(range(x.ndim - 1))
     d_x = _dot(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1,), _product_dtype(x.dtype))
     if x.dtype == jnp.float32 and x.shape[-1] > gradient.shape[-1]:
-        # XLA:CPU copies the first operand transposed, with all that made it: let it be the narrow
+        # XLA:CPU transposes a copy of the first operand: let that be the narrow one
         d_kernel = _dot(gradient, x, leading, leading, jnp.float32).T
     else:
         d_kernel = _dot(x, gradient, leading, leading, jnp.float32)
@@ -55,34 +54,34 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def broadcast_param(parameter: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """A float32 parameter in `dtype`, broadcast to `shape`; its gradient is summed in float32.
 
-    Left to JAX that sum is one in `dtype`, and an H100 does add bfloat16 in bfloat16, where the sum
-    over a batch of tokens is soon too large to be changed by one more.
+    JAX would sum in `dtype`, and an H100 then adds bfloat16 in bfloat16: the sum over a batch of
+    tokens soon gets so large that further terms are rounded away.
     """
     return jnp.broadcast_to(parameter.astype(dtype), shape)
 
 
-def _spread_forward(parameter, shape, dtype):
-    return spread(parameter, shape, dtype), parameter
+def _broadcast_forward(parameter, shape, dtype):
+    return broadcast_param(parameter, shape, dtype), parameter
 
 
-def _spread_backward(shape, dtype, parameter, gradient):
+def _broadcast_backward(shape, dtype, parameter, gradient):
     if dtype == jnp.bfloat16:
-        # By its bits: where XLA sees a conversion back, it keeps float32 in memory in the first
-        # place, for all that reads the gradient.
+        # Converted by bits: an ordinary conversion back makes XLA keep the gradient in float32 for
+        # all its readers.
         bits = lax.bitcast_convert_type(gradient, jnp.uint16).astype(jnp.uint32) << 16
         gradient = lax.bitcast_convert_type(bits, jnp.float32)
     return jax.linear_transpose(lambda p: jnp.broadcast_to(p, shape), parameter)(gradient)
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+broadcast_param.defvjp(_broadcast_forward, _broadcast_backward)
 
 
 def _sum_of_rows(x):
-    """Of [N, D], in two steps: in one, XLA would write down what is to be summed, and give a GPU
-    few threads for it."""
+    """Sum of [N, D] over N in two steps: for one, XLA would store what is to be summed and use few
+    threads of a GPU."""
     if jax.default_backend() == "cpu":
         return x.sum(0)
     rows = math.gcd(len(x), 64)
@@ -120,10 +119,10 @@ scale_columns.defvjp(lambda *args: (scale_columns(*args), args), _scale_columns_
 
 
 class Folded(NamedTuple):
-    """Tokens [..., D] with a scale and a shift, [D] each or None, that are still to be applied.
+    """Tokens x [..., D] that stand for x * scale + shift, [D] each or None.
 
-    The next `Dense` takes them into its kernel and bias. The result is the same, and neither the
-    forward nor the backward pass goes over all tokens for them.
+    The next `Dense` multiplies them into its kernel and bias, which gives the same result without a
+    pass over all tokens, forward or backward; see `models/layers.py`.
     """
 
     x: jax.Array
@@ -132,18 +131,18 @@ class Folded(NamedTuple):
 
     @property
     def shape(self):
-        """Of the tokens."""
+        """Shape of the tokens."""
         return self.x.shape
 
 
 def unfold(x):
-    """Tokens, with the scale and shift that they have yet to get, or None."""
+    """x as `Folded`, without scale and shift if it is an array."""
     return x if isinstance(x, Folded) else Folded(x, None, None)
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to the output of a layer: `x` [..., in], times `down` [in, rank], times
-    `up` [rank, out]."""
+    """An adapter's addition to a layer's output: `x` [..., in] times `down` [in, rank] times `up`
+    [rank, out]."""
 
     x: jax.Array
     down: jax.Array
@@ -151,11 +150,11 @@ class LowRank(NamedTuple):
 
 
 def add_low_rank(y: jax.Array, parts: Sequence[LowRank | None]) -> jax.Array:
-    """y [..., N out], the outputs of N layers side by side, with what the adapters of these layers
-    add; None is a layer that has none.
+    """y [..., N out], the outputs of N layers side by side, plus their adapters'; None is a layer
+    without one.
 
-    They are two products however many there are, which a GPU does sooner than several small ones;
-    where they are not given the same array, because each drops numbers of its own, one more each.
+    Two matmuls in all, faster on a GPU than several small ones; adapters with dropout have inputs
+    of their own, and then a first matmul each.
     """
     there = [(i, part) for i, part in enumerate(parts) if part is not None]
     if not there:
@@ -179,9 +178,9 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def weights(self, x):
-        """For whoever computes in place of this layer what it makes of tokens [..., in], or
-        `Folded` ones: what they are to be multiplied by, [in, out], what is to be added to the
-        result, [out] or None, and an adapter's `LowRank` or None, see `beit_jax/lora.py`."""
+        """For a caller that joins this layer with others in one matmul: the kernel [in, out] and
+        bias, [out] or None, for tokens [..., in], or `Folded` ones, and an adapter's `LowRank` or
+        None, see `beit_jax/lora.py`."""
         return *self._weights(x, None), None
 
     @nn.compact
@@ -200,24 +199,24 @@ class Dense(nn.Module):
         return kernel, bias
 
     def __call__(self, x, scale=None, *, fold: bool = False):
-        """Tokens [..., in], or `Folded` ones, to [..., out], and these times `scale` [out]; with
-        `fold` the bias is left to the next layer."""
+        """Tokens [..., in], or `Folded` ones, to [..., out], times `scale` [out]; with `fold` they
+        are `Folded`, the bias being their shift."""
         kernel, bias = self._weights(x, scale)
         x = matmul(unfold(x).x.astype(self.dtype), kernel)
         if fold:
             return Folded(x.astype(self.dtype), None, bias)
         if bias is not None:
-            x += spread(bias, x.shape, x.dtype)
+            x += broadcast_param(bias, x.shape, x.dtype)
         return x.astype(self.dtype)
 
 
 class Conv(nn.Module):
     """A convolution [B, H, W, C] -> [B, H', W', features] over float32 parameters, in `dtype`; as
-    `linen.Conv`, but for how its bias learns, see `spread`.
+    `linen.Conv`, with the gradient of the bias summed in float32, see `broadcast_param`.
 
     Attributes:
-      fast: products of float32 may lose 13 bits on a GPU.
-      outputs_first: the kernel is [features, S, S, C], as a GPU wants it, not [S, S, C, features].
+      fast: allows TF32, which drops 13 bits of float32, on a GPU.
+      outputs_first: the kernel is [features, S, S, C], faster on a GPU than [S, S, C, features].
     """
 
     features: int
@@ -249,13 +248,13 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=None if self.fast else precision(self.dtype),
         )
-        return x + spread(bias, x.shape, self.dtype)
+        return x + broadcast_param(bias, x.shape, self.dtype)
 
 
 def widen(x, kernel, multiple: int = 8):
-    """Images [B, H, W, C], kernel [S, S, C, F] and padding of the same convolution with more
-    channels, where C is not a `multiple`: a row of pixels that the kernel sees as channels of one
-    pixel, filled up with zeros, as tensor cores want them."""
+    """Images [B, H, W, C], kernel [S, S, C, F] and padding of an equal convolution with a multiple
+    of channels, for tensor cores: if C is not a `multiple`, the S pixels of a kernel's row become
+    channels of one pixel, padded with zeros."""
     size, _, channels, features = kernel.shape
     if channels % multiple == 0:
         return x, kernel, "SAME"

@@ -1,10 +1,9 @@
-"""What every layer of a network says of an image, without a change to the network.
+"""Outputs and attention maps of every layer of a network, without a change to the network.
 
 B batch, T tokens, N patches, D width, L layers, H heads.
 """
 
 import functools
-import math
 import re
 from collections.abc import Sequence
 
@@ -42,7 +41,7 @@ def layer_outputs(model, params, image, **kwargs) -> list[jax.Array]:
     }
     if not found or any(x.ndim != 3 for x in found.values()):
         raise ValueError(f"{type(model).__name__} has no layers of tokens to look into.")
-    return [found[index][:, : _num_tokens(model)] for index in sorted(found)]
+    return [found[index][:, : model.config.num_tokens] for index in sorted(found)]
 
 
 def check_layer(layer: int | None, model) -> int:
@@ -61,42 +60,39 @@ def check_layer(layer: int | None, model) -> int:
 
 
 def attention_maps(model, params, image) -> list[jax.Array]:
-    """How each token weighs all tokens in the attention of each layer, float32 [B, H, T, T].
+    """Attention probabilities of each layer, float32 [B, H, T, T]; rows (queries) sum to 1.
 
-    Rows sum to 1. They are computed in the plain way, whatever the network computes its own by.
+    They are computed as in `attention.plain`, whatever implementation the network uses.
 
     Raises:
-      ValueError: the network has no attention from all tokens to all.
+      ValueError: the network has no global attention.
     """
     _, state = model.apply({"params": params}, image, mutable=["attention_maps"])
     found = state.get("attention_maps", {})
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention from all patches to all.")
-    tokens = _num_tokens(model)  # without padding
+    tokens = model.config.num_tokens  # without padding
     layers = (found[f"layer_{index}"] for index in range(model.config.num_hidden_layers))
     maps = (layer["attention"]["probabilities"][0] for layer in layers)
     return [x[..., :tokens, :tokens] for x in maps]
 
 
 def rollout(maps: Sequence[jax.Array]) -> jax.Array:
-    """What the tokens of the last layer are made of, [B, T, T], of the attention maps [B, H, T, T]
-    of all layers.
+    """Attention rollout (Abnar and Zuidema, arXiv:2005.00928) of the maps [B, H, T, T] of all
+    layers: the share of each input token in each token of the last layer, [B, T, T].
 
-    The mean over the heads of each layer and, as much again, the token itself, which the residual
-    branch is added to; multiplied through the layers. Rows sum to 1. Attention rollout of Abnar and
-    Zuidema (arXiv:2005.00928).
+    Each layer is the mean of its heads, averaged with the identity for the residual connection;
+    layers are multiplied. Rows sum to 1.
     """
     mixed = ((x.mean(1) + jnp.eye(x.shape[-1])) / 2 for x in maps)  # [B, T, T]
     return functools.reduce(lambda below, layer: layer @ below, mixed)
 
 
 def seen_patches(config, weights: jax.Array) -> jax.Array:
-    """The share of each patch in what a network's head reads, [..., h, w], of weights [..., T, T].
-
-    It reads the class token, and DeiT's distillation token, or the mean of all patches, or both.
-    """
+    """Weights [..., T, T] as the share of each patch in the input of the head, [..., h, w]: the
+    class token (and DeiT's distillation token), the mean of all patches, or both."""
     prefix = config.num_prefix
-    of_tokens = weights[..., : config.num_read, prefix:].mean(-2)
+    of_tokens = weights[..., : config.num_readout_tokens, prefix:].mean(-2)
     of_patches = weights[..., prefix:, prefix:].mean(-2)
     seen = of_patches if config.use_mean_pooling else of_tokens
     if getattr(config, "use_class_and_mean", False):
@@ -104,13 +100,9 @@ def seen_patches(config, weights: jax.Array) -> jax.Array:
     return seen.reshape(*seen.shape[:-1], *config.grid)
 
 
-def _num_tokens(model) -> int:
-    return model.config.num_prefix + math.prod(model.config.grid)
-
-
 def pool(tokens: jax.Array, num_prefix: int) -> jax.Array:
-    """Features of an image in float32: the first token, if it is a class token, beside the mean of
-    the patch tokens; [B, T, D] -> [B, 2D], or [B, D] without a class token.
+    """Features of an image in float32: the class token, if there is one, concatenated with the mean
+    of the patch tokens; [B, T, D] -> [B, 2D], or [B, D] without a class token.
 
     As in microsoft/unilm `beit/run_linear_eval.py`.
     """

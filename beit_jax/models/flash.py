@@ -1,12 +1,12 @@
 """Attention with a learned bias as Pallas kernels for GPUs.
 
 FlashAttention-2 (Dao, 2023) with a bias and its gradient, for the few hundred tokens of an image.
-Logits are made tile by tile, forward and once more backward. Of their size memory sees one array,
-in the type of the computation: their gradient, of which the gradients of the queries and, as a sum
-over the batch, of the bias are made. Nothing is added up in an order that changes between runs.
+Logits are recomputed tile by tile; only their gradient [B, H, T, T] is materialised, in the
+computation type: the gradients of the queries and of the bias, a sum over the batch, are computed
+from it. Results are deterministic: no sum depends on the order in which programs run.
 
-B batch, T tokens, H heads, K size of a head. Arrays are [B, T, H, K], as the products before and
-after leave and take them, and need no padding: what the last tile has beyond the tokens is masked.
+B batch, T tokens, H heads, K size of a head. Arrays are [B, T, H, K], the layout of the matmuls
+before and after, and need no padding: what the last tile has beyond the tokens is masked.
 """
 
 import functools
@@ -24,18 +24,18 @@ from beit_jax.models import kernels
 from beit_jax.models.kernels import triton
 from beit_jax.models.position import Table, relative_position_bias, table_gradient
 
-SMALLEST_TILE = 16  # of what tensor cores multiply, and so of a head
-ALIGNMENT = 8  # rows of tokens by tokens are so many numbers apart, times any
+SMALLEST_TILE = 16  # for tensor cores, and so of a head
+ALIGNMENT = 8  # rows of tokens by tokens are padded to a multiple
 KEPT = "flash attention"  # name of what policies of `jax.checkpoint` may keep
-LOG2_E = math.log2(math.e)  # logits are kept in powers of 2
+LOG2_E = math.log2(math.e)  # logits are of base 2
 LARGEST_TILE = 64  # of columns of the bias: keys, and queries in the backward pass
-IMAGES, COLUMNS = 8, 2048  # that a sum takes at once
-PROGRAMS = 400  # that a sum is split into, about, if its columns are fewer
+IMAGES, COLUMNS = 8, 2048  # of the tile of a sum
+PROGRAMS = 400  # of a sum, about, if it has fewer columns
 
 
 class _Tiles:
-    """Tokens as tiles of one size, of which the last may go on beyond them. One of its own size has
-    less to compute, but a second body of the loop takes registers that other programs want."""
+    """Tokens in tiles of one size; the last may reach beyond them. A smaller last tile would save
+    compute, but needs a second loop body, which takes registers."""
 
     def __init__(self, tokens: int, size: int):
         self.tokens, self.size = tokens, size
@@ -43,8 +43,8 @@ class _Tiles:
         self.reach = self.count * size
 
     def own(self):
-        """The tile of this program, the first index of the grid, as a place: which tokens, as a
-        slice, and the mask of those that there are, or None for all."""
+        """The tile of this program, the first index of the grid, as a place: a slice of tokens, and
+        the mask of those that exist, or None if all do."""
         return self._tile(pl.program_id(0))
 
     def _tile(self, index):
@@ -53,7 +53,8 @@ class _Tiles:
         return pl.ds(start, self.size), mask
 
     def words(self, place):
-        """A place in rows that are padded to whole words of memory: these are masked as one."""
+        """A place in rows padded to `ALIGNMENT`: padding is not masked, so that Triton can load and
+        store whole words."""
         index, mask = place
         if mask is None:
             return place
@@ -70,8 +71,8 @@ QUERY, KEY, VALUE = ((index, None) for index in range(3))
 
 
 def _view(ref, places):
-    """The part of an array at places, each an index with its mask, and the mask of that part; an
-    array may be one of a packed one, as (packed, part)."""
+    """The part of an array at places, each an index with its mask, and the mask of that part. The
+    array may be given as (packed, part): query, key or value of a packed one."""
     if isinstance(ref, tuple):
         (ref, part), (first, *others) = ref, places
         places = first, part, *others
@@ -79,16 +80,16 @@ def _view(ref, places):
     mask = None
     for axis, along in enumerate(masks):
         if along is not None:
-            # not reshaped, of which Triton does not see that it is the same for whole words
+            # not reshape, through which Triton loses sight of masks equal within a word
             along = jnp.expand_dims(along, [i for i in range(len(masks)) if i != axis])
             mask = along if mask is None else mask & along
-    # a number of Python would not do for the interpreter
+    # the interpreter takes no Python numbers
     indices = (jnp.int32(index) if isinstance(index, int) else index for index, _ in places)
     return ref.at[tuple(indices)], mask
 
 
 def _load(ref, *places):
-    """A part of an array, zeros where there is none."""
+    """A part of an array, zeros where it is masked."""
     view, mask = _view(ref, places)
     return triton.load(view, mask=mask, other=None if mask is None else 0.0)
 
@@ -99,12 +100,12 @@ def _store(ref, x, *places):
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """Of products of this type: float32 is to be float32, of which GPUs would drop 13 bits."""
+    """Of matmuls in this type: full float32, where GPUs would drop 13 bits (TF32)."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum whose sums, and result, are float32."""
+    """An einsum accumulated in float32, which is also its result's type."""
     options = {"preferred_element_type": jnp.float32, "precision": precision(a.dtype)}
     return jnp.einsum(equation, a, b, **options)
 
@@ -113,8 +114,8 @@ def _forward_kernel(
     q_ref, k_ref, v_ref, shift_ref, bias_ref, offset_ref, out_ref, norm_ref, *, queries, keys,
     shifted_ref=None
 ):  # fmt: skip
-    """Result of a tile of queries, and the logarithm of what their weights were divided by; stores
-    the queries as they were used, too, where it is told to."""
+    """Result for a tile of queries, and log2 of the softmax's denominators; also stores the shifted
+    queries if there is a `shifted_ref`."""
     at_q, scale = queries.own(), out_ref.shape[-1] ** -0.5 * LOG2_E
     q = _load(q_ref, at_q, ALL)
     if shift_ref is not None:
@@ -150,8 +151,8 @@ def _forward_kernel(
 def _shifting_kernel(
     qkv_ref, shift_ref, bias_ref, offset_ref, out_qkv_ref, out_ref, norm_ref, **tiles
 ):  # fmt: skip
-    """`_forward_kernel` that leaves the shifted queries in the place of those that it was given, of
-    which each is read by one program alone: the backward pass needs no shift."""
+    """`_forward_kernel` that overwrites the queries with the shifted ones, which the backward pass
+    uses; each query is read by one program only."""
     parts = ((qkv_ref, part) for part in (QUERY, KEY, VALUE))
     rest = shift_ref, bias_ref, offset_ref, out_ref, norm_ref
     _forward_kernel(*parts, *rest, **tiles, shifted_ref=(out_qkv_ref, QUERY))
@@ -161,13 +162,13 @@ def _backward_kernel(
     q_ref, k_ref, v_ref, bias_ref, d_out_ref, norm_ref, delta_ref, d_qkv_ref, d_logits_ref, *,
     queries, keys
 ):  # fmt: skip
-    """Gradients of a tile of keys and values, and of their logits; these are [keys, queries]."""
+    """Gradients of a tile of keys and values, and of their logits, [keys, queries]."""
     at_k, scale = keys.own(), k_ref.shape[-1] ** -0.5
     k, v = _load(k_ref, at_k, ALL), _load(v_ref, at_k, ALL)
 
     def body(at_q, carry):
         dk, dv = carry
-        q, d_out = _load(q_ref, at_q, ALL), _load(d_out_ref, at_q, ALL)  # zeros of no query
+        q, d_out = _load(q_ref, at_q, ALL), _load(d_out_ref, at_q, ALL)  # zeros if masked
         logits = product("kc,qc->kq", k, q) * (scale * LOG2_E)
         d_weights = product("kc,qc->kq", v, d_out)
         if bias_ref is not None:
@@ -186,8 +187,8 @@ def _backward_kernel(
 
 
 def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, sum_ref, *, queries, keys):
-    """Gradient of a tile of queries, from that of the logits; beside those of keys and values. And
-    its sum over the queries, which is the gradient of what was added to them."""
+    """Gradient of a tile of queries from that of the logits, stored next to those of keys and
+    values; and its sum over the queries, the gradient of their shift."""
     del given_ref  # the same memory
     at_q = queries.own()
 
@@ -198,49 +199,55 @@ def _query_kernel(k_ref, d_logits_ref, given_ref, d_qkv_ref, sum_ref, *, queries
     dq = keys.fold(body, jnp.zeros((queries.size, k_ref.shape[-1]), jnp.float32))
     dq *= k_ref.shape[-1] ** -0.5
     _store((d_qkv_ref, QUERY), dq, at_q, ALL)
-    _store(sum_ref, dq.sum(0), ALL)  # those of no query are zeros
+    _store(sum_ref, dq.sum(0), ALL)  # masked ones are zeros
+
+
+PARTS = "query", "key", "value"
+_SHARED = "shift", "bias", "offset"  # by all images
+_LAYOUTS = {  # b images, t tokens, w tokens padded to `ALIGNMENT`, h heads, k numbers, n tiles
+    **dict.fromkeys((*PARTS, "tokens"), "bthk"),
+    "packed": "btphk",  # p: query, key, value
+    "row": "bht",
+    "pairs": "bhtw",
+    "sums": "bnhk",
+    "shift": "hk",
+    "offset": "hk",
+    "bias": "htw",
+}
+
+
+class _Size(NamedTuple):
+    """Tokens of a tile of queries and of one of keys, and warps of a program."""
+
+    queries: int
+    keys: int
+    warps: int = 4
 
 
 class _Kernel(NamedTuple):
-    """A kernel, what its arguments and results are, and how it is cut into tiles.
+    """A kernel, its arguments and results, and its tiles.
 
     Attributes:
-      body: is given references to what an image and a head have of each array.
-      takes: its arguments: "query", "key" and "value", each [B, T, H, K] or together
-        [B, T, 3, H, K]; "tokens" [B, T, H, K]; "packed" [B, T, 3, H, K]; "row" [B, H, T];
-        "pairs" [B, H, T, T]; "sums" [B, tiles, H, K]; "shift" and "offset" [H, K] and "bias"
-        [H, T, T], which may be None.
-      gives: its results.
-      tiles: tokens of a tile of queries, and of one of keys.
-      over: which of them, "queries" or "keys", have a program for each tile.
-      warps: of a program.
-      stages: of the pipeline that loads one tile while others are computed.
-      few: {tokens: (tiles, warps)} in the place of these, where there are at most so many tokens;
-        the fewest first.
+      body: gets a reference to one image's and head's part of each array.
+      takes: names in `_LAYOUTS` of its arguments, of which those in `_SHARED` may be None; query,
+        key and value may be one packed array each time.
+      gives: names of its results.
+      over: "queries" or "keys", which have a program for each tile.
+      size: of tiles and programs.
+      few: {tokens: size}, used instead for at most so many tokens; the fewest first.
       aliases: {argument: result} that are the same memory.
     """
 
     body: Callable
     takes: tuple[str, ...]
     gives: tuple[str, ...]
-    tiles: tuple[int, int]
     over: str
-    warps: int = 4
-    stages: int = 3
-    few: Mapping[int, tuple[tuple[int, int], int]] = {}
+    size: _Size
+    few: Mapping[int, _Size] = {}
     aliases: Mapping[int, int] = {}
 
     def __call__(self, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
         """Runs for all images and heads."""
-        return self._sized(arrays[0].shape[1])._call(*arrays)
-
-    def _sized(self, tokens):
-        for most, (tiles, warps) in self.few.items():
-            if tokens <= most:
-                return self._replace(tiles=tiles, warps=warps, few={})
-        return self
-
-    def _call(self, *arrays):
         names = [name for name, x in zip(self.takes, arrays, strict=True) if x is not None]
 
         def run(*given):
@@ -250,78 +257,65 @@ class _Kernel(NamedTuple):
         return kernels.on_each_device(
             run,
             [x for x in arrays if x is not None],
-            [x.ndim for x in self._shapes(arrays[0])],
+            [len(_LAYOUTS[name]) for name in self.gives],
             [i for i, name in enumerate(names) if name in _SHARED],
         )
 
-    def _shapes(self, first):
-        (batch, tokens), (heads, size) = first.shape[:2], first.shape[-2:]
-        count = self._cut(tokens)[self.over].count
-        kinds = {
-            "tokens": ((batch, tokens, heads, size), first.dtype),
-            "packed": ((batch, tokens, 3, heads, size), first.dtype),
-            "row": ((batch, heads, tokens), jnp.float32),
-            "pairs": ((batch, heads, tokens, tokens + -tokens % ALIGNMENT), first.dtype),
-            "sums": ((batch, count, heads, size), jnp.float32),
-        }
-        return [jax.ShapeDtypeStruct(*kinds[name]) for name in self.gives]
-
-    def _cut(self, tokens):
-        return {name: _Tiles(tokens, n) for name, n in zip(_CUT, self.tiles, strict=True)}
-
     def _run(self, *arrays):
-        (batch, tokens), (heads, size) = arrays[0].shape[:2], arrays[0].shape[-2:]
-        if size < SMALLEST_TILE or size & (size - 1):
+        (batch, tokens), (heads, width) = arrays[0].shape[:2], arrays[0].shape[-2:]
+        if width < SMALLEST_TILE or width & (width - 1):
             raise ValueError(
-                f"Heads of {size} numbers have no kernel of ours: expected a power of 2 of at "
+                f"Heads of {width} numbers have no kernel of ours: expected a power of 2 of at "
                 f"least {SMALLEST_TILE}; use config.model.attention=auto, cudnn or xla."
             )
-        cut = self._cut(tokens)
-        reach = max(tiles.reach for tiles in cut.values())
-        places = {
-            "tokens": ((None, reach, None, size), lambda i, h, b: (b, 0, h, 0)),
-            "packed": ((None, reach, 3, None, size), lambda i, h, b: (b, 0, 0, h, 0)),
-            "row": ((None, None, reach), lambda i, h, b: (b, h, 0)),
-            "pairs": ((None, None, reach, reach), lambda i, h, b: (b, h, 0, 0)),
-            "sums": ((None, None, None, size), lambda i, h, b: (b, i, h, 0)),
-            "shift": ((None, size), lambda i, h, b: (h, 0)),
-            "offset": ((None, size), lambda i, h, b: (h, 0)),
-            "bias": ((None, reach, reach), lambda i, h, b: (h, 0, 0)),
-        }
-        for part, name in enumerate(PARTS):
-            places[name, 4] = places["tokens"]
-            block = (None, reach, None, None, size)
-            places[name, 5] = block, lambda i, h, b, part=part: (b, 0, part, h, 0)
+        size = next((size for most, size in self.few.items() if tokens <= most), self.size)
+        tiles = {"queries": _Tiles(tokens, size.queries), "keys": _Tiles(tokens, size.keys)}
+        count = tiles[self.over].count
+        padded = tokens + -tokens % ALIGNMENT
+        sizes = dict(b=batch, t=tokens, w=padded, h=heads, k=width, n=count, p=len(PARTS))
+        reach = max(tiles["queries"].reach, tiles["keys"].reach)
 
         def spec(name, x=None):
-            return pl.BlockSpec(*places[(name, x.ndim) if name in PARTS else name])
+            is_packed = name in PARTS and x.ndim == len(_LAYOUTS["packed"])
+            return _block(f"bt{PARTS.index(name)}hk" if is_packed else _LAYOUTS[name], reach, width)
+
+        def result(name):
+            dtype = jnp.float32 if name in ("row", "sums") else arrays[0].dtype
+            return jax.ShapeDtypeStruct([sizes[axis] for axis in _LAYOUTS[name]], dtype)
 
         takes = zip(self.takes, arrays, strict=True)
         return pl.pallas_call(
-            functools.partial(self.body, **cut),
-            grid=(cut[self.over].count, heads, batch),  # heads side by side in memory
+            functools.partial(self.body, **tiles),
+            grid=(count, heads, batch),  # heads side by side in memory
             in_specs=[None if x is None else spec(name, x) for name, x in takes],
             out_specs=tuple(map(spec, self.gives)),
-            out_shape=tuple(self._shapes(arrays[0])),
+            out_shape=tuple(map(result, self.gives)),
             input_output_aliases=self.aliases,
-            compiler_params=triton.CompilerParams(num_warps=self.warps, num_stages=self.stages),
+            compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=3),
             interpret=kernels.is_interpreted(),
             name=self.body.__name__.strip("_"),
         )(*arrays)
 
 
-_CUT = "queries", "keys"
-PARTS = "query", "key", "value"
-_SHARED = "shift", "bias", "offset"  # by all images
+def _block(layout, reach, width):
+    """What a program has of an array: tokens up to `reach` and numbers of a head, `width`, of its
+    own image, head and tile, and of the query, key or value, where the axis is their number."""
+    whole = dict(t=reach, w=reach, k=width, p=len(PARTS))
+
+    def index(tile, head, image):
+        own = {"b": image, "h": head, "n": tile, "1": 1, "2": 2}
+        return tuple(own.get(axis, 0) for axis in layout)
+
+    return pl.BlockSpec(tuple(whole.get(axis) for axis in layout), index)
 
 
 _FORWARD = _Kernel(
     _forward_kernel,
-    (*PARTS, *_SHARED),
-    ("tokens", "row"),
-    few={128: ((32, 32), 2), 256: ((64, 32), 4)},
-    tiles=(64, 64),
+    takes=(*PARTS, *_SHARED),
+    gives=("tokens", "row"),
     over="queries",
+    size=_Size(64, 64),
+    few={128: _Size(32, 32, warps=2), 256: _Size(64, 32)},
 )
 _SHIFTING = _FORWARD._replace(
     body=_shifting_kernel,
@@ -331,24 +325,24 @@ _SHIFTING = _FORWARD._replace(
 )
 _BACKWARD = _Kernel(
     _backward_kernel,
-    (*PARTS, "bias", "tokens", "row", "row"),
-    ("packed", "pairs"),
-    few={128: ((32, 32), 2), 256: ((32, 64), 4)},
-    tiles=(64, 64),
+    takes=(*PARTS, "bias", "tokens", "row", "row"),
+    gives=("packed", "pairs"),
     over="keys",
+    size=_Size(64, 64),
+    few={128: _Size(32, 32, warps=2), 256: _Size(32, 64)},
 )
 _QUERIES = _Kernel(
     _query_kernel,
-    ("key", "pairs", "packed"),
-    ("packed", "sums"),
-    tiles=(128, 64),
+    takes=("key", "pairs", "packed"),
+    gives=("packed", "sums"),
     over="queries",
+    size=_Size(128, 64),
     aliases={2: 0},
 )
 
 
 def _sum_over_batch(x):
-    """Sum of x [B, ...] over the batch, in float32; XLA takes half as long again."""
+    """Sum of x [B, ...] over the batch, in float32; XLA's takes 1.5 times as long."""
 
     def run(x):
         batch, width = len(x), math.prod(x.shape[1:])
@@ -383,13 +377,13 @@ def _sum_over_batch(x):
 
 
 class Prepared(NamedTuple):
-    """What `prepare` has made of a bias, [H, rows, columns], in its place; for inference alone."""
+    """A bias after `prepare`, [H, rows, columns]; for inference only."""
 
     bias: jax.Array
 
 
 def prepared_shape(tokens: int) -> tuple[int, int]:
-    """Rows and columns of a bias for so many tokens, also where they are padded to `ALIGNMENT`."""
+    """Rows and columns of a prepared bias, also enough for tokens padded to `ALIGNMENT`."""
     rows = tokens + -tokens % ALIGNMENT
     return rows, rows + -rows % LARGEST_TILE
 
@@ -401,16 +395,16 @@ def prepare(
     *,
     turned: bool = False,
 ) -> jax.Array | None:
-    """A bias as the kernels want it, for `tokens` or less: of base 2, with columns for whole tiles,
-    which are loaded without a mask. -inf keeps out keys that the bias lacks, and 0 does for
-    queries. It is of queries and keys or, `turned`, of keys and queries."""
+    """A bias as the kernels take it, for up to `tokens`: of base 2, with columns padded to whole
+    tiles, which need no mask. Keys beyond the bias get -inf, queries 0. It is [H, queries, keys]
+    or, `turned`, [H, keys, queries]."""
     if bias is None:
         return None
     if isinstance(bias, Prepared):
         if turned:
             raise ValueError("A bias that is prepared has no gradient.")
         return bias.bias
-    if isinstance(bias, Table):  # which is less to compute, and to gather
+    if isinstance(bias, Table):  # smaller than the bias, so scaled and rounded first
         bias = relative_position_bias(_of_base_2(bias.rows, dtype), bias.grid, turned)
     else:
         bias = _of_base_2(bias.transpose(0, 2, 1) if turned else bias, dtype)
@@ -435,15 +429,14 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K) + bias) v.
 
-    The bias is rounded to the type of the queries, and its gradient summed in float32.
+    The bias is rounded to the type of the queries; its gradient is summed in float32.
 
     Args:
       query: [B, T, H, K], K a power of 2 of at least 16.
       key: likewise.
       value: likewise.
-      bias: [H, T, T], or None; or a `Table`, which is all that is then kept for the backward pass;
-        or one that is `Prepared`. One of fewer tokens is of the first: others are padding, which
-        no token sees.
+      bias: [H, T, T], or None; or a `Table`, and then the backward pass keeps only that; or one
+        that is `Prepared`. If it has fewer tokens, the last tokens are padding, which is masked.
     """
     return _attend((query, key, value), None, None, bias)
 
@@ -454,9 +447,9 @@ def attend_packed(
     offset: jax.Array | None,
     bias: jax.Array | Table | Prepared | None,
 ) -> jax.Array:
-    """`attend` of queries, keys and values that are one array [B, T, 3, H, K], as is then their
-    gradient: of one product, whose backward pass is one product too. `shift` [H, K] is added to
-    the queries, `offset` [H, K] to the result."""
+    """`attend` of queries, keys and values in one array [B, T, 3, H, K], the result of one matmul;
+    so is their gradient, whose backward pass is one matmul, too. `shift` [H, K] is added to the
+    queries, `offset` [H, K] to the result."""
     return _attend(qkv, shift, offset, bias)
 
 
@@ -485,7 +478,7 @@ def _attend_forward(qkv, shift, offset, bias):
 
 def _attend_backward(residuals, d_out):
     qkv, shift, offset, bias, out, norm = residuals
-    if isinstance(bias, Table):  # or XLA makes this form of the bias too in the forward pass
+    if isinstance(bias, Table):  # or XLA computes the turned bias in the forward pass already
         bias, d_out = lax.optimization_barrier((bias, d_out))
     parts, wide = _parts(qkv), d_out.astype(jnp.float32)
     attended = out.astype(jnp.float32) - (0 if offset is None else offset)
@@ -506,7 +499,7 @@ def _attend_backward(residuals, d_out):
 
 
 def _bias_gradient(bias, turned):
-    """As a bias is given, from that of keys and queries."""
+    """Gradient in the form of the given bias, from that of [H, keys, queries]."""
     is_table = isinstance(bias, Table)
     size = 1 + math.prod(bias.grid) if is_table else bias.shape[1]
     turned = turned[:, :size, :size]

@@ -1,4 +1,4 @@
-"""What our Pallas kernels for GPUs share: whether they work, and how several devices run them."""
+"""Shared by our Pallas kernels for GPUs: trials of whether they work, and runs on many devices."""
 
 import concurrent.futures
 import itertools
@@ -14,32 +14,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # JAX means to give it up one day: kernels fail their trials then
+except ImportError:  # JAX plans to remove it; kernels then fail their trials
     triton = None
 
 TRIAL_TOLERANCE = 0.05  # bfloat16 has 8 bits
 
 
 def is_interpreted() -> bool:
-    """Whether kernels are not compiled, but interpreted: without a GPU, which is slow."""
+    """Whether kernels are interpreted, which is slow, and not compiled: without a GPU."""
     return jax.default_backend() == "cpu"
 
 
 def power_of_two(n: int) -> int:
-    """The largest that is at most n, or 1: sizes of what a kernel has at once are such."""
+    """The largest power of 2 that is at most n, or 1; Triton's tiles have such sizes."""
     return 1 << max(1, n).bit_length() - 1
 
 
 def exp2(x: jax.Array) -> jax.Array:
-    """2 ** x in float32, inside of a kernel, by one instruction: without those that XLA's Triton
-    adds for results below 2 ** -126, which are 0 here."""
+    """2 ** x in float32, inside a kernel, as one instruction: results below 2 ** -126 are 0, for
+    which XLA's Triton would add instructions."""
     if is_interpreted():
         return jnp.exp2(x)
     return _instruction("ex2.approx.ftz.f32", x)
 
 
 def reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x in float32, likewise."""
+    """1 / x in float32, likewise as one instruction."""
     if is_interpreted():
         return 1 / x
     return _instruction("rcp.approx.ftz.f32", x)
@@ -54,23 +54,22 @@ def _instruction(name, x):
 
 
 def apart(function: Callable, *args):
-    """function(*args), run and not traced where a network asks for it that is being traced: in a
-    thread of its own, which knows nothing of that."""
+    """function(*args) in a thread of its own, so that it runs even while JAX traces the caller."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(function, *args).result()
 
 
 def fault(trial: Callable[[], float]) -> str | None:
-    """What is wrong with a kernel here; None, if nothing is.
+    """Why a kernel does not work on this machine; None if it does.
 
     Args:
-      trial: how far its results are from the right ones, of the largest of them.
+      trial: returns the largest error of its results, relative to the largest of them.
     """
     try:
         error = apart(trial)
     except jax.errors.JAXTypeError:  # a mistake of ours
         raise
-    except Exception as exception:  # an old GPU, another maker's, sizes it lacks, no such library
+    except Exception as exception:  # unsupported GPU or sizes, missing library
         return f"{type(exception).__name__}: {(str(exception).splitlines() or [''])[0][:200]}"
     if error <= TRIAL_TOLERANCE:
         return None
@@ -78,7 +77,7 @@ def fault(trial: Callable[[], float]) -> str | None:
 
 
 def try_out(what: str, trial: Callable[[], float]) -> bool:
-    """Whether this is a GPU on which the kernels of `what` have no fault; the log tells of one."""
+    """Whether the kernels for `what` work on this machine's GPU; if they do not, logs a warning."""
     if jax.default_backend() != "gpu":
         return False
     if reason := fault(trial):
@@ -89,7 +88,7 @@ def try_out(what: str, trial: Callable[[], float]) -> bool:
 
 
 def distance(actual, expected) -> float:
-    """Of arrays, the largest difference by the largest number of each; nan, if there is one."""
+    """The largest error of any array, relative to its largest number; nan if there is one."""
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     pairs = [(np.float32(a), np.float32(b)) for a, b in pairs]
     return float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
@@ -102,14 +101,17 @@ def on_each_device(
     shared: Sequence[int] = (),
     summed: Sequence[int] = (),
 ):
-    """run(*arrays); where a batch is split over devices, on each of them for its part.
+    """run(*arrays); if the batch is split over devices, each runs it on its part.
 
     Args:
-      run: makes a tuple of arrays.
-      arrays: their first axis is the batch, except of those at the places `shared`.
-      gives: numbers of axes of the results, whose first axis is the batch, too.
-      shared: places of arrays that belong to the whole batch; never the first.
-      summed: places of results that are sums over the batch: those of the devices are added up.
+      run: a function from arrays to a tuple of arrays.
+      arrays: their first axis is the batch, except for those at the indices `shared`.
+      gives: ranks of the results; their first axis is the batch, except for those at `summed`.
+      shared: indices of arrays that every device gets whole; never 0.
+      summed: indices of results that are sums over the batch, added up over the devices.
+
+    Returns:
+      The tuple of results, split over the devices as the batch is; sums are on every device.
     """
     names = (f"x{i}" for i in itertools.count())
     whole = []

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models.beit import BeitConfig, Layer, run_layers
-from beit_jax.models.dense import Dense, spread
+from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.position import sincos_position_embeddings
 
 
 class Decoder(nn.Module):
-    """Tokens of the visible patches to pixels; `config` is of its own layers."""
+    """Tokens of the visible patches to pixels; `config` is the decoder's own."""
 
     config: BeitConfig
 
@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         width, patches = config.hidden_size, config.grid[0] * config.grid[1]
         x = Dense(width, normal, dtype=dtype, name="embed")(x)
         mask_token = self.param("mask_token", normal, (1, 1, width))
-        tokens = spread(mask_token, (x.shape[0], patches, width), dtype)
+        tokens = broadcast_param(mask_token, (x.shape[0], patches, width), dtype)
         rows = jnp.arange(x.shape[0])[:, None]
         tokens = tokens.at[rows, visible_index].set(x[:, 1:])
         tokens += sincos_position_embeddings(config.grid, width, 0).astype(dtype)

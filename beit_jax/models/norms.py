@@ -1,9 +1,8 @@
 """Normalization of tokens, by Pallas kernels on GPUs.
 
-A vector of a token less its mean, by its standard deviation, is what a LayerNorm does before its
-scale and shift. XLA makes slow kernels of it, most of all of the backward pass; ours also takes in
-the gradient that comes past the norm, along the residual connection, so that memory sees their sum
-alone.
+A LayerNorm without scale and shift: a token's vector minus its mean, divided by its standard
+deviation. XLA's kernels are slow, most of all backward; ours also adds the gradient of the residual
+connection, so that only the sum is written to memory.
 """
 
 import functools
@@ -19,26 +18,25 @@ from jax.experimental import pallas as pl
 from beit_jax.models import kernels
 from beit_jax.models.kernels import triton
 
-SHORT = 1024  # numbers that a program has of an array, where tokens have less
+SHORT = 1024  # numbers per program and array, if tokens have fewer
 
 
 def normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """x [..., D] in float32 less its mean, by its standard deviation; and what it was multiplied
-    by, [..., 1]."""
+    """x [..., D] minus its mean, divided by its standard deviation, in float32; and the inverse of
+    the latter, [..., 1]."""
     x = x.astype(jnp.float32)
     x -= x.mean(-1, keepdims=True)
     scale = lax.rsqrt((x**2).mean(-1, keepdims=True) + epsilon)
     return x * scale, scale
 
 
-class How(NamedTuple):
+class NormOptions(NamedTuple):
     """How a norm is computed.
 
     Attributes:
       epsilon: is added to the variance.
       dtype: of the result; statistics are float32.
-      fused: by kernels, where both the result and what is normalized are bfloat16, and the kernels
-        work on this machine.
+      fused: by our kernels, if input and result are bfloat16 and the kernels work here.
     """
 
     epsilon: float
@@ -52,7 +50,7 @@ class How(NamedTuple):
 
 @functools.cache
 def kernels_work() -> bool:
-    """Whether they give the right numbers here."""
+    """Whether our kernels give the right numbers on this machine."""
     return kernels.try_out("norms", _trial)
 
 
@@ -71,51 +69,51 @@ def _trial():
     return kernels.distance(run(*given), expected)
 
 
-def layer_norm(x: jax.Array, gain: jax.Array, shift: jax.Array, how: How) -> jax.Array:
+def layer_norm(x: jax.Array, gain: jax.Array, shift: jax.Array, options: NormOptions) -> jax.Array:
     """x [..., D] normalized, times `gain` [D], plus `shift` [D]."""
-    return (_fused_layer_norm if how.is_fused(x) else _layer_norm)(x, gain, shift, how)
+    return (_fused_layer_norm if options.is_fused(x) else _layer_norm)(x, gain, shift, options)
 
 
-def _layer_norm(x, gain, shift, how):
-    return (normalize(x, how.epsilon)[0] * gain + shift).astype(how.dtype)
+def _layer_norm(x, gain, shift, options):
+    return (normalize(x, options.epsilon)[0] * gain + shift).astype(options.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fused_layer_norm(x, gain, shift, how):
-    return fused_norm(x, gain, shift, how.epsilon)[0]
+def _fused_layer_norm(x, gain, shift, options):
+    return fused_norm(x, gain, shift, options.epsilon)[0]
 
 
-def _layer_norm_backward(how, residuals, gradient):
-    return jax.vjp(lambda *args: _layer_norm(*args, how), *residuals)[1](gradient)
+def _layer_norm_backward(options, residuals, gradient):
+    return jax.vjp(lambda *args: _layer_norm(*args, options), *residuals)[1](gradient)
 
 
 _fused_layer_norm.defvjp(lambda *args: (_fused_layer_norm(*args), args[:3]), _layer_norm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def standardize(x: jax.Array, how: How) -> tuple[jax.Array, jax.Array]:
-    """x [..., D] as it is, for the residual connection, and normalized.
+def standardize(x: jax.Array, options: NormOptions) -> tuple[jax.Array, jax.Array]:
+    """x [..., D] unchanged, for the residual connection, and normalized.
 
-    The gradient is computed from the result, which the next product keeps anyway, so that x itself
-    is not kept for the backward pass.
+    The gradient is computed from the result, which the next matmul keeps anyway; x itself is not
+    kept for the backward pass.
     """
-    return _standardize_forward(x, how)[0]
+    return _standardize_forward(x, options)[0]
 
 
-def _standardize_forward(x, how):
-    if how.is_fused(x):
-        y, scale = fused_norm(x, None, None, how.epsilon)
+def _standardize_forward(x, options):
+    if options.is_fused(x):
+        y, scale = fused_norm(x, None, None, options.epsilon)
     else:
-        y, scale = normalize(x, how.epsilon)
-        # or XLA keeps x, to compute both again
-        y, scale = lax.optimization_barrier((y.astype(how.dtype), scale))
+        y, scale = normalize(x, options.epsilon)
+        # or XLA keeps x and recomputes both
+        y, scale = lax.optimization_barrier((y.astype(options.dtype), scale))
     return (x, y), (y, scale)
 
 
-def _standardize_backward(how, residuals, gradients):
+def _standardize_backward(options, residuals, gradients):
     y, scale = residuals
     past, gradient = gradients
-    compute = fused_gradient if how.is_fused(past) else plain_gradient
+    compute = fused_gradient if options.is_fused(past) else plain_gradient
     return (compute(past, gradient, y, scale),)
 
 
@@ -123,11 +121,13 @@ standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
 def plain_gradient(past, gradient, y, scale):
-    """Of what was normalized to y [..., D], by `scale` [..., 1].
+    """Gradient [..., D] of the input of `standardize`.
 
     Args:
-      past: gradient [..., D] of what went past the norm.
+      past: gradient [..., D] of the residual connection.
       gradient: of y, [..., D].
+      y: the normalized input, [..., D].
+      scale: the inverse of its standard deviation, [..., 1].
     """
     y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
     gradient -= gradient.mean(-1, keepdims=True)
@@ -136,8 +136,8 @@ def plain_gradient(past, gradient, y, scale):
 
 
 def fused_norm(x, gain, shift, epsilon):
-    """`layer_norm` in the type of x as one kernel, without `gain` and `shift` where they are None;
-    and what x, less its mean, was multiplied by, [..., 1]."""
+    """`layer_norm` in the type of x as one kernel, without `gain` and `shift` if they are None; and
+    the inverse of the standard deviation, [..., 1]."""
     vectors = [] if gain is None else [gain, shift]
 
     def body(x_ref, *refs):
@@ -177,7 +177,7 @@ def fused_gradient(past, gradient, y, scale):
 
 
 def _parts(x):
-    """A vector of x [..., D] in parts, whose lengths have to be powers of 2."""
+    """Slices of a vector of x [..., D], whose lengths have to be powers of 2."""
     width = x.shape[-1]
     lengths = [1 << i for i in reversed(range(width.bit_length())) if width >> i & 1]
     return [pl.ds(sum(lengths[:i]), lengths[i]) for i in range(len(lengths))]
@@ -192,14 +192,18 @@ def _mean(parts, x):
 
 
 def _for_all_tokens(name, body, arrays, vectors, outputs):
-    """Runs a kernel for each token, or for some that are short, in one warp.
+    """Runs a kernel with one warp per token, or per several short ones.
 
     Args:
-      body: is given references to what these tokens have of each array, [tokens, D], to the
-        `vectors`, and to the results.
+      name: of the kernel.
+      body: gets references to these tokens of each array, [tokens, D], to the `vectors`, and to
+        the results.
       arrays: [..., D], with any last axes.
       vectors: [D].
       outputs: last axes of the results, and their types.
+
+    Returns:
+      A tuple of arrays [..., n] for each (n, type) of `outputs`.
     """
 
     def run(*given):

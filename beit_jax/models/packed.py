@@ -1,5 +1,5 @@
-"""Parameters that are made ready once, not in every call: of networks for inference alone, and
-frozen ones."""
+"""Parameters converted once and not in every call: of networks for inference only, and frozen
+ones."""
 
 import dataclasses
 import functools
@@ -12,20 +12,19 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import flash
+from beit_jax.models.config import TransformerConfig
 from beit_jax.models.flash import PARTS
-from beit_jax.models.layers import TransformerConfig
 from beit_jax.models.position import Table
 
 _JOINED = "+".join(PARTS) + "/kernel"  # a name that no layer has
 
 
 def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
-    """A network and its parameters for inference alone.
+    """A network and its parameters for inference only.
 
-    Kernels of attention and MLP are in the type of the computation, to which the network would
-    otherwise convert them in every call, and layer scales are multiplied into them before, so that
-    nothing lies between a product and the residual stream. For our own attention query, key and
-    value become one kernel, and tables what the attention makes of them, see `Attention`.
+    Layer scales are multiplied into the kernels of attention and MLP, which are then converted to
+    the computation type. For our own attention the kernels of query, key and value become one, and
+    bias tables become prepared biases, see `self_attention.Attention`.
     """
     config, kernel = model.config, re.compile(r"(qkv|query|key|value|output|fc1|fc2)/kernel")
 
@@ -41,7 +40,7 @@ def for_inference(model: nn.Module, params) -> tuple[nn.Module, dict]:
 
 
 def has_one_product(config, params) -> bool:
-    """Whether query, key and value are one product in every `Attention` of a network."""
+    """Whether query, key and value are one matmul in every `Attention` of a network."""
     if not isinstance(config, TransformerConfig):
         return False
     has_table = ["relative_position_bias_table" in x for x in _attentions(params)]
@@ -53,7 +52,7 @@ def has_one_product(config, params) -> bool:
 
 
 def _unscaled(params):
-    """Without layer scales, which are multiplied into kernels and biases."""
+    """The parameters with layer scales multiplied into kernels and biases."""
     params = {k: _unscaled(v) if isinstance(v, Mapping) else v for k, v in params.items()}
     for name, branch, dense in (("lambda_1", "attention", "output"), ("lambda_2", "mlp", "fc2")):
         if name in params:
@@ -72,7 +71,7 @@ def _attentions(params):
 
 
 def _packed(params, config):
-    """As networks of a packed configuration want them; what a product adds is in its type."""
+    """The parameters of the packed configuration; biases are in the computation type."""
     if "query" in params:
         return _packed_attention(params, config)
     params = {k: _packed(v, config) if isinstance(v, Mapping) else v for k, v in params.items()}
@@ -84,10 +83,9 @@ def _packed(params, config):
 
 @functools.partial(jax.jit, static_argnums=1)  # compiled once for all layers
 def _packed_attention(params, config):
-    none = jnp.zeros(config.hidden_size)
     parts = [params[name] for name in PARTS]
     kernel = jnp.concatenate([x["kernel"] for x in parts], 1)
-    bias = jnp.concatenate([x.get("bias", none) for x in parts])
+    bias = jnp.concatenate([x.get("bias", jnp.zeros(x["kernel"].shape[1])) for x in parts])
     packed = {"qkv": {"kernel": kernel, "bias": bias}, "output": params["output"]}
     packed = jax.tree.map(lambda x: x.astype(config.dtype), packed)
     if "relative_position_bias_table" in params:
@@ -98,9 +96,9 @@ def _packed_attention(params, config):
 
 
 def join_qkv(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Frozen parameters by name, "layer_0/attention/query/kernel" for one, for the training around
-    them of a network that `has_one_product`: kernels of query, key and value, where all three are
-    frozen, are one array [in, 3 out], and need not be put side by side in every step."""
+    """Frozen parameters by name, such as "layer_0/attention/query/kernel", of a network that
+    `has_one_product`: frozen kernels of query, key and value become one array [in, 3 out], so that
+    a step need not concatenate them."""
     params = dict(params)
     for prefix in [x.removesuffix("query/kernel") for x in params if x.endswith("query/kernel")]:
         names = [f"{prefix}{name}/kernel" for name in PARTS]
@@ -111,8 +109,7 @@ def join_qkv(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def split_qkv(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The parameters that `join_qkv` was given. Where a step puts these parts side by side, XLA
-    takes the whole."""
+    """The inverse of `join_qkv`. If a step concatenates the parts, XLA uses the whole array."""
     params = dict(params)
     for prefix in [x.removesuffix(_JOINED) for x in params if x.endswith(_JOINED)]:
         kernels = jnp.split(params.pop(prefix + _JOINED), 3, 1)

@@ -39,7 +39,7 @@ def relative_position_index(grid: Grid) -> np.ndarray:
 
 
 class Table(NamedTuple):
-    """A table [R, heads] and the grid that it is of, in the place of the bias that it makes."""
+    """A bias table [R, heads] and its grid, in place of the bias that it yields."""
 
     rows: jax.Array
     grid: Grid
@@ -52,8 +52,8 @@ jax.tree_util.register_pytree_node(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def relative_position_bias(table: jax.Array, grid: Grid, turned: bool = False) -> jax.Array:
-    """Bias of every attention logit, [heads, 1+N, 1+N], from a `table` [R, heads]: of queries and
-    keys or, `turned`, of keys and queries.
+    """Bias of every attention logit from a `table` [R, heads]: [heads, 1+N, 1+N], for queries and
+    keys or, `turned`, for keys and queries.
 
     The gradient is `table_gradient`, not a scatter-add, which is slower and, on a GPU, not
     deterministic.
@@ -65,7 +65,7 @@ def relative_position_bias(table: jax.Array, grid: Grid, turned: bool = False) -
     index = relative_position_index(grid)
     index = index.T if turned else index
     heads = jnp.asarray(table).T
-    if jax.default_backend() != "cpu":  # neighbours read what is side by side in memory
+    if jax.default_backend() != "cpu":  # makes reads contiguous
         heads = jax.lax.optimization_barrier(heads.reshape(-1)).reshape(heads.shape)
     bias = heads.at[:, index.reshape(-1)].get(mode="promise_in_bounds")
     return bias.reshape(len(heads), *index.shape)
@@ -91,8 +91,8 @@ relative_position_bias.defvjp(_bias_forward, _bias_backward)
 
 
 def table_gradient(gradient: jax.Array, grid: Grid, turned: bool = False) -> jax.Array:
-    """Gradient float32 [R, heads] of a table, from that of its bias, [heads, 1+N, 1+N] of queries
-    and keys or, `turned`, of keys and queries."""
+    """Gradient float32 [R, heads] of a table, from that of its bias, [heads, 1+N, 1+N] for queries
+    and keys or, `turned`, for keys and queries."""
     heads, (height, width) = gradient.shape[0], grid
     gradient = gradient.astype(jnp.float32)
     patches = gradient[:, 1:, 1:].reshape(heads, height, width, height, width)
@@ -103,22 +103,22 @@ def table_gradient(gradient: jax.Array, grid: Grid, turned: bool = False) -> jax
     else:
         rows = rows[:, ::-1, ::-1]
     ends.append(jnp.pad(gradient[:, 0, :1], ((0, 0), (0, height * width - 1))))
-    # barriers, or XLA keeps the gradient for what the optimizer wants of it, and joins these anew
-    # each time that it is wanted
+    # without barriers XLA keeps the gradient of the bias for the optimizer, and recomputes these
+    # sums for each use
     ends = jax.lax.optimization_barrier(jnp.stack(ends).sum(-1))
     return jax.lax.optimization_barrier(jnp.concatenate([rows.reshape(heads, -1), ends.T], 1).T)
 
 
 def _sum_of_offsets(x):
-    """Sums x [A, N, B, N, C] over its diagonals, to [A, B, 2 N, C]: the place of the sum over all
-    x[:, i, :, j, :] of an offset is j - i + N - 1, and the last place is empty."""
+    """Sums x [A, N, B, N, C] over its diagonals, to [A, B, 2 N, C]: index j - i + N - 1 has the sum
+    over all x[:, i, :, j, :] of that offset, and the last index is unused."""
     a, n, b, _, c = x.shape
-    if jax.default_backend() == "cpu":  # slow at the other
+    if jax.default_backend() == "cpu":  # where the other way is slow
         place = np.arange(n) - np.arange(n)[:, None] + n - 1
         place = (place[..., None] == np.arange(2 * n)).astype(np.float32)
         return jnp.einsum("aibjc,ijo->aboc", x, place, precision=jax.lax.Precision.HIGHEST)
-    # Rows i that are C numbers longer than they were, in the same memory, are each shifted by C
-    # less than the one before: what has to be added up comes to stand in one column.
+    # Reading the same memory as rows that are C numbers longer shifts each row by C relative to the
+    # one before, which aligns each diagonal in one column.
     row = b * 2 * n * c
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (n - 1, 1), (0, 0))).reshape(a, n * row)
     x = jnp.pad(x, ((0, 0), (0, n * c))).reshape(a, n, row + c).sum(1)

@@ -6,7 +6,6 @@ B batch, N patches of a stage, D its width, n windows, T tokens of a window, H h
 import dataclasses
 import functools
 import itertools
-import re
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -14,28 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from beit_jax.models import activations, attention
-from beit_jax.models.dense import Dense, spread
-from beit_jax.models.layers import (
-    DROP_PATH_MODES,
-    DTYPES,
-    REMAT_POLICIES,
-    Mlp,
-    PatchEmbeddings,
-    classifier,
-    drop_path,
-    expect,
-    expect_one_of,
-    expect_positive,
-    expect_rate,
-    make_config,
-    norm,
-    normal,
-    pair_image_size,
-)
+from beit_jax.models import attention, layers
+from beit_jax.models.config import VisionConfig, expect, expect_positive, make_config
+from beit_jax.models.dense import Dense, broadcast_param
+from beit_jax.models.layers import Mlp, PatchEmbeddings, drop_path, layer_id, norm, normal
 from beit_jax.models.position import Grid, relative_position_bias, resize_bicubic
 
-ATTENTIONS = {"auto": attention.xla, "plain": attention.plain, "xla": attention.xla}
+__all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
+
+IMPLEMENTATIONS = {"auto": attention.xla, "plain": attention.plain, "xla": attention.xla}
 EMBEDDING_NORM_EPS = 1e-5  # of norms that transformers' layer_norm_eps does not reach
 BASE = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
 LARGE = dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48))
@@ -82,76 +68,41 @@ class Stage(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinConfig:
+class SwinConfig(VisionConfig):
     """Architecture; the defaults are Swin-tiny with windows of 7 x 7, for ImageNet-1k.
 
     A grid that the windows do not divide is padded with zeros that take part in attention, as in
     transformers.
 
-    Attributes beyond transformers' `SwinConfig`:
-      image_size, patch_size: pixels, one number or (height, width); the patch is square.
+    Attributes are transformers' `SwinConfig`'s and those of `VisionConfig`; of these:
       head: "classifier" -> logits [B, num_labels], "none" -> features [B, hidden_size].
-      head_init_scale: the classifier starts this much smaller than other layers.
-      dtype: computation type; parameters are float32, logits too.
-      attention: "plain", "xla", see `models/attention.py`, or "auto", which is "xla" here.
-      remat: "none", "full" or "dots": what the backward pass computes again to save memory.
-      fold: as the other families have it; here the GELU kernel takes in the bias before it.
-      drop_path_mode: "sample", or "window" that saves work, see `layers.DropPath`.
+      attention: "auto" is "xla".
+      fold: the GELU kernel takes in the bias before it; norms are not folded.
     """
 
     FAMILY: ClassVar[str] = "Swin"
-    initializer_bound: ClassVar[None] = None
-    HEADS: ClassVar[tuple[str, ...]] = ("classifier", "none")
+    ATTENTIONS: ClassVar[tuple[str, ...]] = tuple(IMPLEMENTATIONS)
 
-    image_size: int | tuple[int, int] = 224
     patch_size: int = 4
-    num_channels: int = 3
+    drop_path_rate: float = 0.1
+    layer_norm_eps: float = 1e-5
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
     window_size: int = 7
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    drop_path_rate: float = 0.1
-    hidden_act: str = "gelu"
     use_absolute_embeddings: bool = False
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-5
-    num_labels: int = 1000
-    head: str = "classifier"
-    head_init_scale: float = 1.0
-    dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "none"
-    fold: bool = True
-    drop_path_mode: str = "sample"
 
     def __post_init__(self):
-        size = pair_image_size(self)
+        super().__post_init__()
         for name in ("depths", "num_heads"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        expect_one_of(
-            self,
-            head=self.HEADS,
-            hidden_act=activations.ACTIVATIONS,
-            remat=REMAT_POLICIES,
-            dtype=DTYPES,
-            drop_path_mode=DROP_PATH_MODES,
-            attention=ATTENTIONS,
-        )
-        expect_rate(self, drop_path_rate=self.drop_path_rate)
-        expect_positive(self, "patch_size", "num_channels", "embed_dim", "mlp_ratio")
+        expect_positive(self, "embed_dim", "mlp_ratio")
         expect(
             self,
             len(self.depths) == len(self.num_heads) > 0 and min(self.depths) > 0,
             f"depths {self.depths} and num_heads {self.num_heads} must name the same stages",
-        )
-        expect(
-            self,
-            all(n % self.patch_size == 0 for n in size),
-            f"image_size {size} must be a multiple of patch_size {self.patch_size}",
         )
         expect(self, self.window_size > 1, f"window_size must be above 1, got {self.window_size}")
         for stage in self.stages:
@@ -161,16 +112,6 @@ class SwinConfig:
                 f"a stage of width {stage.width} cannot have {stage.num_heads} heads; embed_dim "
                 "doubles from stage to stage, and num_heads must divide it",
             )
-
-    @property
-    def grid(self) -> Grid:
-        """Patches (down, across) of the first stage."""
-        return tuple(n // self.patch_size for n in self.image_size)
-
-    @property
-    def num_prefix(self) -> int:
-        """Tokens before the patches: none."""
-        return 0
 
     @property
     def num_hidden_layers(self) -> int:
@@ -260,7 +201,7 @@ class Attention(nn.Module):
             x = attention.plain(query, key, value, bias, dropout=dropout)
         else:
             axes = (1, 1, 1, None if mask is None else 0)
-            attend = ATTENTIONS[config.attention]
+            attend = IMPLEMENTATIONS[config.attention]
             x = jax.vmap(attend, axes, 1)(query, key, value, bias)
         x = x.reshape(*x.shape[:-2], width)
         return Dense(width, normal(config), dtype=dtype, name="output")(x)
@@ -366,8 +307,8 @@ class Embeddings(nn.Module):
         x = PatchEmbeddings(config, config.embed_dim, name="patch_embeddings")(image)
         x = norm(config, "layernorm", EMBEDDING_NORM_EPS)(x)
         if config.use_absolute_embeddings:
-            shape = (1, *x.shape[1:])
-            x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
+            positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
+            x += broadcast_param(positions, x.shape, x.dtype)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -391,20 +332,18 @@ class Swin(nn.Module):
         """
         config = self.config
         x = Embeddings(config, name="embeddings")(image, deterministic=deterministic)
-        policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(self.layer, policy=policy, static_argnums=(2,)) if policy else self.layer
-        layers = itertools.count()
+        layer, indices = layers.remat(self.layer, config, 2), itertools.count()
         stages = config.stages
         for stage in stages:
             for block in range(stage.depth):
-                index, shift = next(layers), stage.shift if block % 2 else 0
+                index, shift = next(indices), stage.shift if block % 2 else 0
                 x = layer(config, stage, index, shift, name=f"layer_{index}")(x, deterministic)
             if stage is not stages[-1]:
                 x = self.downsample(config, stage, name=f"downsample_{index}")(x)
         x = norm(config, "layernorm")(x).astype(jnp.float32).mean(1)
         if config.head == "none" or config.num_labels == 0:
             return x
-        return classifier(config, x)
+        return layers.classifier(config, x)
 
 
 def Model(**architecture: Any) -> Swin:
@@ -415,19 +354,6 @@ def Model(**architecture: Any) -> Swin:
 def for_finetuning(architecture: dict) -> dict:
     """The architecture that fine-tunes a pretrained one."""
     return dict(architecture)
-
-
-def layer_id(name: str, num_layers: int) -> int:
-    """Depth of a parameter for layer-wise learning-rate decay: 0 embeddings, l + 1 layer l and the
-    patch merging after it, num_layers + 1 the rest.
-
-    Stages are flattened and merging goes with the stage before, as in microsoft/SimMIM
-    `optimizer.py`.
-    """
-    layer = re.match(r"(?:layer|downsample)_(\d+)/", name)
-    if layer:
-        return int(layer[1]) + 1
-    return 0 if name.startswith("embeddings/") else num_layers + 1
 
 
 def adapt_params(params: dict, old: SwinConfig, new: SwinConfig, method: str = "unilm") -> dict:

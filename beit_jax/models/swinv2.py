@@ -12,10 +12,11 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import swin
+from beit_jax.models.config import expect, make_config
 from beit_jax.models.dense import Dense
-from beit_jax.models.layers import expect, make_config, normal, unit
+from beit_jax.models.layers import l2_normalize, layer_id, normal
 from beit_jax.models.position import Grid
-from beit_jax.models.swin import Swin, layer_id
+from beit_jax.models.swin import Swin
 
 __all__ = ["PRESETS", "Model", "Swinv2Config", "adapt_params", "for_finetuning", "layer_id"]
 
@@ -118,8 +119,8 @@ class Attention(swin.Attention):
         initial = nn.initializers.constant(math.log(10))
         logit_scale = self.param("logit_scale", initial, (heads,))
         factor = jnp.exp(jnp.minimum(logit_scale, _MAX_LOGIT_SCALE)) * math.sqrt(width)
-        scaled = unit(query) * factor[:, None]
-        return scaled.astype(query.dtype), unit(key).astype(key.dtype)
+        scaled = l2_normalize(query) * factor[:, None]
+        return scaled.astype(query.dtype), l2_normalize(key).astype(key.dtype)
 
     def table(self):
         bias = ContinuousPositionBias(

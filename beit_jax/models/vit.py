@@ -14,18 +14,11 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import layers
-from beit_jax.models.dense import Dense, spread
-from beit_jax.models.layers import (
-    REMAT_POLICIES,
-    Attention,
-    Mlp,
-    PatchEmbeddings,
-    drop_path,
-    layer_id,
-    norm,
-    normal,
-)
+from beit_jax.models.config import TransformerConfig, expect, make_config
+from beit_jax.models.dense import Dense, broadcast_param
+from beit_jax.models.layers import Mlp, PatchEmbeddings, drop_path, layer_id, norm, normal
 from beit_jax.models.position import resize_position_embeddings, sincos_position_embeddings
+from beit_jax.models.self_attention import Attention
 
 __all__ = ["PRESETS", "Model", "adapt_params", "for_finetuning", "layer_id"]
 
@@ -72,7 +65,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(layers.TransformerConfig):
+class ViTConfig(TransformerConfig):
     """Architecture; the defaults are ViT-base/16 for ImageNet-1k.
 
     Attributes beyond those of `TransformerConfig`:
@@ -107,32 +100,34 @@ class ViTConfig(layers.TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        layers.expect(
+        expect(
             self,
             self.use_distillation_token or not self.use_distillation_classifier,
             "use_distillation_classifier needs use_distillation_token=True",
         )
-        layers.expect(
+        expect(
             self,
             not (self.use_mean_pooling and self.use_distillation_classifier),
             "use_distillation_classifier is for tokens, not for use_mean_pooling",
         )
-        layers.expect(
+        expect(
             self,
-            not (self.use_class_and_mean and (self.use_mean_pooling or self.num_read > 1)),
+            not (
+                self.use_class_and_mean and (self.use_mean_pooling or self.num_readout_tokens > 1)
+            ),
             "use_class_and_mean is for one class token, not for use_mean_pooling",
         )
-        layers.expect(
+        expect(
             self,
             not (self.layer_scale_init_value and self.use_post_norm),
             "layer_scale_init_value is for norms before the sums, not for use_post_norm",
         )
-        layers.expect(
+        expect(
             self,
             self.num_register_tokens >= 0,
             f"num_register_tokens must be at least 0, got {self.num_register_tokens}",
         )
-        layers.expect(
+        expect(
             self,
             self.hidden_size % 4 == 0 or not self.use_sincos_position_embeddings,
             f"use_sincos_position_embeddings needs a hidden_size that is a multiple of 4, got "
@@ -140,14 +135,14 @@ class ViTConfig(layers.TransformerConfig):
         )
 
     @property
-    def num_read(self) -> int:
+    def num_readout_tokens(self) -> int:
         """Tokens that a head may read: the first ones."""
         return 2 if self.use_distillation_token else 1
 
     @property
     def num_prefix(self) -> int:
         """Tokens before the patches."""
-        return self.num_read + self.num_register_tokens
+        return self.num_readout_tokens + self.num_register_tokens
 
 
 class Layer(nn.Module):
@@ -157,9 +152,9 @@ class Layer(nn.Module):
     index: int
 
     @nn.compact
-    def __call__(self, x, deterministic, num_read=None):
-        """Tokens [B, T, D] to [B, T, D], or to the first `num_read` of them: what nobody reads of
-        the last layer its MLP need not compute."""
+    def __call__(self, x, deterministic, num_readout_tokens=None):
+        """Tokens [B, T, D] to [B, T, D], or to the first `num_readout_tokens` of them, as
+        the MLP of the last layer can skip those that no head reads."""
         config = self.config
         dropout = nn.Dropout(config.hidden_dropout_prob)
         biased = ("query", "key", "value") if config.qkv_bias else ()
@@ -170,7 +165,7 @@ class Layer(nn.Module):
         fold = config.fold and not deterministic
 
         def branch(module, layernorm, scale, x):
-            x, y = layernorm.beside(x, fold=fold) if layernorm else (x, x)
+            x, y = layernorm.with_residual(x, fold=fold) if layernorm else (x, x)
             y = layers.scaled(module, y, scale, fold=fold)
             return x, dropout(y, deterministic=deterministic)
 
@@ -179,11 +174,11 @@ class Layer(nn.Module):
             return add(x, functools.partial(branch, *parts), deterministic=deterministic)
 
         if config.use_post_norm:
-            x = residual(x, attend, None, None)[:, :num_read]
+            x = residual(x, attend, None, None)[:, :num_readout_tokens]
             x = norm(config, "attention_layernorm")(x)
             return norm(config, "mlp_layernorm")(residual(x, mlp, None, None))
         scales = [layers.layer_scale(self, config, f"lambda_{i}") for i in (1, 2)]
-        x = residual(x, attend, norm(config, "layernorm_before"), scales[0])[:, :num_read]
+        x = residual(x, attend, norm(config, "layernorm_before"), scales[0])[:, :num_readout_tokens]
         return residual(x, mlp, norm(config, "layernorm_after"), scales[1])
 
 
@@ -198,23 +193,24 @@ class Embeddings(nn.Module):
         config = self.config
         x = PatchEmbeddings(config, name="patch_embeddings")(image)
         batch, patches, width = x.shape
-        names = ("cls_token", "distillation_token")[: config.num_read]
+        names = ("cls_token", "distillation_token")[: config.num_readout_tokens]
         tokens = [self.param(name, normal(config), (1, 1, width)) for name in names]
-        tokens = [spread(t, (batch, 1, width), x.dtype) for t in tokens]
+        tokens = [broadcast_param(t, (batch, 1, width), x.dtype) for t in tokens]
         x = jnp.concatenate([*tokens, x], axis=1)
-        shape = (1, config.num_read + patches, width)
+        shape = (1, config.num_readout_tokens + patches, width)
         if config.use_sincos_position_embeddings:
-            initial = sincos_position_embeddings(config.grid, width, config.num_read)
+            initial = sincos_position_embeddings(config.grid, width, config.num_readout_tokens)
             positions = self.param("position_embeddings", lambda rng: jnp.asarray(initial))
             positions = jax.lax.stop_gradient(positions)
         else:
             positions = self.param("position_embeddings", normal(config), shape)
-        x += spread(positions, x.shape, x.dtype)
+        x += broadcast_param(positions, x.shape, x.dtype)
         if config.num_register_tokens:
             shape = (1, config.num_register_tokens, width)
             registers = self.param("register_tokens", normal(config), shape)
-            registers = spread(registers, (batch, *shape[1:]), x.dtype)
-            x = jnp.concatenate([x[:, : config.num_read], registers, x[:, config.num_read :]], 1)
+            registers = broadcast_param(registers, (batch, *shape[1:]), x.dtype)
+            first = config.num_readout_tokens
+            x = jnp.concatenate([x[:, :first], registers, x[:, first:]], axis=1)
         return nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
@@ -236,15 +232,14 @@ class ViT(nn.Module):
         """
         config = self.config
         x = Embeddings(config, name="embeddings")(image, deterministic=deterministic)
-        policy = REMAT_POLICIES[config.remat]
-        layer = nn.remat(Layer, policy=policy, static_argnums=(2, 3)) if policy else Layer
+        layer = layers.remat(Layer, config, 2, 3)
         reads_patches = config.use_mean_pooling or config.use_class_and_mean
         looked_into = self.is_mutable_collection("intermediates")
         for index in range(config.num_hidden_layers):
             is_last = index == config.num_hidden_layers - 1
             is_short = is_last and not reads_patches and not looked_into
-            num_read = config.num_read if is_short else None
-            x = layer(config, index, name=f"layer_{index}")(x, deterministic, num_read)
+            num_readout_tokens = config.num_readout_tokens if is_short else None
+            x = layer(config, index, name=f"layer_{index}")(x, deterministic, num_readout_tokens)
         if config.use_mean_pooling:
             features = layers.pooled_patches(config, x, config.num_prefix)
         else:
@@ -266,7 +261,7 @@ class ViT(nn.Module):
 
 def Model(**architecture: Any) -> ViT:
     """The network of an architecture, the keyword arguments of `ViTConfig`."""
-    return ViT(layers.make_config(ViTConfig, architecture))
+    return ViT(make_config(ViTConfig, architecture))
 
 
 def for_finetuning(architecture: dict) -> dict:
@@ -292,6 +287,6 @@ def adapt_params(params: dict, old: ViTConfig, new: ViTConfig, method: str = "un
         old.grid,
         new.grid,
         method,
-        num_prefix=old.num_read,
+        num_prefix=old.num_readout_tokens,
     )
     return {**params, "embeddings": embeddings}

@@ -13,7 +13,7 @@ import flax.linen as nn
 
 from beit_jax import checkpoint, modules
 from beit_jax.convert import dalle
-from beit_jax.models.layers import resolve_dtype
+from beit_jax.models.config import resolve_dtype
 
 SHARED = ("codebook", "trainer")  # modules that are no tokenizer
 

@@ -9,7 +9,7 @@ would not give the same bits twice on a GPU.
 import jax
 import jax.numpy as jnp
 
-from beit_jax.models.layers import argmax, unit
+from beit_jax.models.layers import argmax, l2_normalize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -38,7 +38,7 @@ def kmeans(rng, z: jax.Array, vocab_size: int, iterations: int) -> dict[str, jax
 
     def improve(_, embedding):
         total, count = _sums(z, nearest(embedding, z), vocab_size)
-        return jnp.where(count[:, None] > 0, unit(total), embedding)
+        return jnp.where(count[:, None] > 0, l2_normalize(total), embedding)
 
     embedding = jax.lax.fori_loop(0, iterations, improve, embedding)
     return {"embedding": embedding, "size": _sums(z, nearest(embedding, z), vocab_size)[1]}
@@ -64,8 +64,8 @@ def update(
     vocab_size = len(book["size"])
     total, count = _sums(z, token, vocab_size)
     size = decay * book["size"] + (1 - decay) * count
-    mean = jnp.where(count[:, None] > 0, unit(total), book["embedding"])
-    embedding = unit(decay * book["embedding"] + (1 - decay) * mean)
+    mean = jnp.where(count[:, None] > 0, l2_normalize(total), book["embedding"])
+    embedding = l2_normalize(decay * book["embedding"] + (1 - decay) * mean)
     if revive:
         usual = len(z) / vocab_size
         is_dead = size < revive * usual

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from beit_jax.models import dense, layers
-from beit_jax.models.layers import DTYPES, make_config
+from beit_jax.models.config import DTYPES, expect, expect_one_of, make_config, pair_image_size
 from beit_jax.tokenizers.trainer import Trainer, count
 
 PRESETS = {
@@ -72,20 +72,20 @@ class DVAEConfig:
     packed: bool = False
 
     def __post_init__(self):
-        size = layers.pair_image_size(self)
+        size = pair_image_size(self)
         patch = self.patch_size
-        layers.expect(
+        expect(
             self,
             all(n % patch == 0 for n in size),
             f"image_size {size} must be a multiple of {patch}, 2 to the {self.num_groups - 1} "
             "for the halvings",
         )
-        layers.expect(
+        expect(
             self,
             self.hidden_size % 4 == 0,
             f"hidden_size must be a multiple of 4, got {self.hidden_size}",
         )
-        layers.expect_one_of(self, dtype=DTYPES)
+        expect_one_of(self, dtype=DTYPES)
 
     @property
     def patch_size(self) -> int:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from beit_jax.models import layers, packed, vit
-from beit_jax.models.dense import Dense, spread
+from beit_jax.models.config import expect, make_config
+from beit_jax.models.dense import Dense, broadcast_param
 from beit_jax.models.layers import PatchEmbeddings, norm, normal, patchify, unpatchify
 from beit_jax.tokenizers import codebook
 from beit_jax.tokenizers.trainer import Trainer, count
@@ -59,10 +60,8 @@ class VQConfig(vit.ViTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        layers.expect(
-            self, self.vocab_size > 1, f"vocab_size must be above 1, got {self.vocab_size}"
-        )
-        layers.expect(self, self.code_dim > 0, f"code_dim must be above 0, got {self.code_dim}")
+        expect(self, self.vocab_size > 1, f"vocab_size must be above 1, got {self.vocab_size}")
+        expect(self, self.code_dim > 0, f"code_dim must be above 0, got {self.code_dim}")
 
     @property
     def num_prefix(self) -> int:
@@ -79,10 +78,9 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):
         config = self.config
-        shape = (1, *x.shape[1:])
-        x += spread(self.param("position_embeddings", normal(config), shape), x.shape, x.dtype)
-        policy = layers.REMAT_POLICIES[config.remat]
-        layer = nn.remat(vit.Layer, policy=policy, static_argnums=(2,)) if policy else vit.Layer
+        positions = self.param("position_embeddings", normal(config), (1, *x.shape[1:]))
+        x += broadcast_param(positions, x.shape, x.dtype)
+        layer = layers.remat(vit.Layer, config, 2)
         for index in range(self.num_layers):
             x = layer(config, index, name=f"layer_{index}")(x, deterministic)
         return norm(config, "layernorm")(x)
@@ -125,7 +123,7 @@ class VQ(nn.Module):
         layers.check_image(self.config, image)
         x = self.encoder(self.patch_embeddings(2 * image - 1), deterministic)
         x = x if index is None else layers.take_tokens(x, index)
-        return layers.unit(self.code_head(x))
+        return layers.l2_normalize(self.code_head(x))
 
     def predict(self, code, *, deterministic=True):
         """Codes [B, N, E] to pixels [B, N, P P C] in [0, 1] and features [B, N, F] or None."""
@@ -152,7 +150,7 @@ class VQ(nn.Module):
 
 def Model(**architecture: Any) -> VQ:
     """The network of an architecture, the keyword arguments of `VQConfig`."""
-    return VQ(layers.make_config(VQConfig, architecture))
+    return VQ(make_config(VQConfig, architecture))
 
 
 def for_inference(model: VQ, variables: dict) -> tuple[VQ, dict]:
@@ -214,7 +212,7 @@ def make(config, model: VQ, teacher_dim: int) -> Trainer:
         value = c.commitment * commitment
         parts = {"commitment": commitment, "pixel_error": error}
         if network.teacher_dim:
-            cosine = (layers.unit(predicted) * layers.unit(features)).sum(-1)
+            cosine = (layers.l2_normalize(predicted) * layers.l2_normalize(features)).sum(-1)
             parts["teacher_distance"] = 1 - cosine.mean(1)
             value += parts["teacher_distance"]
         if rng is not None or not network.teacher_dim:
