@@ -58,7 +58,7 @@ def make_task(config, splits, workdir, mesh, step: int | None, start=None):
     """
     class_names, info = check_classes(config, splits), None
     if step is None:
-        check_use(config)
+        check_new(config)
     else:
         info = checkpoint.read_model_info(workdir)
     if start is None and config.pretrained and (step is None or config.lora.rank):
@@ -78,8 +78,16 @@ def make_task(config, splits, workdir, mesh, step: int | None, start=None):
     return task._replace(frozen=frozen, loaded=None, fingerprint=frozen_fingerprint(task))
 
 
-def check_use(config) -> None:
-    """Raises ValueError where a setting that was changed has no effect in the task."""
+def check_new(config) -> None:
+    """Raises ValueError where a setting makes no sense in a new run, such as one that was changed
+    and has no effect in the task; runs that were begun before the check go on."""
+    if not 0 < config.optim.eps < np.inf:
+        raise ValueError(f"config.optim.eps is {config.optim.eps}; expected a number above 0.")
+    if config.resize_method not in position.METHODS:
+        raise ValueError(
+            f"config.resize_method is {config.resize_method!r}; available: "
+            f"{', '.join(position.METHODS)}."
+        )
     whose = f"the task {config.task_name!r}"
     if config.task_name == "pretrain":
         whose += f" with config.objective {config.objective!r}"
@@ -106,8 +114,6 @@ def check(config) -> None:
     for key in (*rates, "clip_norm"):
         if (value := config.optim[key]) is not None and not 0 <= value < np.inf:
             raise ValueError(f"config.optim.{key} is {value}; expected a finite number from 0 up.")
-    if not 0 < config.optim.eps < np.inf:
-        raise ValueError(f"config.optim.eps is {config.optim.eps}; expected a number above 0.")
     for key in ("b1", "b2", "momentum"):
         if (value := config.optim[key]) is not None and not 0 <= value < 1:
             raise ValueError(f"config.optim.{key} is {value}; expected 0 <= {key} < 1.")
@@ -125,7 +131,6 @@ def check(config) -> None:
     for key, value, known in (
         ("best_mode", config.best_mode, ("max", "min")),
         ("pretrained_classes", config.pretrained_classes, ("names", "numbers")),
-        ("resize_method", config.resize_method, position.METHODS),
         ("model.attention", config.model.attention, ATTENTIONS),
         ("model.remat", config.model.remat, REMAT_POLICIES),
         ("model.drop_path_mode", config.model.drop_path_mode, DROP_PATH_MODES),
@@ -266,7 +271,7 @@ def make_optimizer(config, task, plan, params, trainable):
     return tx, schedule
 
 
-def trainable(config, task, params):
+def trainable_mask(config, task, params):
     """A tree of bools like `params`, which may be shapes: whether each parameter is trained."""
     return optim.trainable_mask(
         params,

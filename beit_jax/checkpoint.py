@@ -397,7 +397,8 @@ def _load(workdir, step, choose):
         arrays, damaged = _read_first(manager, candidates, choose)
     if arrays is None:
         last = candidates[-1]
-        raise CheckpointError(f"{directory}/{last} is damaged: {_reason(damaged[last])}")
+        error = damaged[last]
+        raise CheckpointError(f"{directory}/{last} is damaged: {_reason(error)}") from error
     return arrays
 
 
@@ -495,7 +496,8 @@ def _read_first(manager, steps, choose=None):
         except Exception as error:  # orbax raises many kinds for damaged files
             if _may_pass(error):
                 raise
-            logging.warning("Checkpoint %s cannot be read: %s", step, _reason(error))
+            place = f"{manager.directory}/{step}"
+            logging.warning("Checkpoint %s cannot be read: %s", place, _reason(error))
             damaged[step] = error
     return None, damaged
 

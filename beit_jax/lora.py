@@ -1,9 +1,10 @@
 """LoRA (arXiv:2106.09685) on any network of dense layers, without a change to its task.
 
 The output of each targeted dense layer gets `alpha / rank * dropout(x) A B` added to it, by flax's
-`intercept_methods`; a layer that is part of a larger product says so by `Dense.weights`. What is
-not trained is `Task.frozen`: it has neither gradient nor optimizer state and is in no checkpoint,
-which holds the adapters, the trained rest (the classifier) and the identity of the base.
+`intercept_methods`; a layer that is part of a larger matmul gives its adapter by `Dense.weights`.
+What is not trained is `Task.frozen`: it has neither gradient nor optimizer state and is in no
+checkpoint, which holds the adapters, the trained rest (the classifier) and the identity of the
+base.
 
 A trained tree is {"lora": adapters, **the rest}: nested like the network, {"a": [in, rank],
 "b": [rank, out]} in the place of each targeted layer.
@@ -47,7 +48,7 @@ def wrap(task: Task, config, base: str) -> Task:
     """
     check(config)
     params = pretrained_params(task)
-    rest = trained_names(params, config.lora.trainable)
+    rest = trained_names(params, config.lora.trainable, is_new=task.info.lora is None)
     frozen = {name: x for name, x in params.items() if name not in rest}
     layers = targets(params, config.lora.targets)
     if not frozen:
@@ -188,12 +189,12 @@ def pretrained_params(task: Task) -> Flat:
     return flat(task.start(blank))
 
 
-def trained_names(params: Flat, patterns) -> set[str]:
+def trained_names(params: Flat, patterns, *, is_new: bool = True) -> set[str]:
     """Parameters that are trained beside the adapters: named by the patterns, or not pretrained.
 
     Raises:
-      ValueError: a pattern is no regular expression, or matches nothing, unless it is of a
-        classifier, which some networks lack.
+      ValueError: a pattern is no regular expression, or in a new run matches nothing, unless it is
+        of a classifier, which some networks lack.
     """
     named = set()
     for pattern in patterns:
@@ -203,7 +204,7 @@ def trained_names(params: Flat, patterns) -> set[str]:
             raise ValueError(
                 f"config.lora.trainable: {error.pattern!r} is no regular expression: {error}."
             ) from None
-        if not found and pattern != CLASSIFIERS:
+        if is_new and not found and pattern != CLASSIFIERS:
             raise ValueError(
                 f"config.lora.trainable: {pattern!r} matches no whole parameter name, such as "
                 f"{next(iter(params))}; they are in a workdir's parameters.txt."

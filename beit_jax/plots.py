@@ -1,4 +1,4 @@
-"""Images of a run. Each function takes plain numbers, writes a PNG and returns its figure."""
+"""Figures of a run. Each function takes plain numbers, writes a PNG and returns its figure."""
 
 import math
 import os

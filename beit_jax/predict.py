@@ -1,6 +1,6 @@
 """Classifies images: python -m beit_jax.predict --checkpoint WORKDIR --images PATH --out FILE
 
-Writes one row an image, CSV or JSON by the ending of FILE: the path, the label and the k most
+Writes one row per image, CSV or JSON by the ending of FILE: the path, the label and the k most
 probable classes with their probabilities. Images that cannot be read are named on stderr, have
 an error in their row, and make the exit status 3; bad arguments make it 2.
 """

@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     Attributes:
       splits: by name, "train" among them.
-      step_of: (state, batch) -> the compiled training step.
+      compiled: (state, data on the device, batch) -> the compiled training step.
       trace: what to call before which step, see `profiling.at_steps`.
       start_step: at which this start of the run begins.
       facts: of the run, for results.json; they are added to.
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     saver: checkpoint.Checkpointer
     log: report.Report
     evaluator: Callable
-    step_of: Callable
+    compiled: Callable
     trace: dict[int, Callable[[], None]]
     start_step: int
     facts: dict[str, Any]
@@ -123,7 +123,7 @@ def _set_up(config, workdir, mesh, stack):
     fingerprints = {name: split.source.fingerprint for name, split in splits.items()}
     workdirs.check_data(workdir, {**fingerprints, workdirs.FROZEN: task.fingerprint})
     shapes = build.shapes(config, task)
-    trainable = build.trainable(config, task, shapes[0])
+    trainable = build.trainable_mask(config, task, shapes[0])
     tx, schedule = build.make_optimizer(config, task, plan, shapes[0], trainable)
     state = build.make_state(config, task, tx, saver, mesh, shapes)
     checkpoint.write_model_info(workdir, task.info)
@@ -160,7 +160,7 @@ def _set_up(config, workdir, mesh, stack):
         saver=saver,
         log=log,
         evaluator=evaluate.make_evaluator(task, config, mesh),
-        step_of=functools.partial(build.compile_step, config, task, tx, schedule, trainable, mesh),
+        compiled=functools.partial(build.compile_step, config, task, tx, schedule, trainable, mesh),
         trace=stack.enter_context(trace),
         start_step=start_step,
         facts=report.read_facts(workdir) | {"num_trainable_parameters": num_trainable},
@@ -184,32 +184,32 @@ def _loop(run, state, caught):
     def read(keep: int):
         """Reads the scalars of finished steps, all but the newest `keep`."""
         while len(queue) > keep:
-            done, scalars = queue.popleft()
+            step, scalars = queue.popleft()
             scalars = {key: float(value) for key, value in jax.device_get(scalars).items()}
             if not scalars.pop("finite"):
-                raise FloatingPointError(not_finite(done, scalars, saver, config))
-            log.train(done, scalars, write=is_due(done, plan.log_every, plan.save_every))
+                raise FloatingPointError(not_finite(step, scalars, saver, config))
+            log.train(step, scalars, write=is_due(step, plan.log_every, plan.save_every))
 
     steps = range(run.start_step, plan.total_steps)
     stream = inputs.train_stream(
         train, config, run.mesh, steps=steps, renderings=run.task.renderings
     )
     with contextlib.closing(inputs.one_ahead(stream)) as stream:
-        for last in steps:
+        for done in steps:
             if caught:
                 break
             with log.timer("input"):
                 batch = next(stream)
             if train_step is None:
                 with log.timer("compile"):
-                    train_step = run.step_of(state, train.resident, batch)
+                    train_step = run.compiled(state, train.resident, batch)
                 run.facts["step_memory_bytes"] = build.memory_of(train_step)
                 run.facts["step_fused_kernels"] = build.fused_kernels_of(train_step)
-            if last in run.trace:
+            if done in run.trace:
                 read(keep=0)
-                run.trace[last]()
+                run.trace[done]()
             state, scalars = train_step(state, run.task.frozen, train.resident, batch)
-            step = last + 1
+            step = done + 1
             queue.append((step, scalars))
             read(keep=LAG)
             scores, is_kept = None, False

@@ -20,7 +20,7 @@ from beit_jax import command
 from beit_jax.fileio import write_json
 
 KINDS = {  # of kernels, by the first of these that is found in their names
-    "attention": r"^(forward|shifting|backward|query)_kernel|^sum_over_batch|fmha|sdpa",
+    "attention": r"^(forward|shifting|backward|query)_kernel|^sum_o(ver|f)_|fmha|sdpa",
     "norms": r"^norm(_gradient)?$",
     "GELU": r"^gelu_",
     "convolutions": r"fprop|dgrad|wgrad|conv2d",

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
         "embeddings/mask_token",
         r"(decoder|cls_pt_\w+)/.*",
     )
-    config.resize_method = "unilm"  # of position tables: unilm, timm, hf; swin: bicubic
+    config.resize_method = "unilm"  # of position tables: unilm, timm, hf; none of swin
     config.preset = "base"  # without `pretrained`: such as tiny, small, base, large
 
     config.model = model = ConfigDict()  # names as in transformers' configs
@@ -89,7 +89,7 @@ def get_config() -> ConfigDict:
     model.drop_path_mode = "sample"  # each image by itself; window: a block of the batch, faster
 
     config.trainable = "all"  # head; bias: BitFit and the head; last-N: N layers and the head
-    config.lora = lora = ConfigDict()  # adapters; all other parameters are frozen
+    config.lora = lora = ConfigDict()  # adapters; all is frozen but these, `trainable` and new ones
     lora.rank = 0  # 0 is off
     lora.alpha = 16.0  # adapters are multiplied by alpha / rank
     lora.dropout = 0.0
@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
     mask.max_mask_patches_per_block = config_dict.placeholder(int)
     # side of simmim's squares, in patches; None: 2, or 1 if a side of the grid is odd or below 12
     mask.unit = config_dict.placeholder(int)
-    mask.bank = 65536  # masks drawn before the first step, from which each step takes its own
+    mask.bank = 65536  # masks made before the first step, of which each step draws some
     config.decoder = decoder = ConfigDict()  # of mae
     decoder.hidden_size = 512
     decoder.num_hidden_layers = 8

@@ -15,12 +15,12 @@ other sizes are flags: --config.model.image_size=192, --config.num_epochs=300.
 
 imagenet is the published recipe of BEiT (microsoft/unilm), 800 epochs of ImageNet-1k at batch size
 2048, but for masks, which all have 75 of 196 patches, as in BEiT v2; some have fewer with
---config.mask.kind=beit_v1. imagenet,v2 is that of BEiT v2, 1600 epochs with patch aggregation, for
-a tokenizer that had a teacher. imagenet,mae is MAE's (800 epochs at batch size 4096), and
-imagenet,data2vec data2vec's (base). imagenet,simmim is SimMIM's, but that its learning rate falls
-along a cosine and not by a tenth after epoch 700. With other data these arguments change what an
-objective wants (masks, regularisation, augmentation) and leave durations as they are. None of those
-of ImageNet was run here.
+--config.mask.kind=beit_v1, which does not go with accumulate_steps. imagenet,v2 is that of BEiT v2,
+1600 epochs with patch aggregation, for a tokenizer that had a teacher. imagenet,mae is MAE's (800
+epochs at batch size 4096), and imagenet,data2vec data2vec's (base). imagenet,simmim is SimMIM's,
+but that its learning rate falls along a cosine and not by a tenth after epoch 700. With other data
+these arguments change what an objective wants (masks, regularisation, augmentation) and leave
+durations as they are. None of those of ImageNet was run here.
 """
 
 from configs import _shared

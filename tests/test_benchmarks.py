@@ -58,7 +58,7 @@ def test_traffic_of_a_program():
     "size, training, inference",
     [("BEiT-B/16 @224", 105.2, 35.13), ("BEiT-L/16 @384", 1145.5, 382.1)],
 )
-def test_operations_of_a_image(size, training, inference):
+def test_operations_of_an_image(size, training, inference):
     """Counted by hand from the architecture, in 1e9."""
     architecture = sizes.SIZES["gpu"][size].architecture
     assert sizes.flops(architecture, "training") / 1e9 == pytest.approx(training, rel=1e-3)

@@ -386,7 +386,7 @@ def test_data_dir_is_where_a_folder_is(tmp_path):
     assert ids(sources.get_source("folder", data_dir=tmp_path / "pets")) == expected
 
 
-def test_classes_without_a_image_to_learn_from_are_told(tmp_path, caplog):
+def test_classes_without_an_image_to_learn_from_are_told(tmp_path, caplog):
     class_folders(tmp_path, {"cat": 2, "dog": 1}, prefix="train")
     class_folders(tmp_path, {"cat": 1, "dog": 1, "eel": 1}, prefix="val")
     class_folders(tmp_path, {"cat": 1}, prefix="test")
@@ -472,7 +472,7 @@ def test_which_fold_is_told(tmp_path, caplog):
     assert splits["val"].source.split.endswith("fold 2 of 5")
 
 
-def test_classes_without_a_image_to_measure_are_told(tmp_path, caplog):
+def test_classes_without_an_image_to_measure_are_told(tmp_path, caplog):
     class_folders(tmp_path, {"cat": 2, "eel": 1})
     config = resolved(f"{tmp_path},test")
     mesh = sharding.make_mesh()
@@ -520,7 +520,7 @@ def test_a_listed_image_that_is_not_there_is_told_at_once(tmp_path):
     assert len(skipping) == 2 and skipping.fingerprint
 
 
-def test_a_image_that_is_listed_in_two_splits_is_counted(tmp_path):
+def test_an_image_that_is_listed_in_two_splits_is_counted(tmp_path):
     for name in "abc":
         save(tmp_path / f"{name}.png")
     path = tmp_path / "list.csv"

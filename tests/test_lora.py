@@ -212,7 +212,7 @@ def test_adapters_are_not_folded(hf_directory, batch, target, attention, monkeyp
 def compiled_step(task, config):
     """The compiled training step of a task, for 8 images."""
     params = jax.eval_shape(task.init, jax.random.key(0))[0]
-    mask = build.trainable(config, task, params)
+    mask = build.trainable_mask(config, task, params)
     schedule = optim.make_schedule("constant", learning_rate=1e-3, total_steps=1)
     tx = optim.make_optimizer(
         "adamw", learning_rate=schedule, params=params, trainable=mask, layer_id=task.layer_id
@@ -501,6 +501,7 @@ def test_a_frozen_head_of_classes_by_number(tmp_path, image_dir, hf_directory):
 
 
 def test_patterns_of_what_is_trained_besides_match_something():
+    assert common.get_config().lora.trainable == (lora.CLASSIFIERS,)
     params = {"layer_0/fc1/kernel": np.zeros((2, 2))}
     assert lora.trained_names(params, (lora.CLASSIFIERS,)) == set()
     with pytest.raises(ValueError, match="'layer_1/.*' matches no whole parameter name, such as"):

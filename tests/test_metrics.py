@@ -98,6 +98,9 @@ def test_bins_have_their_edges():
     logits = np.stack([np.log(confidence), np.log(1 - confidence + 1e-30)], axis=1)
     sums = sums_of(logits, np.zeros(6, np.int32), np.ones(6))
     np.testing.assert_array_equal(sums["bin_count"], [0] * 8 + [2, 1, 0, 0, 1, 0, 2])
+    for classes in (3, 5):  # of equal logits, with confidences of 5/15 and 3/15: open below
+        sums = sums_of(np.zeros((1, classes)), np.zeros(1, np.int32), np.ones(1))
+        assert sums["bin_count"].argmax() == 15 // classes - 1
 
 
 def test_certain_predictions_fall_into_the_last_bin():

@@ -1,4 +1,4 @@
-"""Images: what they say, that nothing overlaps, and that they are written."""
+"""Figures: what they say, that nothing overlaps, and that they are written."""
 
 import numpy as np
 import pytest

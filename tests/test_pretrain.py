@@ -533,7 +533,7 @@ def test_what_is_seen_alike_is_rendered_once():
     assert views.renderings(own, target=other) == {"image": own, "target": other}
 
 
-def test_an_unknown_filter_is_told_before_a_image_is_read(photos, tokenizer, tmp_path):
+def test_an_unknown_filter_is_told_before_an_image_is_read(photos, tokenizer, tmp_path):
     changes = {"tokenizer": tokenizer, "tokenizer_interpolation": "lanczos4"}
     unlabelled = {"data.name": f"folder:{photos}", "data.train": "all", "data.val": ""}
     config = config_of(

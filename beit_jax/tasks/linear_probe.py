@@ -74,11 +74,11 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
     def logits(params, frozen, image):
         probes = (params[f"probe_{i}"] for i in range(len(widths)))
         found = zip(probes, outputs(frozen, image), strict=True)
-        products = [
+        by_layer = [
             jnp.matmul(x, probe["kernel"], precision="highest") + probe["bias"]
             for probe, x in found
         ]
-        return jnp.stack(products)  # [L, B, K]
+        return jnp.stack(by_layer)  # [L, B, K]
 
     def loss(params, model_state, frozen, batch, rng):
         view = views.train_view(rng, batch["image"], config, info.image, size, resized=resized)

@@ -40,13 +40,13 @@ def make_task(config, data: Data, *, start: Pretrained | None, info=None) -> Tas
     Raises:
       ValueError: the objective, architecture, masks or weights do not fit.
     """
-    if config.mask.kind == "beit_v1" and config.accumulate_steps != 1:
+    resized, is_new = data.resized, info is None
+    info, model, objective, bank = make_parts(config, start, info)
+    if is_new and config.mask.kind == "beit_v1" and config.accumulate_steps != 1:
         raise ValueError(
             "Masks of config.mask.kind='beit_v1' differ in their number of patches, over all of "
             "which the loss is a mean: set config.accumulate_steps=1 or config.mask.kind=blockwise."
         )
-    resized = data.resized
-    info, model, objective, bank = make_parts(config, start, info)
     family = modules.load("models", info.model_name)
     size = model.config.image_size
     renderings = make_renderings(info, objective, size)

@@ -15,8 +15,16 @@ OF_LABELS = {  # settings of who learns from labels, and their values that are o
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
 }
-OF_PRETRAINING = {"objective": "tokens", "tokenizer": "", "cache_tokens": False} | {
-    f"mask.{key}": None for key in ("kind", "ratio", "num_mask_patches", "unit")
+OF_PRETRAINING = {  # settings of masked image modelling, likewise
+    "objective": "tokens",
+    "tokenizer": "",
+    "cache_tokens": False,
+    "mask.kind": None,
+    "mask.ratio": None,
+    "mask.num_mask_patches": None,
+    "mask.min_mask_patches_per_block": None,
+    "mask.max_mask_patches_per_block": None,
+    "mask.unit": None,
 }
 
 
@@ -59,7 +67,7 @@ class Task(NamedTuple):
       evaluate: (params, model_state, frozen, batch) -> (sums, outputs). The sums of all batches are
         added up, examples of "weight" 0 left out; outputs are arrays of one entry per example.
       summarize: sums -> dict of metrics; floats are logged.
-      draw: (workdir, metrics, outputs, split, params, model_state) -> None, writes images of a
+      draw: (workdir, metrics, outputs, split, params, model_state) -> None, writes figures of a
         final evaluation.
       layer_id: parameter name -> depth, for layer-wise learning-rate decay.
       num_layers: of the network.

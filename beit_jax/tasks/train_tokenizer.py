@@ -121,7 +121,7 @@ def make_task(config, data: Data, *, start, info=None) -> Task:
         sheet = [np.uint8(255 * np.asarray(x) + 0.5) for pair in pairs for x in pair]
         path = os.path.join(workdir, "reconstructions.png")
         captions = ["original", "from its tokens"] * (len(sheet) // 2)
-        plots.contact_sheet(sheet, captions, path, title="Images as tokens tell them")
+        plots.contact_sheet(sheet, captions, path, title="Images and their reconstructions")
 
     return Task(
         init=trainer.init,
