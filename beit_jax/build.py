@@ -217,8 +217,7 @@ def warn_of_few_steps(config, plan: Plan) -> None:
     """Warns if the epochs make few steps."""
     if config.total_steps is None and plan.total_steps < FEW_STEPS:
         logging.warning(
-            "%d training steps are few: use a smaller config.batch_size than %d, or more than %g "
-            "config.num_epochs.",
+            "Only %d training steps: lower config.batch_size (%d) or raise config.num_epochs (%g).",
             plan.total_steps,
             config.batch_size,
             config.num_epochs,

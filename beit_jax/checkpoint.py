@@ -399,6 +399,8 @@ def _load(workdir, step, choose):
         last = candidates[-1]
         error = damaged[last]
         raise CheckpointError(f"{directory}/{last} is damaged: {_reason(error)}") from error
+    if damaged:
+        logging.warning("%s/%s is used instead.", directory, candidates[len(damaged)])
     return arrays
 
 
@@ -524,7 +526,7 @@ def _read(manager, step, choose=None) -> dict[_Path, np.ndarray]:
         arrays |= traverse_util.flatten_dict(tree)
     for path, array in described.items():
         if _describe(arrays[path]) != array:
-            raise ValueError(f"{'/'.join(path)} has another content than was saved")
+            raise ValueError(f"{'/'.join(path)} differs from what was saved")
     return arrays
 
 

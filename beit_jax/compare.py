@@ -79,8 +79,8 @@ COLUMNS = {  # title: (field of Row, format)
 _ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
 _FIX = "Restore it, or leave that run out"
 INTERVALS = (
-    "Low and high: 95 % interval, Wilson's of one run; of the mean of several Student's, with the "
-    "error of the choice of images besides where it is the same for all."
+    "Low and high bound the 95 % interval: Wilson's for one run, Student's for the mean of several "
+    "runs, which includes the sampling error of the images where all runs share them."
 )
 
 

@@ -131,7 +131,8 @@ def _open_splits(config, mesh, class_names):
         if len(found) != count:
             raise ValueError(
                 f"{config.pretrained} has {count} classes, and {config.data.name} has "
-                f"{len(found)} ({errors.few(found, 4)}): evaluate on images of its classes."
+                f"{len(found)} ({errors.few(found, 4)}): an evaluation keeps the checkpoint's "
+                "classifier, so that the data must have its classes."
             )
     return splits
 

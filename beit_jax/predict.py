@@ -32,7 +32,7 @@ def predict(
     probability None, an empty top and the reason as "error".
 
     Raises:
-      ValueError: the models tell different classes.
+      ValueError: the models have different classes.
     """
     names = pretrained.class_names(models[0])
     columns = [
@@ -66,7 +66,7 @@ def _columns(names, wanted, model):
     if sorted(names) != sorted(wanted) or len(set(names)) != len(names):
         differ = sorted(set(names) ^ set(wanted))[:4]
         raise ValueError(
-            f"The models tell different classes: {model} has {len(names)}, the first one "
+            f"The models have different classes: {model} has {len(names)}, the first one "
             f"{len(wanted)}; only one has {', '.join(differ)}."
         )
     return [names.index(name) for name in wanted]

@@ -185,8 +185,8 @@ def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, metho
             + "\n".join(problems)
             + "\nChange config.model, or name what may be left out in config.pretrained_reset."
         )
-    logging.info("new parameters: %s", _listed(set(fresh) - fitting))
-    logging.info("dropped parameters: %s", _listed(set(loaded) - fitting))
+    logging.info("Randomly initialised: %s.", _listed(set(fresh) - fitting))
+    logging.info("Not used of the checkpoint: %s.", _listed(set(loaded) - fitting))
     if old.grid != new.grid:
         logging.info("positions resized from %s to %s by %s", old.grid, new.grid, method)
     params = {name: loaded[name] if name in fitting else fresh[name] for name in fresh}

@@ -241,9 +241,8 @@ class Report:
         _LOG.info("%s", text)
 
     def parameters(self, params, num_frozen: int = 0, num_trainable: int | None = None) -> None:
-        """Writes the table of parameters to parameters.txt and prints their number, that of those
-        that learn, and that of those of the network that are held elsewhere, because they are
-        frozen."""
+        """Writes the table of parameters to parameters.txt, and logs how many are trained and how
+        many are frozen, among `params` or besides (`num_frozen`)."""
         from clu import parameter_overview
 
         path = os.path.join(self._workdir, "parameters.txt")
@@ -251,10 +250,11 @@ class Report:
             file.write(parameter_overview.get_parameter_overview(params, include_stats=False))
         leaves = jax.tree.leaves(params)
         count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
-        beside = f" beside {num_frozen:,} frozen ones" if num_frozen else ""
-        if num_trainable not in (None, count):
-            beside += f", of which {num_trainable:,} learn"
-        self.info(f"{count:,} parameters{beside}, {size / 2**20:,.1f} MiB; table in {path}")
+        trained = count if num_trainable is None else num_trainable
+        found = f"{trained:,} parameters"
+        if frozen := num_frozen + count - trained:
+            found = f"{trained:,} trainable and {frozen:,} frozen parameters"
+        self.info(f"{found}, {size / 2**20:,.1f} MiB; table in {path}")
 
     @contextlib.contextmanager
     def timer(self, part: str) -> Iterator[None]:

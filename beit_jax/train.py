@@ -244,8 +244,9 @@ def _finish(run, state, validated):
         facts["seconds"], facts["environment"] = None, report.environment()
     if (best_step := saver.best_step()) not in (None, shown.step):
         shown = evaluate.load_best(saver, run.mesh)
-    which = "the last" if best_step is None else f"the best by val/{run.config.best_metric}"
-    log.info(f"Evaluating step {shown.step}, {which}.")
+    if run.splits.keys() & {"val", "test"}:
+        which = "the last" if best_step is None else f"the best by val/{run.config.best_metric}"
+        log.info(f"Evaluating step {shown.step}, {which}.")
     if log.images_per_second:
         facts["images_per_second"] = log.images_per_second
         facts["seconds_per_step"] = run.config.batch_size / log.images_per_second

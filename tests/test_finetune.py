@@ -217,9 +217,9 @@ def test_few_steps_are_told(tmp_path, image_dir, hf_directory, caplog):
     with pytest.raises(ValueError, match="num_labels is 7"):  # first what stops the run
         changes = STILL | few | {"model.num_labels": 7}
         finetune(tmp_path, image_dir, hf_directory, changes)
-    assert "training steps are few" not in caplog.text
+    assert "training steps: lower config.batch_size" not in caplog.text
     finetune(tmp_path, image_dir, hf_directory, STILL | few)
-    assert "training steps are few" in caplog.text
+    assert "training steps: lower config.batch_size" in caplog.text
 
 
 def test_a_step_of_a_workdir(tmp_path, image_dir, hf_directory):
@@ -242,7 +242,7 @@ def test_other_classes_get_a_new_head(tmp_path, image_dir, hf_directory, caplog)
     images = shutil.copytree(image_dir, tmp_path / "images")
     shutil.rmtree(images / "red")
     finetune(tmp_path / "run", images, hf_directory, STILL)
-    assert "new parameters: classifier/bias, classifier/kernel" in caplog.text
+    assert "Randomly initialised: classifier/bias, classifier/kernel." in caplog.text
     assert "is not used: it has other classes, such as red." in caplog.text
     assert params_of(tmp_path / "run")["classifier/kernel"].shape == (16, 2)
     finetune(tmp_path / "next", image_dir, tmp_path / "run", STILL)
@@ -496,7 +496,7 @@ def test_ensemble_of_other_classes(tmp_path, start, finetuned, hf_directory, ima
     arguments = ("--images", image_dir, "--out", out)
     finished = start("beit_jax.predict", "--checkpoint", finetuned[0], other, *arguments).wait()
     assert finished.status == 2
-    assert "The models tell different classes" in finished.output
+    assert "The models have different classes" in finished.output
     assert "green, teal" in finished.output
     assert not out.exists()
 

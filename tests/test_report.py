@@ -362,7 +362,7 @@ def test_parameters(tmp_path):
     table = (tmp_path / "parameters.txt").read_text()
     assert "classifier/kernel" in table and "(300, 10)" in table and "3,010" in table
     assert "3,010 parameters, " in console.file.getvalue()
-    assert "3,010 parameters beside 7,000 frozen ones, " in console.file.getvalue()
+    assert "3,010 trainable and 7,000 frozen parameters, " in console.file.getvalue()
 
 
 def test_info_prints_brackets_and_long_lines_as_they_are(tmp_path):
