@@ -1,4 +1,4 @@
-"""Draws what a network looks at: python -m beit_jax.attention_maps --checkpoint WORKDIR --images
+"""Draws attention maps: python -m beit_jax.attention_maps --checkpoint WORKDIR --images
 PATH --out FILE.png
 
 Each image as the network sees it, how the attention of one layer weighs its patches, and the

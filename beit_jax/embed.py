@@ -1,4 +1,4 @@
-"""Images as vectors: python -m beit_jax.embed --checkpoint WORKDIR --images PATH --out FILE.npz
+"""Embeds images: python -m beit_jax.embed --checkpoint WORKDIR --images PATH --out FILE.npz
 
 Writes "path" [N] and "vector", float32 [N, F], for search, clustering or classifiers of others: the
 class token, where there is one, beside the mean of the patches, of one layer and before the

@@ -1,4 +1,4 @@
-"""Writes a classifier as one program: preparation of the images, network and weights.
+"""Exports a classifier as one program: preprocessing, network and weights.
 
     python -m beit_jax.export --checkpoint WORKDIR --out DIRECTORY
 

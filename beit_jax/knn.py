@@ -1,4 +1,4 @@
-"""Nearest neighbours in every layer: python -m beit_jax.knn --checkpoint WORKDIR --data cifar10
+"""Votes of nearest neighbours: python -m beit_jax.knn --checkpoint WORKDIR --data cifar10
 
 Classifies each test image by a vote of the most similar training images, whose weights are
 exp(cosine similarity / 0.07), as in Wu et al. (arXiv:1805.01978) and DINO. Prints the accuracy of

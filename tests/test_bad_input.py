@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,14 @@ def test_outside_of_the_environment():
     assert done.returncode == 1
     assert done.stderr.decode().startswith("No module named 'absl': activate the environment")
     assert b"pip install -r requirements-cpu.txt" in done.stderr and b"Trace" not in done.stderr
+
+
+def test_the_commands_are_listed(start):
+    status, output = start("beit_jax").wait()
+    commands = set(re.findall(r"python -m (beit_jax\.\w+) +[A-Z]", output))
+    assert status == 0 and "main.py" in output
+    readme = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text()
+    assert commands == set(re.findall(r"python -m (beit_jax\.\w+)", readme))
 
 
 def test_unknown_flag_tells_how_settings_are_given(fails):

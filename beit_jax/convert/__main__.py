@@ -1,4 +1,4 @@
-"""Converts checkpoints from a shell.
+"""Converts checkpoints from and to HuggingFace and PEFT.
 
 python -m beit_jax.convert from-hf microsoft/beit-base-patch16-224 workdir
 python -m beit_jax.convert to-hf workdir huggingface_directory --verify
