@@ -1,8 +1,9 @@
 """Which errors are shown as messages, and which are bugs, shown as tracebacks."""
 
 import pathlib
+import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 
@@ -36,6 +37,16 @@ def message(error: BaseException) -> str:
 def few(names: Sequence, most: int = 8) -> str:
     """The first `most` of the names, for a message."""
     return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
+
+
+def compile_patterns(argument: str, patterns: Iterable[str]) -> list[re.Pattern]:
+    """The regular expressions of an argument; ValueError, with its name, where one is none."""
+    try:
+        return [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(
+            f"{argument}: {error.pattern!r} is no regular expression: {error}."
+        ) from None
 
 
 def _is_raised_here(error) -> bool:

@@ -12,7 +12,6 @@ A trained tree is {"lora": adapters, **the rest}: nested like the network, {"a":
 
 import functools
 import os
-import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -23,13 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from beit_jax import architecture
+from beit_jax import architecture, errors, optim
 from beit_jax.models import packed
 from beit_jax.models.config import DTYPES
 from beit_jax.models.dense import Folded, LowRank, add_low_rank
 from beit_jax.tasks.task import Task
 
-CLASSIFIERS = "(distillation_)?classifier/.*"  # the default of config.lora.trainable
 Flat = dict[str, Any]  # by name, such as "layer_0/attention/query/kernel"
 
 
@@ -197,17 +195,12 @@ def trained_names(params: Flat, patterns, *, is_new: bool = True) -> set[str]:
         of a classifier, which some networks lack.
     """
     named = set()
-    for pattern in patterns:
-        try:
-            found = {name for name in params if re.fullmatch(pattern, name)}
-        except re.error as error:
+    for pattern in errors.compile_patterns("config.lora.trainable", patterns):
+        found = set(filter(pattern.fullmatch, params))
+        if is_new and not found and pattern.pattern != optim.CLASSIFIERS:
             raise ValueError(
-                f"config.lora.trainable: {error.pattern!r} is no regular expression: {error}."
-            ) from None
-        if is_new and not found and pattern != CLASSIFIERS:
-            raise ValueError(
-                f"config.lora.trainable: {pattern!r} matches no whole parameter name, such as "
-                f"{next(iter(params))}; they are in a workdir's parameters.txt."
+                f"config.lora.trainable: {pattern.pattern!r} matches no whole parameter name, such "
+                f"as {next(iter(params))}; they are in a workdir's parameters.txt."
             )
         named |= found
     return named | {name for name, x in params.items() if np.isnan(x).any()}

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beit_jax import errors
+
+CLASSIFIERS = "(distillation_)?classifier/.*"  # parameters of the heads, as a pattern
 TOGETHER = 64  # arrays, which a kernel of a GPU can be given
 SMALL = 2**16  # numbers, which a GPU updates in less time than it takes to start a kernel
 _NO_DECAY = {
@@ -260,7 +263,7 @@ def _rule(trainable, names, layer_id, num_layers) -> Callable[[str], bool]:
     """Whether a parameter is trained by `config.trainable`, from its name."""
 
     def is_head(name):
-        return bool(re.fullmatch(r"(distillation_)?classifier/.*", name))
+        return bool(re.fullmatch(CLASSIFIERS, name))
 
     last = re.fullmatch(r"last-(\d+)", trainable)
     if last and 0 < int(last[1]) <= num_layers:
@@ -351,13 +354,8 @@ def _names(params):
 
 def _check_patterns(argument, patterns, params):
     names = _names(params)
-    try:
-        unused = [p for p in patterns if not any(re.fullmatch(p, name) for name in names)]
-    except re.error as error:
-        raise ValueError(
-            f"{argument}: {error.pattern!r} is no regular expression: {error}"
-        ) from None
-    if unused:
+    compiled = errors.compile_patterns(argument, patterns)
+    if unused := [p.pattern for p in compiled if not any(map(p.fullmatch, names))]:
         raise ValueError(
             f"{argument} patterns match no whole parameter name: {unused}; write for example "
             f'"layer_0/.*". Available: {", ".join(names)}'

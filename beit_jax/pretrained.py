@@ -162,12 +162,7 @@ def fit(pretrained: Pretrained, fresh: dict, architecture: dict, *, reset, metho
     Raises:
       ValueError: lists all parameters that are missing, left over or of another shape.
     """
-    try:
-        reset = [re.compile(pattern) for pattern in reset]
-    except re.error as error:
-        raise ValueError(
-            f"config.pretrained_reset: {error.pattern!r} is no regular expression: {error}."
-        ) from None
+    reset = errors.compile_patterns("config.pretrained_reset", reset)
     family = modules.load("models", pretrained.info.model_name)
     old, new = (family.Model(**a).config for a in (pretrained.info.architecture, architecture))
     loaded = family.adapt_params(pretrained.params, old, new, method)

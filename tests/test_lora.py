@@ -501,9 +501,9 @@ def test_a_frozen_head_of_classes_by_number(tmp_path, image_dir, hf_directory):
 
 
 def test_patterns_of_what_is_trained_besides_match_something():
-    assert common.get_config().lora.trainable == (lora.CLASSIFIERS,)
+    assert common.get_config().lora.trainable == (optim.CLASSIFIERS,)
     params = {"layer_0/fc1/kernel": np.zeros((2, 2))}
-    assert lora.trained_names(params, (lora.CLASSIFIERS,)) == set()
+    assert lora.trained_names(params, (optim.CLASSIFIERS,)) == set()
     with pytest.raises(ValueError, match="'layer_1/.*' matches no whole parameter name, such as"):
         lora.trained_names(params, ("layer_0/.*", "layer_1/.*"))
 
